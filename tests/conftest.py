@@ -1,0 +1,133 @@
+"""A real Stable Diffusion pipeline of four levels, built from configuration, seeded and tiny.
+
+Everything is float64 so that two ways to compute the same thing can be compared to rounding. `tiny_pipe` predicts
+noise (epsilon), `tiny_pipe_v` velocity. They are shared by the whole session: a test that changes one puts it back.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+WORDS = (
+    "a an and the with in on of two dog cat fox panda bear lion rabbit pig mountain beach night forest background "
+    "red blue green black white playing ball photo picture ugly blurry low"
+).split()
+TEXT_LENGTH = 16
+TEXT_WIDTH = 16
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_tokenizer():
+    """CLIP's byte-level BPE with merges learned from `WORDS`: every word of the list is one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=1, show_progress=False, initial_alphabet=alphabet, end_of_word_suffix="</w>"
+    )
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bpe.train_from_iterator([" ".join(WORDS)], trainer)
+    model = json.loads(bpe.to_str())["model"]
+    vocab = dict(model["vocab"])
+    for piece in [letter + "</w>" for letter in alphabet] + ["<|startoftext|>", "<|endoftext|>"]:
+        vocab.setdefault(piece, len(vocab))
+    merges = [tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+
+
+def make_pipeline(prediction_type: str = "epsilon", dtype: torch.dtype = torch.float64, seed: int = 0):
+    """A `StableDiffusionPipeline` with random weights: 32 px pictures, latents [4, 16, 16], text [16, 16].
+
+    Weights are drawn larger than the library's defaults, so that text, masks and injection move the result visibly.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=TEXT_LENGTH,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(8, 8, 16, 16),
+            layers_per_block=2,
+            cross_attention_dim=TEXT_WIDTH,
+            attention_head_dim=2,
+            norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+            layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        )
+        with torch.no_grad():
+            text_encoder.get_input_embeddings().weight.normal_()
+            for name, parameter in unet.named_parameters():
+                if ".attn" in name and name.endswith("weight"):
+                    parameter.mul_(2)
+                if name.endswith("to_out.0.bias"):
+                    parameter.normal_()
+    pipe = StableDiffusionPipeline(
+        vae=vae.to(dtype).eval(),
+        text_encoder=text_encoder.to(dtype).eval(),
+        tokenizer=tokenizer,
+        unet=unet.to(dtype).eval(),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type=prediction_type,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_pipe():
+    """Noise-predicting pipeline, float64."""
+    return make_pipeline("epsilon")
+
+
+@pytest.fixture(scope="session")
+def tiny_pipe_v():
+    """Velocity-predicting pipeline, float64."""
+    return make_pipeline("v_prediction", seed=1)

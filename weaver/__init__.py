@@ -1,0 +1,41 @@
+"""Concept Weaver: several personalised concepts in one picture, each in its place (arXiv 2404.03913).
+
+Importing this package is cheap: PyTorch and diffusers are loaded at the first use of a name that needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from .errors import WeaverError
+
+_LAZY = {
+    "Concept": "concepts.concept",
+    "ConceptUse": "fusion.plan",
+    "Features": "features",
+    "FusionPlan": "fusion.plan",
+    "InjectionSites": "layers",
+    "Inversion": "inversion",
+    "TrainSettings": "concepts.train",
+    "attach": "fusion.attach",
+    "collect_features": "features",
+    "compose_masks": "masks.compose",
+    "invert": "inversion",
+    "load_template": "template",
+    "make_template": "template",
+    "sample_fusion": "fusion.sampler",
+    "train_concept": "concepts.train",
+    "weave": "pipeline",
+}
+
+__all__ = ["WeaverError", *sorted(_LAZY)]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

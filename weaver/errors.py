@@ -1,0 +1,24 @@
+"""The one error class that a user is meant to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["WeaverError", "raise_if"]
+
+
+class WeaverError(ValueError):
+    """Bad input, told in words a user can act on. The command line prints it as one line."""
+
+
+def raise_if(reasons: Iterable[str], what: str) -> None:
+    """Raise one `WeaverError` that lists every reason, or do nothing when there is none.
+
+    Parameters
+    ----------
+    reasons : each one complaint, naming the value and the fix
+    what : what could not be done, "Cannot build the fusion plan"
+    """
+    reasons = list(reasons)
+    if reasons:
+        raise WeaverError(f"{what}: " + "; ".join(reasons))

@@ -1,0 +1,64 @@
+"""Pictures, picture tensors and latents.
+
+Both kinds of autoencoder are taken: `AutoencoderKL` (encodes to a distribution, whose mode is used, so that the
+same picture always gives the same latents) and `AutoencoderTiny` (encodes to latents).
+Shapes: pictures [B, 3, height, width] in -1..1, latents [B, C, h, w] in the scale the U-Net works in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+__all__ = ["decode_latents", "encode_image", "image_to_tensor", "psnr", "tensor_to_images", "vae_scale_factor"]
+
+
+def vae_scale_factor(vae) -> int:
+    """Pixels per latent cell along one side, as diffusers' pipelines count it."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def image_to_tensor(images: Image.Image | Sequence[Image.Image], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """One picture or several of one size -> [B, 3, height, width] in -1..1."""
+    if isinstance(images, Image.Image):
+        images = [images]
+    array = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).to(dtype) / 127.5 - 1
+
+
+def tensor_to_images(x: torch.Tensor) -> list[Image.Image]:
+    """[B, 3, height, width] in -1..1 (clamped) -> pictures of 8 bits, rounded to the nearest level."""
+    levels = ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+@torch.no_grad()
+def encode_image(vae, image: Image.Image | Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
+    """Encode pictures to latents [B, C, h, w], scaled for the U-Net, in the autoencoder's dtype and on its device.
+
+    `image` is a picture, a list of pictures of one size, or a tensor [B, 3, height, width] in -1..1.
+    """
+    x = image if isinstance(image, torch.Tensor) else image_to_tensor(image)
+    encoded = vae.encode(x.to(device=vae.device, dtype=vae.dtype))
+    z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    return (z - _shift(vae)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae, z: torch.Tensor) -> torch.Tensor:
+    """Decode latents [B, C, h, w] to pictures [B, 3, height, width], about -1..1 and not clamped."""
+    z = z.to(device=vae.device, dtype=vae.dtype) / vae.config.scaling_factor + _shift(vae)
+    return vae.decode(z, return_dict=False)[0]
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of two picture tensors in -1..1 (clamped); infinite when they are equal."""
+    error = (a.double().clamp(-1, 1) - b.double().clamp(-1, 1)).div(2).square().mean()
+    return float("inf") if error == 0 else float(-10 * torch.log10(error))
+
+
+def _shift(vae) -> float:
+    return getattr(vae.config, "shift_factor", None) or 0.0
