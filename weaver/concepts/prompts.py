@@ -1,0 +1,123 @@
+"""Prompts with a concept's modifier token, read by a tokenizer and text encoder that never learn of it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from weaver.concepts.concept import Concept
+from weaver.errors import WeaverError
+
+__all__ = ["PromptError", "derive_prompt", "encode_prompt", "encode_text", "tokenize"]
+
+_log = logging.getLogger(__name__)
+_STAND_IN = 0  # any ordinary id: its embedding is replaced, and it can't be taken for the end of the text
+
+
+class PromptError(WeaverError):
+    """A prompt that lacks the modifier token or the class word; names both."""
+
+
+def encode_prompt(pipe, prompt: str, concept: Concept | None = None) -> torch.Tensor:
+    """Encode one prompt as `StableDiffusionPipeline.encode_prompt` does, with a concept's token if given.
+
+    The tokenizer and the text encoder are left as they are. Padding to the encoder's full length is kept, since
+    cross-attention reads it.
+
+    Returns [1, L, C] in the text encoder's dtype, on its device. Raises `PromptError` when the concept's token is
+    not in the prompt, or stands behind the last position the encoder reads.
+    """
+    token, vectors = (None, None) if concept is None else (concept.token, concept.embeddings["text_encoder"])
+    ids, positions, length = tokenize(pipe, prompt, token, 1 if vectors is None else len(vectors))
+    with torch.no_grad():
+        return encode_text(pipe.text_encoder, ids.to(pipe._execution_device), length, positions, vectors)
+
+
+def derive_prompt(base_prompt: str, concept: Concept, *, occurrence: int = 0) -> str:
+    """Put the concept's token before its class word: "a dog and a cat" -> "a dog and a <v1> cat".
+
+    `occurrence` counts the places where the class word stands, from 0, for two concepts of one class.
+    Raises `PromptError` when the class word does not stand there that often.
+    """
+    places = list(_whole(concept.word, re.IGNORECASE).finditer(base_prompt))
+    if not 0 <= occurrence < len(places):
+        raise PromptError(
+            f"prompt {base_prompt!r} names {concept.word!r} {len(places)} times, concept {concept.name!r} needs "
+            f"number {occurrence + 1}: put the class word into the prompt, or give this concept its own prompt"
+        )
+    at = places[occurrence].start()
+    return f"{base_prompt[:at]}{concept.token} {base_prompt[at:]}"
+
+
+def tokenize(pipe, prompt: str, token: str | None = None, vectors: int = 1) -> tuple[torch.Tensor, list[int], int]:
+    """Turn a prompt into ids, with room for `vectors` embeddings wherever `token` stands.
+
+    The text on both sides of the token is tokenized by itself, as it is around an added token.
+
+    Returns ids [1, L], the positions of the token's vectors (in order, a multiple of `vectors`), and the number of
+    ids before padding.
+    """
+    tokenizer = pipe.tokenizer
+    convert = getattr(pipe, "maybe_convert_prompt", lambda text, _: text)  # the pipeline's own textual inversions
+    limit = tokenizer.model_max_length
+    pieces = [prompt] if token is None else _whole(token).split(prompt)
+    if token is not None and len(pieces) == 1:
+        raise PromptError(f"token {token!r} is not in its prompt {prompt!r}: put it before the class word")
+    body: list[int] = []
+    positions: list[int] = []
+    for number, piece in enumerate(pieces):
+        if number:
+            positions += range(1 + len(body), 1 + len(body) + vectors)
+            body += [_STAND_IN] * vectors
+        if piece.strip():
+            body += tokenizer(convert(piece, tokenizer), add_special_tokens=False, verbose=False).input_ids
+    if len(body) > limit - 2:
+        _log.warning("prompt %r is cut to the %d tokens that the text encoder reads", prompt, limit)
+    if positions and positions[-1] > limit - 2:
+        raise PromptError(f"token {token!r} lies behind the {limit} tokens that are read of the prompt {prompt!r}")
+    ids = [tokenizer.bos_token_id, *body[: limit - 2], tokenizer.eos_token_id]
+    padded = ids + [tokenizer.pad_token_id] * (limit - len(ids))
+    return torch.tensor([padded]), positions, len(ids)
+
+
+def encode_text(
+    encoder, ids: torch.Tensor, length: int, positions: Sequence[int] = (), vectors: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Run a text encoder over ids [1, L], with `vectors` [V, C] in place of the embeddings at `positions`.
+
+    Differentiable in `vectors`. Returns the last hidden state [1, L, C] on the device of the ids.
+    """
+    mask = None
+    if getattr(encoder.config, "use_attention_mask", False):
+        mask = (torch.arange(ids.shape[1], device=ids.device) < length).long()[None]
+    with _embeddings_replaced(encoder, positions, vectors):
+        return encoder(ids, attention_mask=mask)[0].to(encoder.dtype)
+
+
+@contextmanager
+def _embeddings_replaced(encoder, positions: Sequence[int], vectors: torch.Tensor | None) -> Iterator[None]:
+    if vectors is None or not positions:
+        yield
+        return
+
+    def replace(module, args, output):
+        rows = vectors.to(output).repeat(len(positions) // len(vectors), 1)  # [positions, C]
+        index = torch.tensor(positions, device=output.device)
+        return output.index_copy(1, index, rows[None].expand(len(output), -1, -1))
+
+    handle = encoder.get_input_embeddings().register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _whole(text: str, flags: int = 0) -> re.Pattern[str]:
+    """Match `text` where it is no part of a longer word."""
+    before = r"(?<!\w)" if re.match(r"\w", text) else ""
+    after = r"(?!\w)" if re.search(r"\w$", text) else ""
+    return re.compile(before + re.escape(text) + after, flags)
