@@ -1,0 +1,65 @@
+# make demo | test | style | sprites | train-embedded        make <target> PYTHON=python3   uses that interpreter as it is
+#
+# Without PYTHON the targets set up .venv once and reuse it until setup.py or constraints.txt change.
+# With PYTHON nothing is installed, and the package runs from this folder.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test style sprites train-embedded
+SHELL := /bin/sh
+ARGS ?=
+VENV := .venv
+SETUP_FILES := setup.py pyproject.toml constraints.txt
+
+ifeq ($(strip $(PYTHON)),)
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+READY_TRAIN := $(VENV)/.ready-train
+else
+PY := $(PYTHON)
+READY :=
+READY_TRAIN :=
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
+
+# pip's resolver must see torch alone first: together with other packages it may swap the build for another.
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
+
+help:
+	@echo "make demo             all five stages on the embedded model; pictures in outputs/demo/ (ARGS=--quick: shipped concepts)"
+	@echo "make test             the tests                                                        (ARGS='-k masks')"
+	@echo "make style            ruff"
+	@echo "make sprites          render the drawings of the embedded world again (needs npm)"
+	@echo "make train-embedded   train the embedded model again                                  (ARGS=--help)"
+	@echo "Add PYTHON=<interpreter> to use one that already has the dependencies; nothing is installed then."
+
+demo: $(READY)
+	@$(PY) -m weaver demo --out outputs/demo $(ARGS)
+
+test: $(READY)
+	@$(PY) -m pytest $(ARGS)
+
+style: $(READY)
+	@$(PY) -m ruff check .
+
+sprites: $(READY_TRAIN)
+	@$(PY) -m weaver.embedded.sprites $(ARGS)
+
+train-embedded: $(READY_TRAIN)
+	@$(PY) -m weaver.embedded.train $(ARGS)
+
+$(VENV)/.ready: $(SETUP_FILES)
+	@for candidate in python3 python3.13 python3.12 python3.11 python; do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then base=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$base" ]; then echo "No Python 3.11 or newer found; install one, or name it: make demo PYTHON=..." >&2; exit 1; fi; \
+	echo "Setting up $(VENV) with $$("$$base" --version): PyTorch first, then the rest; a few minutes, once."; \
+	if ! $(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	  "$$base" -m venv --clear $(VENV) || { echo "Could not make $(VENV); on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	fi
+	@$(PIP) install -c constraints.txt torch
+	@$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.ready-train: $(VENV)/.ready
+	@$(PIP) install -c constraints.txt -e '.[test,train]'
+	@touch $@
