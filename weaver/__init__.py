@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from .errors import WeaverError
+from weaver.errors import WeaverError
 
 _LAZY = {
     "Concept": "concepts.concept",

@@ -1,5 +1,5 @@
 """N cross-attentions over shared queries, weighted by token and summed."""
 
-from .reference import context_attention_reference
+from weaver_kernels.context_attention.reference import context_attention_reference
 
 __all__ = ["context_attention_reference"]

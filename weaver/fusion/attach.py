@@ -1,0 +1,98 @@
+"""Put a plan onto a pipeline or a U-Net, and take it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+
+from weaver.errors import raise_if
+from weaver.fusion.plan import FusionPlan
+from weaver.fusion.processors import FusedCrossAttnProcessor, InjectedSelfAttnProcessor
+from weaver.fusion.state import FUSED_ROW, NEGATIVE_ROW, FusionState
+from weaver.fusion.support import processor_reasons, unet_reasons
+
+__all__ = ["attach"]
+
+_OWN = (FusedCrossAttnProcessor, InjectedSelfAttnProcessor)
+# Pipelines whose batch is the negative rows, then the prompt's, over the whole of the scheduler's timesteps.
+_PIPELINES = ("StableDiffusionPipeline",)
+
+
+@contextmanager
+def attach(target, plan: FusionPlan, *, rows: Sequence[str] | None = None) -> Iterator[FusionState]:
+    """Within the `with` block, `target` draws the plan's fusion. Afterwards it is as it was, bit for bit.
+
+    Parameters
+    ----------
+    target : a `StableDiffusionPipeline`, called as ever, with the plan's prompt, negative prompt, size and steps (see
+        `FusionPlan.pipeline_arguments`); or its U-Net, for a loop of one's own
+    rows : for a U-Net only: what each row of its batch is, "negative" or "fused". A loop of one's own also calls
+        `set_step(step, timesteps)` on what this yields, before each forward
+
+    Guidance is the pipeline's: `eps = omega eps_fused + (1 - omega) eps_negative` (Concept Weaver, section 3.5), and
+    without guidance there is no negative row. Several images a prompt each get the plan.
+
+    Raises `WeaverError` with every reason when the plan does not fit, and when the pipeline is called with other
+    prompts, another size or other steps than the plan's.
+    """
+    unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
+    pipe = None if unet is target else target
+    raise_if(_reasons(unet, pipe, plan, rows), "Cannot attach the plan")
+    state = FusionState(plan, pipe, rows)
+    with ExitStack() as undo:
+        undo.callback(unet.register_forward_pre_hook(state.before_forward, with_kwargs=True).remove)
+        for path in plan.keys_values:
+            _replace(unet, path, FusedCrossAttnProcessor(state, path), undo)
+        if plan.features is not None:
+            for path in plan.features.sites.attention_modules(unet):
+                original = unet.get_submodule(path).processor
+                _replace(unet, path, InjectedSelfAttnProcessor(state, path, original), undo)
+            for path in plan.features.sites.resnet_modules():
+                undo.callback(unet.get_submodule(path).register_forward_hook(_inject(state, path)).remove)
+        yield state
+
+
+def _replace(unet: nn.Module, path: str, processor, undo: ExitStack) -> None:
+    attention = unet.get_submodule(path)
+    undo.callback(attention.set_processor, attention.processor)
+    attention.set_processor(processor)
+
+
+def _inject(state: FusionState, path: str):
+    def hook(module, args, output):
+        feature = state.injected(path, output)
+        return None if feature is None else feature.expand_as(output)
+
+    return hook
+
+
+def _reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str] | None) -> list[str]:
+    if unet_problems := unet_reasons(unet):
+        return unet_problems
+    reasons = []
+    if pipe is None and rows is None:
+        reasons.append("a bare U-Net does not say what its batch rows are: pass rows=('negative', 'fused')")
+    if pipe is not None and rows is not None:
+        reasons.append("rows are the pipeline's own: attach to pipe.unet to declare them")
+    if pipe is not None and type(pipe).__name__ not in _PIPELINES:
+        reasons.append(
+            f"the rows of a {type(pipe).__name__} are not known (of {', '.join(_PIPELINES)} they are): "
+            "attach to its U-Net and declare them"
+        )
+    if odd := sorted(set(rows or ()) - {NEGATIVE_ROW, FUSED_ROW}):
+        reasons.append(f"rows has {', '.join(map(repr, odd))}, expected {NEGATIVE_ROW!r} or {FUSED_ROW!r}")
+    injected = plan.features.sites.attention_modules(unet) if plan.features is not None else []
+    modules = dict(unet.named_modules())
+    for path, (keys, _) in plan.keys_values.items():
+        attention = modules.get(path)
+        if attention is None or keys.shape[-2:] != (attention.heads, attention.inner_kv_dim // attention.heads):
+            return [*reasons, f"the plan is for another U-Net, whose {path} is of another shape"]
+    keys = next(iter(plan.keys_values.values()))[0]
+    if (keys.dtype, keys.device) != (unet.dtype, unet.device):
+        reasons.append(
+            f"the plan is in {keys.dtype} on {keys.device}, the U-Net in {unet.dtype} on {unet.device}: "
+            "build the plan after moving the pipeline"
+        )
+    return reasons + processor_reasons(unet, [*plan.keys_values, *injected], _OWN)

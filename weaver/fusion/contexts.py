@@ -1,0 +1,134 @@
+"""The texts that a fusion attends to, and their keys and values in every cross-attention layer.
+
+Contexts are numbered the same way everywhere: 0 negative, 1 base, then the concepts in their order, then the
+background where it is a concept too (Concept Weaver, section 3.5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from weaver.concepts.concept import Concept
+from weaver.concepts.prompts import derive_prompt, encode_prompt
+from weaver.errors import WeaverError
+from weaver.layers import cross_attention_paths
+
+__all__ = ["BASE", "NEGATIVE", "ConceptUse", "encode_contexts", "project_contexts", "use_reasons"]
+
+NEGATIVE, BASE = 0, 1
+_FIRST_USE = 2
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptUse:
+    """One concept as a fusion uses it.
+
+    Parameters
+    ----------
+    concept : the concept; None is a region with a prompt of its own and the base model's weights
+    prompt : p_+i, which names this concept's token and no other; None puts the token before the concept's class word
+        in the base prompt (the k-th use of a class word takes its k-th occurrence)
+    strength : how much of the concept its region shows; the rest is base, so that weights keep summing to one
+    window : part of the steps, [start, end) within 0..1, in which the concept is used; base outside of it
+    scale : multiplies the concept's weight deltas
+    """
+
+    concept: Concept | None
+    prompt: str | None = None
+    strength: float = 1.0
+    window: tuple[float, float] = (0.0, 1.0)
+    scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.concept.name if self.concept is not None else f"region {self.prompt!r}"
+
+    def strength_at(self, progress: float) -> float:
+        """The strength at a part of the run, 0 (first step) to 1."""
+        start, end = self.window
+        return self.strength if start <= progress < end else 0.0
+
+
+def use_reasons(pipe, uses: Sequence[ConceptUse]) -> list[str]:
+    """What is wrong with the settings and the base model of each use; empty when nothing is."""
+    reasons = []
+    for use in uses:
+        if use.concept is None and use.prompt is None:
+            reasons.append("a region without a concept needs a prompt")
+            continue
+        if not (math.isfinite(use.strength) and use.strength >= 0):
+            reasons.append(f"strength of {use.name} is {use.strength!r}, expected 0 or more (1 is all of it)")
+        if not math.isfinite(use.scale):
+            reasons.append(f"scale of {use.name} is {use.scale!r}, expected a finite number")
+        window = tuple(use.window)
+        if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
+            reasons.append(f"window of {use.name} is {use.window!r}, expected (start, end) with 0 <= start < end <= 1")
+        if use.concept is not None:
+            try:
+                use.concept.check_base(pipe)
+            except WeaverError as error:
+                reasons.append(str(error))
+    return reasons
+
+
+def encode_contexts(
+    pipe, prompt: str, negative_prompt: str, uses: Sequence[ConceptUse]
+) -> tuple[tuple[str, ...], torch.Tensor | None, list[str]]:
+    """Write and encode the prompt of every context.
+
+    Returns the prompts and their encodings [S', L, C], negative and base first; or the reasons why one can't be had,
+    and None for the encodings.
+    """
+    plans = [(negative_prompt, None), (prompt, None)]
+    reasons, seen = [], {}
+    for use in uses:
+        word = use.concept.word.lower() if use.concept is not None else None
+        occurrence = seen.get(word, 0)
+        seen[word] = occurrence + 1
+        try:
+            own = use.prompt if use.prompt is not None else derive_prompt(prompt, use.concept, occurrence=occurrence)
+            plans.append((own, use.concept))
+        except WeaverError as error:
+            reasons.append(str(error))
+    texts = []
+    for text, concept in plans:
+        try:
+            texts.append(encode_prompt(pipe, text, concept))
+        except WeaverError as error:
+            reasons.append(str(error))
+    return tuple(text for text, _ in plans), None if reasons else torch.cat(texts), reasons
+
+
+@torch.no_grad()
+def project_contexts(
+    unet, text: torch.Tensor, uses: Sequence[ConceptUse]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of every context in every cross-attention layer, with each concept's own weights.
+
+    Text does not change from step to step, so this is done once a generation. The negative and the base context have
+    the untuned weights.
+
+    Parameters
+    ----------
+    text : [S', L, C], `uses` those of contexts 2 and on
+
+    Returns path of the attn2 -> keys and values, each [S', L, H, D] in the U-Net's dtype.
+    """
+    found = {}
+    for path in cross_attention_paths(unet):
+        attention = unet.get_submodule(path)
+        pair = []
+        for name in ("to_k", "to_v"):
+            projected = getattr(attention, name)(text.to(unet.dtype))  # [S', L, H * D]
+            for s, use in enumerate(uses, start=_FIRST_USE):
+                delta = use.concept.deltas.get(f"{path}.{name}") if use.concept is not None else None
+                if delta is not None:
+                    projected[s] += use.scale * F.linear(text[s].to(projected), delta.to(projected))
+            pair.append(projected.unflatten(-1, (attention.heads, -1)))
+        found[path] = tuple(pair)
+    return found

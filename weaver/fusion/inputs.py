@@ -1,0 +1,80 @@
+"""The plain inputs of a fusion plan, completed by defaults and checked: steps, size, masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from weaver.errors import WeaverError
+from weaver.features import Features
+from weaver.layers import site_reasons
+from weaver.masks.compose import check_partition
+
+__all__ = ["full_masks", "steps_and_size"]
+
+_DEFAULT_STEPS = 50
+_PIXEL_MULTIPLE = 8  # diffusers' Stable Diffusion pipelines take no other size
+
+
+def steps_and_size(
+    unet, factor: int, features: Features | None, steps: int | None, height: int | None, width: int | None
+) -> tuple[int, tuple[int, int], list[str]]:
+    """The number of steps, (h, w) of the latents, and what is wrong with them."""
+    reasons = []
+    if features is not None:
+        reasons += site_reasons(unet, features.sites)
+        own = (features.size[0] * factor, features.size[1] * factor)
+        height, width = height or own[0], width or own[1]
+        if (height, width) != own:
+            reasons.append(f"picture is {height} x {width}, the template's features are for {own[0]} x {own[1]}")
+        if steps is not None and steps != features.steps:
+            reasons.append(f"steps is {steps!r}, the template was inverted in {features.steps}: use the same number")
+        steps = features.steps if steps is None else steps
+    sample = unet.config.sample_size
+    own = (sample, sample) if isinstance(sample, int) else tuple(sample)
+    height = own[0] * factor if height is None else height
+    width = own[1] * factor if width is None else width
+    multiple = max(factor, _PIXEL_MULTIPLE)
+    for name, value in (("height", height), ("width", width)):
+        if not isinstance(value, int) or value < 1 or value % multiple:
+            reasons.append(f"{name} is {value!r}, expected a multiple of {multiple} pixels")
+    steps = _DEFAULT_STEPS if steps is None else steps
+    if not isinstance(steps, int) or steps < 1:
+        reasons.append(f"steps is {steps!r}, expected a whole number from 1")
+    return steps, (int(height) // factor, int(width) // factor), reasons
+
+
+def full_masks(
+    masks: torch.Tensor | np.ndarray | None,
+    names: Sequence[str],
+    background: str | None,
+    size: tuple[int, int],
+    factor: int,
+) -> tuple[torch.Tensor | None, list[str]]:
+    """Masks [N + 1, H, W] with the background last, and what is wrong with them."""
+    pixels = (size[0] * factor, size[1] * factor)
+    if masks is None:
+        masks = np.zeros((0, *pixels))
+        if names:
+            return None, [f"no masks for the {len(names)} concepts ({', '.join(names)})"]
+    masks = torch.as_tensor(masks).float()
+    if masks.ndim != 3 or len(masks) not in (len(names), len(names) + 1):
+        shape = tuple(masks.shape)
+        return None, [f"masks have shape {shape}, expected [{len(names)} or {len(names) + 1}, height, width]"]
+    if tuple(masks.shape[1:]) not in (pixels, size):
+        return None, [
+            f"masks are {masks.shape[1]} x {masks.shape[2]}, expected the picture's {pixels[0]} x {pixels[1]} "
+            f"or the latents' {size[0]} x {size[1]}: resize them"
+        ]
+    if len(masks) == len(names):
+        masks = torch.cat([masks, 1 - masks.sum(0, keepdim=True)])
+    reasons = []
+    wanted = [*names, background] if background is not None else names
+    reasons += [f"the mask of {name} is empty" for name, mask in zip(wanted, masks, strict=False) if not mask.any()]
+    try:
+        check_partition(masks)
+    except WeaverError as error:
+        reasons.append(str(error))
+    return masks, reasons

@@ -1,0 +1,135 @@
+"""Everything a fusion needs, made and checked before the first step."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from weaver.errors import raise_if
+from weaver.features import Features
+from weaver.fusion.contexts import BASE, NEGATIVE, ConceptUse, encode_contexts, project_contexts, use_reasons
+from weaver.fusion.inputs import full_masks, steps_and_size
+from weaver.fusion.support import unet_reasons
+from weaver.fusion.weights import phase_starts, token_weights
+from weaver.latents import vae_scale_factor
+from weaver.layers import layer_size
+from weaver.masks.compose import mask_pyramid
+
+__all__ = ["ConceptUse", "FusionPlan"]
+
+
+@dataclass(frozen=True, eq=False)
+class FusionPlan:
+    """A fusion, frozen: texts as keys and values, masks as weights, the template as features. Made by `build`.
+
+    Rows B, contexts S' (negative, base, concepts, background where it is one), tokens T, text length L, heads H, head
+    dimension D, text width C.
+
+    Parameters
+    ----------
+    prompts : the S' prompts, and `text` [S', L, C] their encodings
+    keys_values : path of each attn2 -> (keys, values), both [S', L, H, D]
+    phases : where, as parts of the run, the weights change
+    weights : (phase, (h, w)) -> [S' - 1, T], how the fused row weighs base and the contexts after it; columns sum to 1
+    sizes : path of each attn2 -> (h, w) of its map
+    size : (h, w) of the latents, and `pixels` (height, width) of the picture
+    steps : for how many steps it was planned
+    features : the template's, or None for fusion from plain noise
+    """
+
+    prompts: tuple[str, ...]
+    text: torch.Tensor
+    keys_values: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    phases: tuple[float, ...]
+    weights: Mapping[tuple[int, tuple[int, int]], torch.Tensor]
+    sizes: Mapping[str, tuple[int, int]]
+    size: tuple[int, int]
+    pixels: tuple[int, int]
+    steps: int
+    features: Features | None
+
+    @classmethod
+    @torch.no_grad()
+    def build(
+        cls,
+        pipe,
+        concepts: Sequence[ConceptUse] = (),
+        masks: torch.Tensor | np.ndarray | None = None,
+        *,
+        prompt: str,
+        negative_prompt: str = "",
+        background: ConceptUse | None = None,
+        suppression: float = 0.0,
+        features: Features | None = None,
+        steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> FusionPlan:
+        """Check everything, encode the prompts, project all contexts' keys and values, and weigh the masks.
+
+        The concepts' weights are not needed afterwards. Put the pipeline on its device and in its dtype first.
+
+        Parameters
+        ----------
+        pipe : a `StableDiffusionPipeline`, only read
+        concepts : N uses of concepts, each in the region of its mask
+        masks : [N, height, width] that do not overlap, or [N + 1, height, width] with the background last and summing
+            to one, as `compose_masks` makes them; 0..1, in the picture's pixels or in latent cells. None if N is 0
+        prompt : p_base, the concept-free prompt of the whole picture
+        negative_prompt : p_neg
+        background : a concept for everything outside the masks; None leaves it to the base model
+        suppression : lambda, how far the result is pushed away from the base model's own idea; 0 or more
+        features : the template's; None fuses from plain noise, without injection
+        steps : of the fusion; the features' where there are some, else 50
+        height, width : of the picture in pixels; the features' where there are some, else the model's own
+
+        Raises `WeaverError` with every reason, when something does not fit.
+        """
+        unet, uses = pipe.unet, [*concepts, *([background] if background is not None else [])]
+        raise_if(unet_reasons(unet), "Cannot fuse with this model")
+        factor = vae_scale_factor(pipe.vae)
+        steps, size, reasons = steps_and_size(unet, factor, features, steps, height, width)
+        if not (math.isfinite(suppression) and suppression >= 0):
+            reasons.append(f"suppression is {suppression!r}, expected 0 or more")
+        full, mask_reasons = full_masks(
+            masks, [use.name for use in concepts], background.name if background else None, size, factor
+        )
+        prompts, text, text_reasons = encode_contexts(pipe, prompt, negative_prompt, uses)
+        raise_if(reasons + mask_reasons + use_reasons(pipe, uses) + text_reasons, "Cannot build the fusion plan")
+
+        text = text.to(unet.device)
+        keys_values = project_contexts(unet, text, uses)
+        levels = len(unet.config.block_out_channels)
+        sizes = {path: layer_size(path, levels, size) for path in keys_values}
+        phases = phase_starts(use.window for use in uses)
+        dtype = torch.float64 if unet.dtype == torch.float64 else torch.float32
+        weights = {}
+        for hw, reduced in mask_pyramid(full, sorted(set(sizes.values()))).items():
+            for phase, start in enumerate(phases):
+                strengths = [use.strength_at(start) for use in uses]
+                weights[phase, hw] = token_weights(reduced, strengths, suppression).to(unet.device, dtype)
+        pixels = (size[0] * factor, size[1] * factor)
+        return cls(prompts, text, keys_values, phases, weights, sizes, size, pixels, steps, features)
+
+    def phase_at(self, progress: float) -> int:
+        """Number of the phase at a part of the run, 0 (first step) to 1."""
+        return bisect.bisect_right(self.phases, progress) - 1
+
+    def pipeline_arguments(self) -> dict:
+        """Arguments for a pipeline call under `attach` that say what this plan says: texts, size, steps and noise.
+
+        Without features the noise is left to the pipeline's own `generator`.
+        """
+        arguments = {
+            "prompt_embeds": self.text[BASE : BASE + 1],
+            "negative_prompt_embeds": self.text[NEGATIVE : NEGATIVE + 1],
+            "height": self.pixels[0],
+            "width": self.pixels[1],
+            "num_inference_steps": self.steps,
+        }
+        return arguments if self.features is None else arguments | {"latents": self.features.z_T}

@@ -1,0 +1,72 @@
+"""What attention does while a plan is attached."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from weaver.errors import WeaverError
+from weaver_kernels import context_attention_reference
+
+__all__ = ["FusedCrossAttnProcessor", "InjectedSelfAttnProcessor"]
+
+
+class FusedCrossAttnProcessor:
+    """Cross-attention to every context of a row at once (Concept Weaver, section 3.5).
+
+    All contexts share the queries of the fused hidden state. They are summed before the output projection, which is
+    shared too: exact, because the weights add up to one in every token and so keep the projection's bias.
+    """
+
+    def __init__(self, state, path: str):
+        self.state = state
+        self.path = path
+
+    def __call__(
+        self,
+        attn,
+        hidden_states: torch.Tensor,  # [B, T, C]
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if attention_mask is not None:
+            raise WeaverError("A mask over text tokens (encoder_attention_mask) can't be fused: call without it")
+        keys, values, weights, index = self.state.contexts(self.path)
+        q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))  # [B, T, H, D]
+        out = context_attention_reference(q, keys, values, weights, index, scale=attn.scale)
+        for layer in attn.to_out:  # projection and dropout
+            out = layer(out.flatten(-2) if out.ndim == 4 else out)
+        return out / attn.rescale_output_factor
+
+
+class InjectedSelfAttnProcessor:
+    """Self-attention with the template's queries and keys in every row, and the row's own values.
+
+    Outside of the injected steps it is the processor that was there before.
+    """
+
+    def __init__(self, state, path: str, original):
+        self.state = state
+        self.path = path
+        self.original = original
+
+    def __call__(
+        self,
+        attn,
+        hidden_states: torch.Tensor,  # [B, T, C]
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        q = self.state.injected(f"{self.path}.to_q", hidden_states)  # [1, T, H * D]
+        if q is None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        k = self.state.injected(f"{self.path}.to_k", hidden_states)
+        v = attn.to_v(hidden_states)
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))  # [., H, T, D]
+        q, k = (x.expand(len(v), -1, -1, -1) for x in (q, k))
+        out = F.scaled_dot_product_attention(q, k, v, scale=attn.scale).transpose(1, 2).flatten(-2)
+        for layer in attn.to_out:
+            out = layer(out)
+        return out / attn.rescale_output_factor

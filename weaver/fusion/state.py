@@ -1,0 +1,137 @@
+"""The one thing that changes during a fusion: which step it is, and what each row of the batch is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from weaver.errors import WeaverError
+from weaver.fusion.contexts import BASE, NEGATIVE
+from weaver.fusion.plan import FusionPlan
+
+__all__ = ["FUSED_ROW", "NEGATIVE_ROW", "FusionState"]
+
+NEGATIVE_ROW, FUSED_ROW = "negative", "fused"
+# Encodings of one prompt differ by rounding between batches and devices; those of two prompts by much more.
+_SAME_TEXT = 0.05
+
+
+class FusionState:
+    """Follows the U-Net's calls under one plan. Read by the processors, advanced before each forward.
+
+    Rows and steps are the pipeline's own: its guidance says which rows there are, its scheduler which step it is. For
+    a bare U-Net both are told: `rows` to `attach`, the step to `set_step`.
+    """
+
+    def __init__(self, plan: FusionPlan, pipe=None, rows: Sequence[str] | None = None):
+        self.plan = plan
+        self._pipe = pipe
+        self._declared = tuple(rows) if rows is not None else None
+        self._timesteps: torch.Tensor | None = None
+        self._step: tuple[int, int] | None = None
+        self._cache: dict = {}
+        self._current: dict = {}
+        self._features: dict = {}
+
+    def set_step(self, step: int, timesteps: torch.Tensor) -> None:
+        """Say that the next forward is number `step` of a loop over `timesteps` (bare U-Net)."""
+        if timesteps is not self._timesteps:
+            self._check_timesteps(timesteps)
+            self._timesteps = timesteps
+        self._step = (step, len(timesteps))
+
+    def before_forward(self, unet, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of the U-Net: settle rows and step for the processors."""
+        sample, timestep, text = (
+            args[i] if i < len(args) else kwargs[name]
+            for i, name in enumerate(("sample", "timestep", "encoder_hidden_states"))
+        )
+        if tuple(sample.shape[-2:]) != self.plan.size:
+            got, size = tuple(sample.shape[-2:]), self.plan.size
+            raise WeaverError(f"The latents are {got[0]} x {got[1]}, the plan is for {size[0]} x {size[1]}")
+        rows = self._rows(len(sample))
+        if self._pipe is not None and self._follow(timestep):
+            self._check_text(rows, text)
+        step, steps = self._require_step()
+        phase = self.plan.phase_at(step / steps)
+        if (rows, phase) not in self._cache:
+            self._cache[rows, phase] = self._row_weights(rows, phase)
+        self._current = self._cache[rows, phase]
+        self._features = self.plan.features.tensors[step] if self.plan.features is not None else {}
+
+    def contexts(self, path: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values [S', L, H, D], weights [B, S, T] and context index [B, S] of the attn2 at `path`."""
+        return *self.plan.keys_values[path], *self._current[self.plan.sizes[path]]
+
+    def injected(self, path: str, like: torch.Tensor) -> torch.Tensor | None:
+        """The template's output of the module at `path`, one row, where `like` is; None if not injected now."""
+        feature = self._features.get(path)
+        return None if feature is None else feature.to(like.device, like.dtype, non_blocking=True)
+
+    def _rows(self, batch: int) -> tuple[str, ...]:
+        if self._declared is not None:
+            if len(self._declared) != batch:
+                raise WeaverError(f"The batch has {batch} rows, {len(self._declared)} were declared to attach()")
+            return self._declared
+        if not self._pipe.do_classifier_free_guidance:
+            return (FUSED_ROW,) * batch
+        return (NEGATIVE_ROW,) * (batch // 2) + (FUSED_ROW,) * (batch - batch // 2)
+
+    def _follow(self, timestep) -> bool:
+        """Find the step in the scheduler's own list; True if a new run of the pipeline has begun."""
+        timesteps = self._pipe.scheduler.timesteps
+        self._step = (_position(timestep, timesteps), len(timesteps))
+        if timesteps is self._timesteps:
+            return False
+        self._check_timesteps(timesteps)
+        self._timesteps = timesteps
+        return True
+
+    def _require_step(self) -> tuple[int, int]:
+        if self._step is None:
+            raise WeaverError("attached to a bare U-Net: call set_step(step, timesteps) before each forward")
+        return self._step
+
+    def _check_timesteps(self, timesteps: torch.Tensor) -> None:
+        features = self.plan.features
+        if features is not None and features.timesteps.tolist() != timesteps.tolist():
+            raise WeaverError(
+                f"The template's features are for {features.steps} DDIM steps from {int(features.timesteps[0])}, the "
+                f"run has {len(timesteps)} from {int(timesteps[0])}: use ddim_scheduler(pipe.scheduler) and "
+                f"num_inference_steps={features.steps}"
+            )
+
+    def _check_text(self, rows: tuple[str, ...], text: torch.Tensor) -> None:
+        own = self.plan.text[[NEGATIVE if row == NEGATIVE_ROW else BASE for row in rows]].to(text)
+        same = own.shape == text.shape and bool((own - text).abs().mean() <= _SAME_TEXT * own.abs().mean())
+        if not same:
+            raise WeaverError(
+                f"The pipeline was called with other prompts than the plan's {self.plan.prompts[BASE]!r} and negative "
+                f"{self.plan.prompts[NEGATIVE]!r}: pass these, or **plan.pipeline_arguments()"
+            )
+
+    def _row_weights(self, rows: tuple[str, ...], phase: int) -> dict:
+        """(h, w) -> weights [B, S, T] and context index [B, S] for these rows."""
+        found = {}
+        for (of, size), fused in self.plan.weights.items():
+            if of != phase:
+                continue
+            negative = torch.zeros_like(fused)
+            negative[0] = 1
+            weights = torch.stack([negative if row == NEGATIVE_ROW else fused for row in rows])
+            fused_index = list(range(BASE, BASE + len(fused)))
+            index = [[NEGATIVE] * len(fused) if row == NEGATIVE_ROW else fused_index for row in rows]
+            found[size] = weights, torch.tensor(index, device=fused.device)
+        return found
+
+
+def _position(timestep, timesteps: torch.Tensor) -> int:
+    """Which of `timesteps` this is, without waiting for the device where it is a view of them, as in pipelines."""
+    if isinstance(timestep, torch.Tensor):
+        if timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
+            return (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
+    matches = (timesteps == timestep).nonzero()
+    if not len(matches):
+        raise WeaverError(f"Timestep {timestep} is none of the scheduler's {timesteps.tolist()}")
+    return int(matches[0])

@@ -1,0 +1,64 @@
+"""Which U-Nets can be fused, and which attention processors may be replaced while they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from diffusers import UNet2DConditionModel
+from diffusers.models import attention_processor as library
+
+from weaver.layers import attention_paths, cross_attention_paths
+
+__all__ = ["processor_reasons", "unet_reasons"]
+
+# Attention as such, in several implementations: to compute it otherwise changes nothing but rounding.
+_PLAIN = (
+    library.AttnProcessor,
+    library.AttnProcessor2_0,
+    library.SlicedAttnProcessor,
+    library.XFormersAttnProcessor,
+)
+
+
+def unet_reasons(unet) -> list[str]:
+    """Why contexts can't be fused in this U-Net; empty when they can."""
+    if not isinstance(unet, UNet2DConditionModel):
+        return [f"the U-Net is a {type(unet).__name__}, expected a diffusers UNet2DConditionModel"]
+    reasons = []
+    if unet.config.addition_embed_type is not None:
+        reasons.append(f"the U-Net has added conditioning ({unet.config.addition_embed_type}), as SDXL's has")
+    if unet.config.encoder_hid_dim_type is not None:
+        reasons.append(f"the U-Net projects its text by {unet.config.encoder_hid_dim_type}: unload the image adapter")
+    for path in cross_attention_paths(unet):
+        attention = unet.get_submodule(path)
+        if attention.fused_projections:
+            reasons.append(f"{path} has fused projections: call pipe.unfuse_qkv_projections() first")
+        for part in ("norm_cross", "norm_q", "norm_k", "group_norm", "spatial_norm", "add_k_proj"):
+            if getattr(attention, part, None):
+                reasons.append(f"{path} has {part}, which can't be shared by contexts")
+        if attention.residual_connection:
+            reasons.append(f"{path} adds its own input, which can't be shared by contexts")
+    reasons += [
+        f"{path} reads the text, where only the U-Net's own picture is expected"
+        for path in attention_paths(unet, "attn1")
+        if unet.get_submodule(path).is_cross_attention
+    ]
+    return reasons
+
+
+def processor_reasons(unet, paths: Iterable[str], own: tuple[type, ...]) -> list[str]:
+    """Why the processors of the attentions at `paths` can't be replaced; `own` are the classes attaching installs."""
+    reasons = []
+    for path in paths:
+        attention = unet.get_submodule(path)
+        processor = attention.processor
+        if isinstance(processor, own):
+            return ["a plan is already attached to this U-Net: leave its `with` block first"]
+        if type(processor) not in _PLAIN:
+            reasons.append(
+                f"{path} has a {type(processor).__name__}, whose work would be lost: "
+                "call unet.set_default_attn_processor() or unload what installed it"
+            )
+        if attention.fused_projections:
+            reasons.append(f"{path} has fused projections: call pipe.unfuse_qkv_projections() first")
+    return reasons

@@ -1,0 +1,163 @@
+"""Where things are in a diffusers U-Net: the one file that knows its path names.
+
+The papers number decoder layers: `l` counts resnets of the decoder from its deepest block, three to a block, so
+`block, i = divmod(l, 3)` is `up_blocks[block]`, resnet and attention `i` (Plug-and-Play Diffusion, arXiv 2211.12572;
+Concept Weaver, section 3.3). The deepest block, l = 0..2, has no attention in Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from weaver.errors import WeaverError
+
+__all__ = [
+    "EMBEDDED",
+    "PAPER",
+    "PLUG_AND_PLAY",
+    "SITES",
+    "InjectionSites",
+    "attention_paths",
+    "cross_attention_paths",
+    "layer_size",
+    "site_reasons",
+    "sites_for",
+]
+
+_RESNETS_PER_BLOCK = 3
+# Below this latent width the map of l=4 is under 8x8 and holds no composition: such a model needs its own table.
+_SMALL_LATENTS = 32
+
+
+@dataclass(frozen=True)
+class InjectionSites:
+    """Decoder layers whose features come from the template, and for how long.
+
+    Parameters
+    ----------
+    name : how the table is called in job files and messages
+    resnets : layers `l` whose residual branch (output of `conv2`, before the shortcut is added) is injected
+    attentions : layers `l` whose self-attention queries and keys are injected (values are not)
+    resnet_window, attention_window : part of the steps, from the first, during which that is done, 0..1. The number
+        of steps is rounded down, as Plug-and-Play's code does.
+    """
+
+    name: str
+    resnets: tuple[int, ...] = ()
+    attentions: tuple[int, ...] = ()
+    resnet_window: float = 0.8
+    attention_window: float = 0.5
+
+    def __post_init__(self):
+        reasons = [
+            f"{key} is {value!r}, expected a part of the steps, 0 to 1"
+            for key, value in [("resnet_window", self.resnet_window), ("attention_window", self.attention_window)]
+            if not 0 <= value <= 1
+        ]
+        for key in ("resnets", "attentions"):
+            layers = tuple(getattr(self, key))
+            if any(not isinstance(layer, int) or layer < 0 for layer in layers) or len(set(layers)) < len(layers):
+                reasons.append(f"{key} is {layers!r}, expected different decoder layer numbers from 0")
+            object.__setattr__(self, key, layers)
+        if reasons:
+            raise WeaverError(f"Injection sites {self.name!r}: " + "; ".join(reasons))
+
+    def resnet_steps(self, steps: int) -> int:
+        """For how many of `steps` the ResNet features are injected."""
+        return _whole(self.resnet_window * steps)
+
+    def attention_steps(self, steps: int) -> int:
+        """For how many of `steps` queries and keys are injected."""
+        return _whole(self.attention_window * steps)
+
+    def resnet_modules(self) -> list[str]:
+        """The modules whose outputs are the ResNet features."""
+        return ["up_blocks.{}.resnets.{}.conv2".format(*divmod(layer, _RESNETS_PER_BLOCK)) for layer in self.resnets]
+
+    def attention_modules(self, unet: nn.Module) -> list[str]:
+        """The self-attentions whose `to_q` and `to_k` outputs are injected, every transformer of each layer."""
+        prefixes = tuple(
+            "up_blocks.{}.attentions.{}.".format(*divmod(layer, _RESNETS_PER_BLOCK)) for layer in self.attentions
+        )
+        return [path for path in attention_paths(unet, "attn1") if path.startswith(prefixes)]
+
+
+PAPER = InjectionSites("paper", resnets=(4,), attentions=(4, 7, 9))
+"""Concept Weaver, section 3.3. The windows are Plug-and-Play's; the paper gives none."""
+
+PLUG_AND_PLAY = InjectionSites("plug-and-play", resnets=(4,), attentions=tuple(range(4, 12)))
+"""Plug-and-Play Diffusion's own choice, for Stable Diffusion."""
+
+EMBEDDED = InjectionSites("embedded", resnets=(3, 4, 5), attentions=tuple(range(4, 12)), attention_window=0.8)
+"""For the embedded model, and others with latents so small that l=4 is a map of a few cells."""
+
+SITES = {sites.name: sites for sites in (PAPER, PLUG_AND_PLAY, EMBEDDED)}
+
+
+def sites_for(model: str | nn.Module | Mapping) -> InjectionSites:
+    """The table named `model`, or the default of a U-Net (or of its configuration).
+
+    The default is the paper's, except for latents under 32 cells wide: there it is the embedded model's. Raises
+    `WeaverError` for an unknown name and for a U-Net whose layers do not count as Stable Diffusion's (SDXL's three
+    levels).
+    """
+    if isinstance(model, str):
+        if model not in SITES:
+            raise WeaverError(f"Unknown injection sites {model!r}: choose one of {', '.join(SITES)}")
+        return SITES[model]
+    config = model if isinstance(model, Mapping) else model.config
+    if len(config["block_out_channels"]) != 4 or config["layers_per_block"] != _RESNETS_PER_BLOCK - 1:
+        raise WeaverError(
+            f"No injection sites are known for a U-Net with channels {config['block_out_channels']} and "
+            f"{config['layers_per_block']} layers a block: pass an InjectionSites of your own"
+        )
+    sample = config["sample_size"] or _SMALL_LATENTS
+    return EMBEDDED if (sample if isinstance(sample, int) else min(sample)) < _SMALL_LATENTS else PAPER
+
+
+def site_reasons(unet: nn.Module, sites: InjectionSites) -> list[str]:
+    """Why `sites` do not fit `unet`; empty when they do."""
+    modules = dict(unet.named_modules())
+    reasons = [
+        f"injection sites {sites.name!r} name ResNet l={layer}, and the U-Net has no {path}"
+        for layer, path in zip(sites.resnets, sites.resnet_modules(), strict=True)
+        if path not in modules
+    ]
+    paths = attention_paths(unet, "attn1")
+    for layer in sites.attentions:
+        prefix = "up_blocks.{}.attentions.{}.".format(*divmod(layer, _RESNETS_PER_BLOCK))
+        if not any(path.startswith(prefix) for path in paths):
+            reasons.append(f"injection sites {sites.name!r} name attention l={layer}, where the U-Net has none")
+    return reasons
+
+
+def attention_paths(unet: nn.Module, kind: str) -> list[str]:
+    """Paths of every `attn1` (self) or `attn2` (cross) module, in the U-Net's order."""
+    return [path for path, _ in unet.named_modules() if path.rsplit(".", 1)[-1] == kind]
+
+
+def cross_attention_paths(unet: nn.Module) -> list[str]:
+    """Paths of every cross-attention, in the U-Net's order."""
+    return attention_paths(unet, "attn2")
+
+
+def layer_size(path: str, levels: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width in tokens of the map at `path`, for latents of `size` in a U-Net of `levels` levels.
+
+    Every level but the last halves the map, rounding up (a convolution of stride 2 and padding 1).
+    """
+    kind, index, *_ = path.split(".")
+    level = levels - 1
+    if kind != "mid_block":
+        level = int(index) if kind == "down_blocks" else levels - 1 - int(index)
+    height, width = size
+    for _ in range(level):
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return height, width
+
+
+def _whole(steps: float) -> int:
+    return int(steps + 1e-9)  # 0.29 * 100 is 28.999999999999996
