@@ -1,0 +1,54 @@
+"""The drawings of the embedded world: which vendor draws which animal, and where the rendered sprites lie.
+
+Sprites are 160-pixel RGBA pictures cropped to the drawing, one file each in ``sprites/<vendor>/<animal>.png``.
+They ship with the package, so only :mod:`weaver.embedded.render_sprites` (``make sprites``) needs npm.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+__all__ = ["ANIMALS", "DRAWINGS", "HELD_OUT_VENDORS", "SPRITE_DIR", "TRAINING_VENDORS", "load_sprite", "vendors_of"]
+
+ANIMALS = ("dog", "cat", "fox", "panda", "frog", "pig")
+
+_PLAIN = {"dog": "dog-face", "cat": "cat-face", "fox": "fox", "panda": "panda", "frog": "frog", "pig": "pig-face"}
+
+# Icon names inside the Iconify set of the same name; fxemoji and streamline-emojis draw no fox from the front.
+DRAWINGS: dict[str, dict[str, str]] = {
+    "noto": _PLAIN,
+    "noto-v1": _PLAIN,
+    "twemoji": _PLAIN,
+    "fxemoji": {"dog": "dog", "cat": "cat", "panda": "pandaface", "frog": "frog", "pig": "pig"},
+    "streamline-emojis": {
+        "dog": "dog-face",
+        "cat": "cat-face",
+        "panda": "panda-face",
+        "frog": "frog-face",
+        "pig": "pig-face",
+    },
+    "emojione": _PLAIN,
+    "fluent-emoji-flat": _PLAIN,
+}
+TRAINING_VENDORS = ("noto", "noto-v1", "twemoji", "fxemoji", "streamline-emojis")
+HELD_OUT_VENDORS = ("emojione", "fluent-emoji-flat")
+
+SPRITE_DIR = Path(__file__).parent / "sprites"
+
+
+def vendors_of(animal: str, vendors: tuple[str, ...] = TRAINING_VENDORS) -> tuple[str, ...]:
+    """The vendors among `vendors` that draw `animal`."""
+    return tuple(vendor for vendor in vendors if animal in DRAWINGS[vendor])
+
+
+@cache
+def load_sprite(vendor: str, animal: str) -> Image.Image:
+    """The drawing of `animal` by `vendor` as an RGBA picture cropped to its outline; do not modify it in place."""
+    path = SPRITE_DIR / vendor / f"{animal}.png"
+    if not path.exists():
+        raise FileNotFoundError(f"no sprite at {path}: run `make sprites` to render the drawings again")
+    with Image.open(path) as image:
+        return image.convert("RGBA")

@@ -1,0 +1,98 @@
+"""The word-conditioned segmenter of the embedded world: a picture and a word give the word's mask."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from weaver.embedded.drawings import ANIMALS
+from weaver.embedded.world import IMAGE_SIZE
+from weaver.errors import WeaverError
+
+__all__ = ["Segmenter", "load_segmenter"]
+
+SEGMENTER_FILE = Path(__file__).parent / "helpers" / "segmenter.safetensors"
+
+
+def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.SiLU(),
+        nn.Conv2d(outputs, outputs, 3, 1, 1), nn.GroupNorm(8, outputs), nn.SiLU(),
+    )  # fmt: skip
+
+
+class Segmenter(nn.Module):
+    """A U-Net of 64x64 pictures whose pixel features are compared with word embeddings.
+
+    Parameters
+    ----------
+    width : channels at full size; deeper levels have 2, 4 and 4 times as many.
+    """
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        levels = (width, 2 * width, 4 * width, 4 * width)
+        self.stem = _block(3, width)
+        self.down = nn.ModuleList(_block(a, b, stride=2) for a, b in zip(levels[:-1], levels[1:], strict=True))
+        self.up = nn.ModuleList(_block(a + b, b) for a, b in zip(levels[:0:-1], levels[-2::-1], strict=True))
+        self.words = nn.Embedding(len(ANIMALS), width)
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits [B, words, 64, 64] of every word of the world for pictures [B, 3, 64, 64] in [-1, 1]."""
+        maps = [self.stem(pixels)]
+        for block in self.down:
+            maps.append(block(maps[-1]))
+        features = maps.pop()
+        for block in self.up:
+            features = F.interpolate(features, scale_factor=2, mode="nearest")
+            features = block(torch.cat([features, maps.pop()], 1))
+        return torch.einsum("bchw,nc->bnhw", features, self.words.weight) + self.bias
+
+    @torch.no_grad()
+    def segment(self, image: Image.Image, words: list[str]) -> np.ndarray:
+        """Soft masks of `words` in `image`.
+
+        Parameters
+        ----------
+        image : RGB picture of any size; it is looked at in 64x64 pixels.
+        words : class words; objects of one class share one mask.
+
+        Returns
+        -------
+        np.ndarray
+            [len(words), height, width] float32 in [0, 1].
+
+        Raises
+        ------
+        WeaverError
+            If a word is not one of the embedded world's animals.
+        """
+        unknown = [word for word in words if word not in ANIMALS]
+        if unknown:
+            raise WeaverError(
+                f"the embedded segmenter does not know {', '.join(map(repr, unknown))}: "
+                f"it knows {', '.join(ANIMALS)}; give other concepts a mask file, a box or an attention mask"
+            )
+        small = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
+        chosen = [ANIMALS.index(word) for word in words]
+        masks = self(pixels)[:, chosen].sigmoid()
+        if image.size != small.size:
+            masks = F.interpolate(masks, (image.height, image.width), mode="bilinear", align_corners=False)
+        return masks[0].numpy()
+
+
+@lru_cache(maxsize=1)
+def load_segmenter() -> Segmenter:
+    """The trained segmenter that ships with the package."""
+    segmenter = Segmenter()
+    segmenter.load_state_dict({name: tensor.float() for name, tensor in load_file(SEGMENTER_FILE).items()})
+    return segmenter.eval()

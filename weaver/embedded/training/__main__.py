@@ -1,0 +1,93 @@
+"""``python -m weaver.embedded.training STAGE``: make the embedded model and all that is derived from it.
+
+Stages, in order: ``bank`` draws scenes, ``autoencoder`` and ``diffusion`` train the model from the committed weights
+(``--from-scratch`` starts anew), ``derive`` rebuilds helpers, concepts, figures and hashes from it; ``all`` does each.
+Budgets are minutes of wall clock. ``--processes`` trains with several processes of one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from weaver.embedded.model import MODEL_DIR
+from weaver.embedded.training.bank import load_bank, make_bank
+
+STAGES = ("bank", "autoencoder", "diffusion", "segmenter", "identity", "concepts", "gates", "derive", "all")
+
+
+def _distributed(stage: str, args: argparse.Namespace) -> None:
+    """Run one training stage under torchrun with `args.processes` processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.processes)]
+    command += ["-m", "weaver.embedded.training", stage, "--model", str(args.model), "--work", str(args.work)]
+    command += ["--scenes", str(args.scenes), "--batch", str(args.batch), "--minutes", str(args.minutes)]
+    command += ["--autoencoder-minutes", str(args.autoencoder_minutes), "--learning-rate", str(args.learning_rate)]
+    command += ["--seed", str(args.seed)]
+    subprocess.run(command, check=True)
+
+
+def _encoded(args: argparse.Namespace):
+    from weaver.embedded.training.diffusion import encode_bank
+
+    bank = load_bank(args.work / "bank")
+    return bank, encode_bank(bank, args.model / "vae", args.work / "bank" / "latents.npy")
+
+
+def run(stage: str, args: argparse.Namespace) -> None:
+    """Run one stage in this process."""
+    if stage == "bank":
+        make_bank(args.work / "bank", args.scenes, args.seed)
+    elif stage == "autoencoder":
+        from weaver.embedded.training.autoencoder import train_autoencoder
+
+        bank = load_bank(args.work / "bank")
+        train_autoencoder(bank, args.model / "vae", args.autoencoder_minutes, seed=args.seed)
+        (args.work / "bank" / "latents.npy").unlink(missing_ok=True)
+    elif stage == "diffusion":
+        from weaver.embedded.training.diffusion import train_diffusion
+
+        bank, latents = _encoded(args)
+        rate = args.learning_rate
+        train_diffusion(bank, latents, args.model, args.minutes, args.batch, rate, seed=args.seed)
+    else:
+        from weaver.embedded.training import derive
+
+        derive.run(stage, args.model, args.work)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m weaver.embedded.training", description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--model", type=Path, default=MODEL_DIR, help="folder of the pipeline (default: the package's)")
+    parser.add_argument("--work", type=Path, default=Path("build/embedded"), help="scratch folder")
+    parser.add_argument("--scenes", type=int, default=32000, help="scenes in the bank")
+    parser.add_argument("--minutes", type=float, default=90.0, help="budget of the diffusion training")
+    parser.add_argument("--autoencoder-minutes", type=float, default=15.0)
+    parser.add_argument("--batch", type=int, default=20, help="samples a step of the diffusion training, per process")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak of the diffusion training")
+    parser.add_argument("--processes", type=int, default=1, help="training processes of one thread each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="remove the model first instead of going on from it"
+    )
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if args.from_scratch and args.stage in ("autoencoder", "all"):
+        shutil.rmtree(args.model, ignore_errors=True)
+    stages = ("bank", "autoencoder", "diffusion", "derive") if args.stage == "all" else (args.stage,)
+    for stage in stages:
+        if args.processes > 1 and stage in ("autoencoder", "diffusion"):
+            if stage == "diffusion":
+                _encoded(args)  # once, before the processes start
+            _distributed(stage, args)
+        else:
+            run(stage, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""A bank of training scenes on disk: pictures, labels and captions drawn once, by all cores."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from weaver.embedded.world import draw_scene
+
+__all__ = ["Bank", "HELD_OUT_SCENES", "load_bank", "make_bank", "to_pixels"]
+
+HELD_OUT_SCENES = 256  # the last scenes of a bank are never trained on
+_CHUNK = 500
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Pictures [n, 64, 64, 3] uint8, labels [n, 64, 64] uint8, captions [n] and the animals' words, scene by scene."""
+
+    pictures: np.ndarray
+    labels: np.ndarray
+    captions: list[str]
+    words: list[list[str]]
+
+
+def to_pixels(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 [n, h, w, 3] to float [n, 3, h, w] in [-1, 1]."""
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def _draw_chunk(seed: int) -> tuple[np.ndarray, np.ndarray, list[str], list[list[str]]]:
+    rng = random.Random(seed)
+    scenes = [draw_scene(rng) for _ in range(_CHUNK)]
+    return (
+        np.stack([np.asarray(scene.image) for scene in scenes]),
+        np.stack([scene.labels for scene in scenes]),
+        [scene.caption for scene in scenes],
+        [[animal.word for animal in scene.objects] for scene in scenes],
+    )
+
+
+def make_bank(folder: Path, scenes: int, seed: int = 0) -> Path:
+    """Draw at least `scenes` scenes into `folder` and return it; an existing bank of that size and seed is kept."""
+    chunks = -(-scenes // _CHUNK)
+    card = {"scenes": chunks * _CHUNK, "seed": seed}
+    if (folder / "bank.json").exists() and json.loads((folder / "bank.json").read_text())["card"] == card:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        parts = pool.map(_draw_chunk, range(seed * 100_000, seed * 100_000 + chunks))
+    np.save(folder / "pictures.npy", np.concatenate([part[0] for part in parts]))
+    np.save(folder / "labels.npy", np.concatenate([part[1] for part in parts]))
+    captions = [caption for part in parts for caption in part[2]]
+    words = [words for part in parts for words in part[3]]
+    (folder / "bank.json").write_text(json.dumps({"card": card, "captions": captions, "words": words}))
+    return folder
+
+
+def load_bank(folder: Path) -> Bank:
+    """Open a bank; the arrays are mapped, not read."""
+    texts = json.loads((folder / "bank.json").read_text())
+    pictures = np.load(folder / "pictures.npy", mmap_mode="r")
+    labels = np.load(folder / "labels.npy", mmap_mode="r")
+    return Bank(pictures, labels, texts["captions"], texts["words"])

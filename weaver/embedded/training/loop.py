@@ -1,0 +1,142 @@
+"""One training loop for all the small networks: AdamW, warm-up and cosine over a time budget, EMA, a recorded curve.
+
+The budget is wall-clock time, so that the same command serves a laptop and a GPU. Under ``torchrun`` the processes
+average their gradients; each draws its own samples.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["LoopSettings", "device_from_environment", "is_main_process", "train"]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Settings of one training.
+
+    Attributes
+    ----------
+    minutes : wall-clock budget; the learning rate follows it.
+    learning_rate : peak of the schedule.
+    warmup_steps : steps of linear warm-up.
+    weight_decay : of AdamW.
+    ema_decay : decay of the averaged weights that are kept.
+    report_every : steps between two rows of the curve.
+    checkpoint_minutes : minutes between two checkpoints.
+    """
+
+    minutes: float
+    learning_rate: float
+    warmup_steps: int = 100
+    weight_decay: float = 1e-3
+    ema_decay: float = 0.999
+    report_every: int = 100
+    checkpoint_minutes: float = 5.0
+
+
+def is_main_process() -> bool:
+    """Whether this process reports and saves."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def device_from_environment() -> torch.device:
+    """The GPU of this process, or the CPU; joins the process group where ``torchrun`` started several."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def _average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _agree(value: float, device: torch.device) -> float:
+    """The main process's `value`, in every process."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor([value], device=device, dtype=torch.float64)
+    dist.broadcast(shared, 0)
+    return shared.item()
+
+
+@contextmanager
+def _swapped(parameters: list[torch.nn.Parameter], average: list[torch.Tensor]) -> Iterator[None]:
+    """Inside the block the parameters hold their averages."""
+    kept = [p.detach().clone() for p in parameters]
+    torch._foreach_copy_([p.data for p in parameters], average)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_([p.data for p in parameters], kept)
+
+
+def train(
+    parameters: list[torch.nn.Parameter],
+    loss_of: Callable[[int], torch.Tensor],
+    settings: LoopSettings,
+    *,
+    save: Callable[[], None],
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    curve: Path | None = None,
+) -> int:
+    """Train `parameters` on `loss_of(step)` until the time budget is used; returns the number of steps.
+
+    `save` and `evaluate` are called with the averaged weights in place, in the main process only. Rows
+    ``{"minutes", "step", "loss", ...}`` are appended to `curve`, one JSON object a line.
+    """
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
+    )
+    average = [p.detach().clone() for p in parameters]
+    started, step, recent, next_checkpoint = time.monotonic(), 0, [], settings.checkpoint_minutes
+    while True:
+        minutes = _agree((time.monotonic() - started) / 60, device)
+        done = minutes >= settings.minutes
+        if step and (done or step % settings.report_every == 0) and is_main_process():
+            with _swapped(parameters, average):
+                row = {"minutes": round(minutes, 2), "step": step, "loss": sum(recent) / max(len(recent), 1)}
+                row.update(evaluate() if evaluate else {})
+                recent.clear()
+                print(json.dumps(row), flush=True)
+                if curve is not None:
+                    with curve.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                if done or minutes > next_checkpoint:
+                    next_checkpoint = minutes + settings.checkpoint_minutes
+                    save()
+        if done:
+            return step
+        fraction = minutes / settings.minutes
+        rate = settings.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / settings.warmup_steps)
+        loss = loss_of(step)
+        loss.backward()
+        if dist.is_initialized():
+            _average_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        recent.append(loss.item())
+        decay = min(settings.ema_decay, (1 + step) / (20 + step))
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
