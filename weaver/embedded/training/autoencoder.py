@@ -71,7 +71,7 @@ def train_autoencoder(bank: Bank, folder: Path, minutes: float, batch: int = 16,
         vae.save_pretrained(folder)
 
     rate = 8e-4 if resumed else 2e-3
-    settings = LoopSettings(minutes, rate, ema_decay=0.998, report_every=250, weight_decay=1e-4)
+    settings = LoopSettings(minutes, rate, batch, ema_decay=0.998, report_every=250, weight_decay=1e-4)
     curve = folder.parent / "curve_vae.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     train(

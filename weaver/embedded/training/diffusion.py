@@ -162,7 +162,7 @@ def train_diffusion(
 
     curve = folder / "curve_unet.jsonl"
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    settings = LoopSettings(minutes, learning_rate)
+    settings = LoopSettings(minutes, learning_rate, batch)
     if is_main_process():
         print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {count} scenes", flush=True)
     train(parameters, loss_of, settings, save=save, evaluate=evaluate, curve=curve)

@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from weaver.embedded.backgrounds import BACKGROUNDS, HELD_OUT_BACKGROUNDS
 from weaver.embedded.crops import crop_region
 from weaver.embedded.drawings import DRAWINGS
-from weaver.embedded.identity import IDENTITIES, REPAINTED, IdentityNetwork
+from weaver.embedded.identity import IDENTITIES, REPAINTED, IdentityNetwork, load_identity
 from weaver.embedded.training.bank import to_pixels
 from weaver.embedded.training.degrade import degrade
 from weaver.embedded.training.loop import LoopSettings, device_from_environment, train
 from weaver.embedded.world import Scene, draw_scene
 
-__all__ = ["identity_accuracy", "train_identity"]
+__all__ = ["identity_accuracy", "measure_identity", "train_identity"]
 
 _SCALE = 14.0  # cosines times this are the logits
 _MARGIN = 0.2  # a crop must be nearer to its own identity than to others by this much
@@ -93,13 +93,18 @@ def identity_accuracy(network: IdentityNetwork, crops: torch.Tensor, numbers: to
     return (found == numbers[plain]).float().mean().item()
 
 
+def measure_identity(scenes: int = 600, seed: int = 500_000) -> float:
+    """Accuracy of the shipped classifier on fresh, clean renders."""
+    return identity_accuracy(load_identity(), *_draw_crops(scenes, None, seed))
+
+
 def train_identity(
     vae_folder: Path, file: Path, minutes: float, scenes: int = 8000, batch: int = 64, seed: int = 0
 ) -> None:
     """Draw crops of `scenes` scenes, train for `minutes` and save the weights in fp16 to `file`."""
     device = device_from_environment()
     crops, numbers = _draw_crops(scenes, vae_folder, seed * 1_000_000)
-    held_crops, held_numbers = _draw_crops(600, None, seed * 1_000_000 + 500_000)
+    held_crops, held_numbers = _draw_crops(600, None, seed * 1_000_000 + 700_000)
     torch.manual_seed(seed)
     network = IdentityNetwork().to(device)
     draw = torch.Generator().manual_seed(seed + 1)
@@ -122,7 +127,7 @@ def train_identity(
     train(
         list(network.parameters()),
         loss_of,
-        LoopSettings(minutes, 2e-3, ema_decay=0.995, report_every=200),
+        LoopSettings(minutes, 2e-3, batch, ema_decay=0.995, report_every=200),
         save=save,
         evaluate=lambda: {"held_out_accuracy": identity_accuracy(network, held_crops.to(device), held_numbers)},
     )

@@ -29,6 +29,7 @@ class LoopSettings:
     ----------
     minutes : wall-clock budget; the learning rate follows it.
     learning_rate : peak of the schedule.
+    batch : samples a step and process, to count those seen.
     warmup_steps : steps of linear warm-up.
     weight_decay : of AdamW.
     ema_decay : decay of the averaged weights that are kept.
@@ -38,6 +39,7 @@ class LoopSettings:
 
     minutes: float
     learning_rate: float
+    batch: int
     warmup_steps: int = 100
     weight_decay: float = 1e-3
     ema_decay: float = 0.999
@@ -100,7 +102,7 @@ def train(
     """Train `parameters` on `loss_of(step)` until the time budget is used; returns the number of steps.
 
     `save` and `evaluate` are called with the averaged weights in place, in the main process only. Rows
-    ``{"minutes", "step", "loss", ...}`` are appended to `curve`, one JSON object a line.
+    ``{"minutes", "step", "samples", "loss", ...}`` are appended to `curve`, one JSON object a line.
     """
     device = parameters[0].device
     optimizer = torch.optim.AdamW(
@@ -113,7 +115,9 @@ def train(
         done = minutes >= settings.minutes
         if step and (done or step % settings.report_every == 0) and is_main_process():
             with _swapped(parameters, average):
-                row = {"minutes": round(minutes, 2), "step": step, "loss": sum(recent) / max(len(recent), 1)}
+                samples = step * settings.batch * int(os.environ.get("WORLD_SIZE", 1))
+                loss = sum(recent) / max(len(recent), 1)
+                row = {"minutes": round(minutes, 2), "step": step, "samples": samples, "loss": loss}
                 row.update(evaluate() if evaluate else {})
                 recent.clear()
                 print(json.dumps(row), flush=True)

@@ -77,7 +77,7 @@ def train_segmenter(
     train(
         list(segmenter.parameters()),
         loss_of,
-        LoopSettings(minutes, 3e-3, ema_decay=0.995, report_every=200),
+        LoopSettings(minutes, 3e-3, batch, ema_decay=0.995, report_every=200),
         save=save,
         evaluate=lambda: {"held_out_iou": segmentation_iou(segmenter, scenes)},
     )

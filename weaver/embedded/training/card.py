@@ -1,0 +1,168 @@
+"""Write ``MODEL_CARD.md`` from the recorded curves and gates, so that the card says what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from weaver.embedded.backgrounds import BACKGROUNDS, HELD_OUT_BACKGROUNDS
+from weaver.embedded.catalog import CONCEPTS
+from weaver.embedded.drawings import ANIMALS, HELD_OUT_VENDORS, TRAINING_VENDORS
+from weaver.embedded.model import MODEL_DIR, model_hash
+from weaver.embedded.training.gates import Gate
+
+__all__ = ["draw_curve", "write_card"]
+
+_ROOT = Path(__file__).parent.parent
+CARD_FILE = _ROOT / "MODEL_CARD.md"
+CURVE_FILE = _ROOT / "curve.png"
+
+# Iconify set -> (author, licence, origin)
+SOURCES = {
+    "noto": ("Google", "Apache-2.0", "googlefonts/noto-emoji"),
+    "noto-v1": ("Google", "Apache-2.0", "googlefonts/noto-emoji, first design"),
+    "twemoji": ("Twitter and contributors", "CC BY 4.0", "jdecked/twemoji"),
+    "fxemoji": ("Mozilla", "Apache-2.0", "mozilla/fxemoji"),
+    "streamline-emojis": ("Streamline", "CC BY 4.0", "webalys-hq/streamline-vectors"),
+    "emojione": ("Emoji One", "CC BY 4.0", "EmojiTwo/emojitwo"),
+    "fluent-emoji-flat": ("Microsoft", "MIT", "microsoft/fluentui-emoji"),
+}
+
+
+def _rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def _joined(file: Path) -> list[tuple[int, float]]:
+    """(samples seen in all trainings so far, held-out loss) of a curve to which several trainings were appended."""
+    points, before, last = [], 0, 0
+    for row in _rows(file):
+        if row["samples"] <= last:
+            before += last
+        last = row["samples"]
+        points.append((before + last, row["held_out"]))
+    return points
+
+
+def draw_curve(points: list[tuple[int, float]], size: tuple[int, int] = (640, 320)) -> Image.Image:
+    """The held-out loss against samples seen."""
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    left, top, right, bottom = 60, 20, size[0] - 20, size[1] - 40
+    most, highest = points[-1][0], max(loss for _, loss in points[3:] or points)
+    for tenth in range(0, 11, 2):
+        y = bottom - (bottom - top) * tenth / 10
+        draw.line([(left, y), (right, y)], fill=(225, 225, 225))
+        draw.text((8, y - 6), f"{highest * tenth / 10:.3f}", fill=(90, 90, 90))
+        x = left + (right - left) * tenth / 10
+        draw.text((x - 14, bottom + 6), f"{most * tenth / 10 / 1000:.0f}k", fill=(90, 90, 90))
+    path = [
+        (left + (right - left) * samples / most, bottom - (bottom - top) * min(loss / highest, 1))
+        for samples, loss in points
+    ]
+    draw.line(path, fill=(30, 90, 200), width=2)
+    draw.text((left, size[1] - 18), "samples seen; held-out loss of the velocity", fill=(60, 60, 60))
+    return image
+
+
+def write_card(gates: list[Gate]) -> None:
+    """Write the card and the picture of the curve."""
+    points = _joined(MODEL_DIR / "curve_unet.jsonl")
+    draw_curve(points).save(CURVE_FILE, optimize=True)
+    gate_rows = "\n".join(
+        f"| {gate.name} | {gate.value:.3f} {gate.unit} | {gate.least} {gate.unit} | {'yes' if gate.passed else '**no**'} |"
+        for gate in gates
+    )
+    source_rows = "\n".join(
+        f"| {vendor} | {'trained on' if vendor in TRAINING_VENDORS else 'held out'} | {author} | {licence} | {origin} |"
+        for vendor, (author, licence, origin) in SOURCES.items()
+    )
+    concept_rows = "\n".join(
+        f"| `{card.name}` | {card.word} | {card.kind} | {card.source} |" for card in CONCEPTS.values()
+    )
+    size = sum(path.stat().st_size for path in MODEL_DIR.rglob("*") if path.is_file()) / 2**20
+    CARD_FILE.write_text(
+        _TEMPLATE.format(
+            animals=", ".join(ANIMALS),
+            backgrounds=", ".join(BACKGROUNDS),
+            held_out_backgrounds=", ".join(HELD_OUT_BACKGROUNDS),
+            held_out_vendors=", ".join(HELD_OUT_VENDORS),
+            size=size,
+            hash=model_hash(),
+            samples=points[-1][0],
+            loss=points[-1][1],
+            gates=gate_rows,
+            sources=source_rows,
+            concepts=concept_rows,
+        ),
+        encoding="utf-8",
+    )
+
+
+_TEMPLATE = """\
+# The embedded model
+
+A small text-to-image latent diffusion model of Stable Diffusion's own classes, trained on drawn scenes, so that the
+whole method runs offline on two CPU cores. It knows its own small world and nothing else. This card is written by
+`python -m weaver.embedded.training gates`; nothing in it is typed by hand.
+
+| | |
+|---|---|
+| pictures | 64x64 pixels, one to four animals before a background |
+| animals | {animals} |
+| backgrounds | {backgrounds} |
+| words besides | eleven colours before an animal or a background |
+| classes | `AutoencoderTiny` (f=4, latents [8, 16, 16]), `UNet2DConditionModel` (four levels), `CLIPTextModel` |
+| prediction | v, Stable Diffusion's scaled-linear schedule |
+| size | {size:.1f} MiB in float16 |
+| SHA-256 of the weights | `{hash}` |
+| samples seen | {samples:,} (held-out loss {loss:.4f}) |
+
+## Gates
+
+| gate | measured | at least | passed |
+|---|---|---|---|
+{gates}
+
+Singles and pairs are sampled in 30 DDIM steps at guidance 3 and read by the helpers below. The inversion's PSNR is
+against the autoencoder's own rendering, without guidance, under the true caption.
+
+![samples](samples.png)
+
+Rows: singles (two), singles with a colour, pairs (two), three animals, four animals.
+
+![held-out loss](curve.png)
+
+## Training
+
+`make train-embedded` draws the scenes, trains the autoencoder, then denoiser and text encoder together, and rebuilds
+everything derived from them. Drawings are repainted in more than half of the scenes (palette colours moved to eleven
+named ones, a quarter of them not told in the caption), backgrounds in two of five: this variety is what lets a concept
+be learned by cross-attention keys and values alone. The curves lie beside the weights (`weights/curve_*.jsonl`).
+
+## Helpers
+
+- `segmenter.py`: a word-conditioned U-Net trained on the generator's masks.
+- `identity.py`: a classifier of drawings, the one measure of identity; similarities are cosines.
+
+## Concepts held out
+
+Never seen in training: the drawings of {held_out_vendors} and the backgrounds {held_out_backgrounds}.
+
+| concept | class word | kind | drawing or background |
+|---|---|---|---|
+{concepts}
+
+## Drawings and licences
+
+Rendered from Iconify's npm packages `@iconify-json/<set>`; sprites in `sprites/`, pictures in `concepts/pictures/`.
+Changes made: rendered to pixels, cropped, scaled, tilted, mirrored, and in training recoloured.
+
+| set | use | author | licence | origin |
+|---|---|---|---|---|
+{sources}
+
+The backgrounds are drawn by this package's own code. The weights are released under the package's licence.
+"""

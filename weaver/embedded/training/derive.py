@@ -1,0 +1,90 @@
+"""Everything that is derived from the trained model, rebuilt by one command: ``... training derive``.
+
+Helpers, concept files and figures are worth nothing with another model, so ``derived.json`` records the hash of the
+model they were made with, and a test compares it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from diffusers import AutoencoderTiny
+
+from weaver.concepts.images import TrainingSet, load_images
+from weaver.concepts.train import TrainSettings, train_concept
+from weaver.embedded.catalog import CONCEPTS, concept_images, concept_path, concept_scenes
+from weaver.embedded.identity import IDENTITY_FILE
+from weaver.embedded.model import load_pipeline, model_hash
+from weaver.embedded.segmenter import SEGMENTER_FILE, load_segmenter
+from weaver.embedded.training.bank import load_bank
+from weaver.embedded.training.card import write_card
+from weaver.embedded.training.gates import measure_gates, sample_sheet
+from weaver.embedded.training.identity import measure_identity, train_identity
+from weaver.embedded.training.segmenter import train_segmenter
+from weaver.embedded.world import draw_scene
+
+__all__ = ["DERIVED_FILE", "prior_scenes", "run"]
+
+_ROOT = Path(__file__).parent.parent
+DERIVED_FILE = _ROOT / "derived.json"
+GATES_FILE = _ROOT / "gates.json"
+SHEET_FILE = _ROOT / "samples.png"
+
+
+def prior_scenes(count: int = 48, seed: int = 0) -> TrainingSet:
+    """Scenes of the world that keep the base in place while a concept is learned."""
+    rng = random.Random(seed)
+    scenes = [draw_scene(rng) for _ in range(count)]
+    return TrainingSet(tuple(scene.image for scene in scenes), tuple(scene.caption for scene in scenes))
+
+
+def draw_concept_pictures() -> None:
+    """Draw the pictures of every shipped concept, each with its caption in a text file beside it."""
+    for name, card in CONCEPTS.items():
+        folder = concept_images(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, scene in enumerate(concept_scenes(name)):
+            caption = scene.caption.replace(card.word, "{token} {word}", 1)
+            scene.image.save(folder / f"{index}.png", optimize=True)
+            (folder / f"{index}.txt").write_text(caption + "\n", encoding="utf-8")
+
+
+def train_concepts() -> None:
+    """Train the file of every shipped concept from its pictures, as the demonstration does."""
+    pipe = load_pipeline()
+    for name, card in CONCEPTS.items():
+        concept = train_concept(
+            pipe,
+            load_images(concept_images(name), card.token, card.word),
+            token=card.token,
+            word=card.word,
+            name=name,
+            prior=prior_scenes(),
+            settings=TrainSettings.embedded(),
+        )
+        concept.save(concept_path(name))
+
+
+def run(stage: str, model: Path, work: Path) -> None:
+    """Run one stage, or all of them for ``derive``."""
+    if stage in ("segmenter", "derive"):
+        vae = AutoencoderTiny.from_pretrained(model / "vae").float()
+        train_segmenter(load_bank(work / "bank"), vae, SEGMENTER_FILE, minutes=6)
+    if stage in ("identity", "derive"):
+        train_identity(model / "vae", IDENTITY_FILE, minutes=6)
+    if stage in ("concepts", "derive"):
+        draw_concept_pictures()
+        train_concepts()
+    if stage in ("gates", "derive"):
+        pipe = load_pipeline()
+        gates = measure_gates(pipe, load_segmenter(), measure_identity())
+        for gate in gates:
+            print(
+                f"{'pass' if gate.passed else 'FAIL'}  {gate.name}: {gate.value:.3f}{gate.unit} (at least {gate.least})"
+            )
+        rows = [{"name": g.name, "value": round(g.value, 4), "least": g.least, "unit": g.unit} for g in gates]
+        GATES_FILE.write_text(json.dumps({"model": model_hash(), "gates": rows}, indent=2) + "\n")
+        sample_sheet(pipe).save(SHEET_FILE, optimize=True)
+        write_card(gates)
