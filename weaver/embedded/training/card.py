@@ -67,12 +67,16 @@ def draw_curve(points: list[tuple[int, float]], size: tuple[int, int] = (640, 32
     return image
 
 
+def _verdict(gate: Gate) -> str:
+    return "yes" if gate.passed else "**no**"
+
+
 def write_card(gates: list[Gate]) -> None:
     """Write the card and the picture of the curve."""
     points = _joined(MODEL_DIR / "curve_unet.jsonl")
     draw_curve(points).save(CURVE_FILE, optimize=True)
     gate_rows = "\n".join(
-        f"| {gate.name} | {gate.value:.3f} {gate.unit} | {gate.least} {gate.unit} | {'yes' if gate.passed else '**no**'} |"
+        f"| {gate.name} | {gate.value:.3f} {gate.unit} | {gate.least} {gate.unit} | {_verdict(gate)} |"
         for gate in gates
     )
     source_rows = "\n".join(

@@ -1,13 +1,15 @@
 """Everything that is derived from the trained model, rebuilt by one command: ``... training derive``.
 
-Helpers, concept files and figures are worth nothing with another model, so ``derived.json`` records the hash of the
-model they were made with, and a test compares it.
+Helpers, concept files and figures are worth nothing with another model, so ``derived.json`` records for each file its
+own hash and the hash of the model it was made with, and a test compares both.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 from diffusers import AutoencoderTiny
@@ -19,7 +21,7 @@ from weaver.embedded.identity import IDENTITY_FILE
 from weaver.embedded.model import load_pipeline, model_hash
 from weaver.embedded.segmenter import SEGMENTER_FILE, load_segmenter
 from weaver.embedded.training.bank import load_bank
-from weaver.embedded.training.card import write_card
+from weaver.embedded.training.card import CARD_FILE, write_card
 from weaver.embedded.training.gates import measure_gates, sample_sheet
 from weaver.embedded.training.identity import measure_identity, train_identity
 from weaver.embedded.training.segmenter import train_segmenter
@@ -67,16 +69,28 @@ def train_concepts() -> None:
         concept.save(concept_path(name))
 
 
+def _record(files: Iterable[Path]) -> None:
+    """Note in ``derived.json`` which model the files were made with."""
+    records = json.loads(DERIVED_FILE.read_text(encoding="utf-8")) if DERIVED_FILE.exists() else {}
+    for file in files:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        records[file.relative_to(_ROOT).as_posix()] = {"sha256": digest, "model": model_hash()}
+    DERIVED_FILE.write_text(json.dumps(dict(sorted(records.items())), indent=2) + "\n", encoding="utf-8")
+
+
 def run(stage: str, model: Path, work: Path) -> None:
     """Run one stage, or all of them for ``derive``."""
     if stage in ("segmenter", "derive"):
         vae = AutoencoderTiny.from_pretrained(model / "vae").float()
         train_segmenter(load_bank(work / "bank"), vae, SEGMENTER_FILE, minutes=6)
+        _record([SEGMENTER_FILE])
     if stage in ("identity", "derive"):
         train_identity(model / "vae", IDENTITY_FILE, minutes=6)
+        _record([IDENTITY_FILE])
     if stage in ("concepts", "derive"):
         draw_concept_pictures()
         train_concepts()
+        _record(map(concept_path, CONCEPTS))
     if stage in ("gates", "derive"):
         pipe = load_pipeline()
         gates = measure_gates(pipe, load_segmenter(), measure_identity())
@@ -85,6 +99,7 @@ def run(stage: str, model: Path, work: Path) -> None:
                 f"{'pass' if gate.passed else 'FAIL'}  {gate.name}: {gate.value:.3f}{gate.unit} (at least {gate.least})"
             )
         rows = [{"name": g.name, "value": round(g.value, 4), "least": g.least, "unit": g.unit} for g in gates]
-        GATES_FILE.write_text(json.dumps({"model": model_hash(), "gates": rows}, indent=2) + "\n")
+        GATES_FILE.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         sample_sheet(pipe).save(SHEET_FILE, optimize=True)
         write_card(gates)
+        _record([GATES_FILE, SHEET_FILE, CARD_FILE])
