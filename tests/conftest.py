@@ -131,3 +131,34 @@ def tiny_pipe():
 def tiny_pipe_v():
     """Velocity-predicting pipeline, float64."""
     return make_pipeline("v_prediction", seed=1)
+
+
+def make_concept(pipe, number: int, word: str, amount: float = 0.3):
+    """A concept `c<number>` with token `<v<number>>` and random deltas of `amount`, for this pipeline's base."""
+    from weaver.concepts.concept import Concept, attn2_hash, attn2_projections
+
+    rng = torch.Generator().manual_seed(number)
+    projections = attn2_projections(pipe.unet)
+    return Concept(
+        name=f"c{number}",
+        token=f"<v{number}>",
+        word=word,
+        base_hash=attn2_hash(pipe.unet),
+        embeddings={"text_encoder": torch.randn(1, TEXT_WIDTH, generator=rng)},
+        deltas={name: amount * torch.randn(linear.weight.shape, generator=rng) for name, linear in projections.items()},
+    )
+
+
+WORDS_OF_CONCEPTS = ("dog", "cat", "fox", "panda", "mountain")
+
+
+@pytest.fixture(scope="session")
+def concepts(tiny_pipe):
+    """Concepts of a dog, a cat, a fox, a panda and a mountain for `tiny_pipe`."""
+    return [make_concept(tiny_pipe, i + 1, word) for i, word in enumerate(WORDS_OF_CONCEPTS)]
+
+
+@pytest.fixture(scope="session")
+def concepts_v(tiny_pipe_v):
+    """The same for `tiny_pipe_v`."""
+    return [make_concept(tiny_pipe_v, i + 1, word) for i, word in enumerate(WORDS_OF_CONCEPTS)]

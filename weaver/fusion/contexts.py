@@ -44,6 +44,10 @@ class ConceptUse:
     window: tuple[float, float] = (0.0, 1.0)
     scale: float = 1.0
 
+    def __post_init__(self):
+        if self.concept is None and self.prompt is None:
+            raise WeaverError("a region without a concept needs a prompt")
+
     @property
     def name(self) -> str:
         return self.concept.name if self.concept is not None else f"region {self.prompt!r}"
@@ -58,9 +62,6 @@ def use_reasons(pipe, uses: Sequence[ConceptUse]) -> list[str]:
     """What is wrong with the settings and the base model of each use; empty when nothing is."""
     reasons = []
     for use in uses:
-        if use.concept is None and use.prompt is None:
-            reasons.append("a region without a concept needs a prompt")
-            continue
         if not (math.isfinite(use.strength) and use.strength >= 0):
             reasons.append(f"strength of {use.name} is {use.strength!r}, expected 0 or more (1 is all of it)")
         if not math.isfinite(use.scale):

@@ -1,0 +1,245 @@
+"""What `attach` installs, whom it follows, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+from weaver import WeaverError
+from weaver.features import collect_features
+from weaver.fusion import ConceptUse, FusionPlan, attach
+from weaver.inversion import invert
+from weaver.layers import InjectionSites
+
+STEPS = 3
+PROMPT = "a dog and a cat, mountain"
+SITES = InjectionSites("both", resnets=(4,), attentions=(4, 7), resnet_window=0.7, attention_window=0.7)
+
+
+@pytest.fixture(scope="module")
+def masks():
+    masks = torch.zeros(2, 32, 32)
+    masks[0, 4:28, 2:14] = 1
+    masks[1, 4:28, 18:30] = 1
+    return masks
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_pipe, concepts, masks):
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    features = collect_features(tiny_pipe, invert(tiny_pipe, z, PROMPT, STEPS), SITES)
+    uses = [ConceptUse(concept) for concept in concepts[:2]]
+    return FusionPlan.build(tiny_pipe, uses, masks, prompt=PROMPT, suppression=0.3, features=features)
+
+
+@pytest.fixture(scope="module")
+def plan_from_noise(tiny_pipe, concepts, masks):
+    uses = [ConceptUse(concepts[0], window=(0.0, 0.5)), ConceptUse(concepts[1])]
+    return FusionPlan.build(tiny_pipe, uses, masks, prompt=PROMPT, steps=STEPS)
+
+
+def state_of(unet):
+    """Everything that attaching could touch: processors, hooks, weights, attributes."""
+    return {
+        path: (
+            module.__dict__.get("processor"),
+            list(module._forward_hooks),
+            list(module._forward_pre_hooks),
+            module.training,
+            sorted(set(module.__dict__) | set(module._modules)),
+        )
+        for path, module in unet.named_modules()
+    }, {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+
+
+def assert_same(before, after):
+    assert before[0] == after[0]
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+
+
+def draw(pipe, plan, **arguments):
+    return pipe(**(plan.pipeline_arguments() | {"output_type": "latent"} | arguments)).images
+
+
+def test_restores_everything(tiny_pipe, plan):
+    before = state_of(tiny_pipe.unet)
+    plain = draw(tiny_pipe, plan)
+    with attach(tiny_pipe, plan):
+        fused = draw(tiny_pipe, plan)
+        assert state_of(tiny_pipe.unet)[0] != before[0]
+    assert_same(before, state_of(tiny_pipe.unet))
+    assert torch.equal(plain, draw(tiny_pipe, plan)) and not torch.allclose(plain, fused)
+
+
+def test_restores_after_an_exception_and_draws_the_same_again(tiny_pipe, plan):
+    before = state_of(tiny_pipe.unet)
+
+    def stop(pipe, step, timestep, arguments):
+        if step == 1:
+            raise RuntimeError("stopped in the middle")
+        return arguments
+
+    with pytest.raises(RuntimeError, match="middle"), attach(tiny_pipe, plan):
+        draw(tiny_pipe, plan, callback_on_step_end=stop)
+    assert_same(before, state_of(tiny_pipe.unet))
+    with attach(tiny_pipe, plan):
+        whole = draw(tiny_pipe, plan)
+        with pytest.raises(RuntimeError, match="middle"):
+            draw(tiny_pipe, plan, callback_on_step_end=stop)
+        assert torch.equal(whole, draw(tiny_pipe, plan))
+
+
+def test_nested_attach_is_an_error_and_the_outer_one_stays(tiny_pipe, plan, plan_from_noise):
+    with attach(tiny_pipe, plan):
+        first = draw(tiny_pipe, plan)
+        with pytest.raises(WeaverError, match="already attached"), attach(tiny_pipe, plan_from_noise):
+            pass
+        assert torch.equal(first, draw(tiny_pipe, plan))
+
+
+class Foreign(AttnProcessor2_0):
+    calls = 0
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        Foreign.calls += 1
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
+UP = "up_blocks.1.attentions.{}.transformer_blocks.0.{}"
+
+
+@pytest.mark.parametrize("path", [UP.format(0, "attn2"), UP.format(1, "attn1")], ids=["cross", "injected"])
+def test_foreign_processors_are_an_error(tiny_pipe, plan, path):
+    attention = tiny_pipe.unet.get_submodule(path)
+    own, attention.processor = attention.processor, Foreign()
+    try:
+        with pytest.raises(WeaverError, match=f"{path} has a Foreign"), attach(tiny_pipe, plan):
+            pass
+        assert isinstance(attention.processor, Foreign)
+    finally:
+        attention.processor = own
+
+
+def test_self_attention_that_is_not_injected_keeps_its_processor(tiny_pipe, plan):
+    kept, replaced = (tiny_pipe.unet.get_submodule(UP.format(i, "attn1")) for i in (0, 1))
+    own = kept.processor, replaced.processor
+    kept.processor, replaced.processor = Foreign(), AttnProcessor()
+    Foreign.calls = 0
+    try:
+        with attach(tiny_pipe, plan):
+            assert isinstance(kept.processor, Foreign)
+            draw(tiny_pipe, plan)
+        assert Foreign.calls == STEPS and type(replaced.processor) is AttnProcessor
+    finally:
+        kept.processor, replaced.processor = own
+
+
+def test_fused_projections_are_an_error(tiny_pipe, plan):
+    attention = tiny_pipe.unet.get_submodule(UP.format(1, "attn1"))
+    attention.fused_projections = True
+    try:
+        with pytest.raises(WeaverError, match="unfuse"), attach(tiny_pipe, plan):
+            pass
+    finally:
+        attention.fused_projections = False
+
+
+def test_several_images_a_prompt_are_what_each_is_alone(tiny_pipe, plan, plan_from_noise):
+    noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(3)).double()
+    for one in (plan, plan_from_noise):
+        for guidance in (4.0, 1.0):
+            with attach(tiny_pipe, one):
+                arguments = {"guidance_scale": guidance}
+                together = draw(tiny_pipe, one, num_images_per_prompt=3, latents=noise, **arguments)
+                alone = torch.cat([draw(tiny_pipe, one, latents=noise[i : i + 1], **arguments) for i in range(3)])
+            torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+
+
+def test_two_runs_under_one_attach_are_equal(tiny_pipe, plan_from_noise):
+    with attach(tiny_pipe, plan_from_noise):
+        runs = [draw(tiny_pipe, plan_from_noise, generator=torch.Generator().manual_seed(2)) for _ in range(2)]
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_embeds": None, "prompt": "a fox, night"}, "other prompts"),
+        ({"negative_prompt_embeds": None, "negative_prompt": "ugly"}, "other prompts"),
+        ({"prompt_embeds": None, "negative_prompt_embeds": None, "prompt": [PROMPT, "a fox"]}, "other prompts"),
+        ({"height": 48, "latents": None}, "24 x 16, the plan is for 16 x 16"),
+        ({"num_inference_steps": 4}, "num_inference_steps=3"),
+    ],
+    ids=["prompt", "negative", "several-prompts", "size", "steps"],
+)
+def test_a_call_that_is_not_the_plans_is_an_error(tiny_pipe, plan, arguments, message):
+    if isinstance(arguments.get("prompt"), list):
+        arguments = arguments | {"latents": plan.features.z_T.repeat(2, 1, 1, 1)}
+    with pytest.raises(WeaverError, match=message), attach(tiny_pipe, plan):
+        draw(tiny_pipe, plan, **arguments)
+
+
+def test_prompts_as_text_are_taken(tiny_pipe, plan):
+    with attach(tiny_pipe, plan):
+        texts = {"prompt": PROMPT, "prompt_embeds": None, "negative_prompt_embeds": None}
+        assert torch.equal(draw(tiny_pipe, plan, **texts), draw(tiny_pipe, plan))
+
+
+def test_another_scheduler_from_noise(tiny_pipe, plan_from_noise):
+    """PNDM calls the U-Net twice at one timestep, and windows follow the scheduler's own count."""
+    own = tiny_pipe.scheduler
+    tiny_pipe.scheduler = PNDMScheduler.from_config(own.config, skip_prk_steps=True)
+    try:
+        with attach(tiny_pipe, plan_from_noise) as state:
+            seen = []
+            hook = tiny_pipe.unet.register_forward_hook(lambda *_: seen.append(state._step))
+            draw(tiny_pipe, plan_from_noise, num_inference_steps=5, generator=torch.Generator().manual_seed(0))
+            hook.remove()
+    finally:
+        tiny_pipe.scheduler = own
+    assert seen == [(i, 6) for i in range(6)]
+
+
+def test_rows_are_never_guessed(tiny_pipe, plan, plan_from_noise):
+    text = plan.text[[0, 1]]
+    z = plan.features.z_T.repeat(2, 1, 1, 1)
+    timesteps = plan.features.timesteps
+    with pytest.raises(WeaverError, match="pass rows="), attach(tiny_pipe.unet, plan):
+        pass
+    with pytest.raises(WeaverError, match="attach to pipe.unet"), attach(tiny_pipe, plan, rows=("fused",)):
+        pass
+    with pytest.raises(WeaverError, match="'source', expected"), attach(tiny_pipe.unet, plan, rows=("source", "fused")):
+        pass
+    with attach(tiny_pipe.unet, plan, rows=("negative", "fused")) as state, torch.no_grad():
+        with pytest.raises(WeaverError, match="set_step"):
+            tiny_pipe.unet(z, timesteps[0], text)
+        state.set_step(0, timesteps)
+        output = tiny_pipe.unet(z, timesteps[0], text).sample
+        with pytest.raises(WeaverError, match="batch has 1 rows, 2 were declared"):
+            tiny_pipe.unet(z[:1], timesteps[0], text[:1])
+        with pytest.raises(WeaverError, match="features are for 3 DDIM steps"):
+            state.set_step(0, timesteps[:2])
+    with attach(tiny_pipe.unet, plan, rows=("fused", "negative")) as state, torch.no_grad():
+        state.set_step(0, timesteps)
+        turned = tiny_pipe.unet(z, timesteps[0], text).sample
+    torch.testing.assert_close(output, turned.flip(0), rtol=1e-10, atol=1e-10)
+
+
+def test_other_pipelines_are_an_error(tiny_pipe, plan):
+    other = StableDiffusionImg2ImgPipeline(**tiny_pipe.components, requires_safety_checker=False)
+    with pytest.raises(WeaverError, match="rows of a StableDiffusionImg2ImgPipeline are not known"):
+        with attach(other, plan):
+            pass
+
+
+def test_a_plan_for_another_unet_or_dtype_is_an_error(tiny_pipe, tiny_pipe_v, plan):
+    tiny_pipe.unet.to(torch.float32)
+    try:
+        with pytest.raises(WeaverError, match="after moving the pipeline"), attach(tiny_pipe, plan):
+            pass
+    finally:
+        tiny_pipe.unet.to(torch.float64)
+    with pytest.raises(WeaverError, match="UNet2DConditionModel"), attach(tiny_pipe.vae, plan, rows=("fused",)):
+        pass

@@ -1,0 +1,158 @@
+"""A plan is whole and right, or one error that says everything that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from weaver import WeaverError
+from weaver.features import collect_features
+from weaver.fusion import ConceptUse, FusionPlan, attach
+from weaver.inversion import invert
+from weaver.layers import PAPER
+
+PROMPT = "a dog and a cat, mountain"
+
+
+@pytest.fixture(scope="module")
+def masks():
+    masks = torch.zeros(2, 32, 32)
+    masks[0, :, :16] = 1
+    masks[1, :, 20:] = 1
+    return masks
+
+
+@pytest.fixture(scope="module")
+def features(tiny_pipe):
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    return collect_features(tiny_pipe, invert(tiny_pipe, z, PROMPT, 3), PAPER, reconstruct=False)
+
+
+def build(pipe, uses, masks, **arguments):
+    return FusionPlan.build(pipe, uses, masks, **({"prompt": PROMPT} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"height": 30}, "height is 30, expected a multiple of 8"),
+        ({"suppression": -0.1}, "suppression is -0.1"),
+        ({"suppression": float("nan")}, "suppression is nan"),
+        ({"masks": None}, "no masks for the 2 concepts"),
+        ({"masks": torch.zeros(1, 32, 32)}, r"expected \[2 or 3, height, width\]"),
+        ({"masks": torch.ones(2, 40, 32)}, "masks are 40 x 32, expected the picture's 32 x 32 or the latents' 16 x 16"),
+        ({"masks": torch.ones(2, 32, 32)}, "sum to"),
+        ({"masks": torch.full((3, 32, 32), 0.3)}, "sum to 0.9"),
+        ({"masks": torch.full((2, 32, 32), float("nan"))}, "sum to"),
+        ({"prompt": "a cat, mountain"}, "names 'dog' 0 times"),
+        ({"first": {"prompt": "a dog"}}, "token '<v1>' is not in its prompt 'a dog'"),
+        ({"first": {"strength": -1.0}}, "strength of c1 is -1.0"),
+        ({"first": {"strength": float("inf")}}, "strength of c1 is inf"),
+        ({"first": {"window": (0.5, 0.5)}}, "window of c1"),
+        ({"first": {"window": (0.0, 1.5)}}, "window of c1"),
+        ({"first": {"scale": float("nan")}}, "scale of c1"),
+        ({"first": {"concept": None}}, "needs a prompt"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, str) else None,
+)
+def test_bad_input(tiny_pipe, concepts, masks, change, message):
+    change = dict(change)
+    with pytest.raises(WeaverError, match=message):
+        first = dataclasses.replace(ConceptUse(concepts[0]), **change.pop("first", {}))
+        build(tiny_pipe, [first, ConceptUse(concepts[1])], change.pop("masks", masks), **change)
+
+
+def test_an_empty_mask_is_an_error(tiny_pipe, concepts, masks):
+    empty = masks.clone()
+    empty[1] = 0
+    with pytest.raises(WeaverError, match="the mask of c2 is empty"):
+        build(tiny_pipe, [ConceptUse(c) for c in concepts[:2]], empty)
+    full = torch.ones(1, 32, 32)
+    with pytest.raises(WeaverError, match="the mask of c5 is empty"):
+        build(tiny_pipe, [ConceptUse(concepts[0])], full, background=ConceptUse(concepts[4]))
+
+
+def test_a_concept_of_another_base_is_an_error(tiny_pipe, concepts_v, masks):
+    with pytest.raises(WeaverError, match="'c1' belongs to another base model"):
+        build(tiny_pipe, [ConceptUse(c) for c in concepts_v[:2]], masks)
+
+
+def test_features_of_another_size_or_number_of_steps_are_an_error(tiny_pipe, concepts, masks, features):
+    uses = [ConceptUse(c) for c in concepts[:2]]
+    with pytest.raises(WeaverError, match="features are for 32 x 32"):
+        build(tiny_pipe, uses, torch.nn.functional.pad(masks, (0, 16)), features=features, width=48)
+    with pytest.raises(WeaverError, match="inverted in 3"):
+        build(tiny_pipe, uses, masks, features=features, steps=4)
+    plan = build(tiny_pipe, uses, masks, features=features)
+    assert (plan.steps, plan.size, plan.pixels) == (3, (16, 16), (32, 32))
+
+
+def test_all_reasons_come_at_once(tiny_pipe, concepts, concepts_v):
+    uses = [ConceptUse(concepts[0], strength=-1.0, prompt="a dog"), ConceptUse(concepts_v[1], window=(1.0, 0.0))]
+    with pytest.raises(WeaverError) as error:
+        build(tiny_pipe, uses, torch.zeros(2, 32, 32), steps=0, suppression=-1.0)
+    message = str(error.value)
+    for reason in ("steps is 0", "suppression", "strength of c1", "window of c2", "another base", "mask of c1", "<v1>"):
+        assert reason in message
+    assert "\n" not in message
+
+
+def test_other_models_are_an_error(tiny_pipe):
+    config = tiny_pipe.unet.config["addition_embed_type"]
+    tiny_pipe.unet.register_to_config(addition_embed_type="text_time")
+    try:
+        with pytest.raises(WeaverError, match="added conditioning"):
+            build(tiny_pipe, [], None)
+    finally:
+        tiny_pipe.unet.register_to_config(addition_embed_type=config)
+
+
+def test_two_concepts_of_one_class_word_take_one_word_each(tiny_pipe, concepts, masks):
+    other = dataclasses.replace(concepts[1], word="dog")
+    plan = build(tiny_pipe, [ConceptUse(concepts[0]), ConceptUse(other)], masks, prompt="a dog and a dog")
+    assert plan.prompts[2:] == ("a <v1> dog and a dog", "a dog and a <v2> dog")
+
+
+def test_masks_may_come_in_latent_cells_and_with_their_background(tiny_pipe, concepts, masks):
+    uses = [ConceptUse(c) for c in concepts[:2]]
+    full = torch.cat([masks, 1 - masks.sum(0, keepdim=True)])
+    plans = [build(tiny_pipe, uses, m) for m in (masks, full, masks[:, ::2, ::2], masks.numpy(), masks.bool())]
+    for plan in plans[1:]:
+        assert all(torch.equal(plan.weights[key], plans[0].weights[key]) for key in plans[0].weights)
+
+
+def test_texts_are_projected_once(tiny_pipe, concepts, masks):
+    """No key or value projection of any cross-attention runs while drawing."""
+    plan = build(tiny_pipe, [ConceptUse(c) for c in concepts[:2]], masks, steps=2)
+    calls = []
+    hooks = [
+        getattr(tiny_pipe.unet.get_submodule(path), name).register_forward_hook(lambda *_: calls.append(1))
+        for path in plan.keys_values
+        for name in ("to_k", "to_v")
+    ]
+    with attach(tiny_pipe, plan):
+        tiny_pipe(**plan.pipeline_arguments(), output_type="latent")
+    for hook in hooks:
+        hook.remove()
+    assert calls == []
+
+
+def test_building_leaves_the_pipeline_as_it_was(tiny_pipe, concepts, masks):
+    before = {name: tensor.clone() for name, tensor in tiny_pipe.unet.state_dict().items()}
+    vocabulary = len(tiny_pipe.tokenizer)
+    build(tiny_pipe, [ConceptUse(c) for c in concepts[:2]], masks)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny_pipe.unet.state_dict().items())
+    assert len(tiny_pipe.tokenizer) == vocabulary
+
+
+def test_a_region_without_a_concept_is_the_base_model_under_its_prompt(tiny_pipe, masks):
+    plan = build(tiny_pipe, [ConceptUse(None, "a fox")], torch.ones(1, 32, 32), steps=2)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)).double()
+    arguments = {"num_inference_steps": 2, "latents": noise, "output_type": "latent"}
+    with attach(tiny_pipe, plan):
+        ours = tiny_pipe(PROMPT, **arguments).images
+    torch.testing.assert_close(ours, tiny_pipe("a fox", **arguments).images, rtol=1e-10, atol=1e-10)

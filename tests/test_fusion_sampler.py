@@ -1,0 +1,82 @@
+"""`sample_fusion` gives what the stock pipeline gives under `attach`, to the last bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from weaver.features import collect_features
+from weaver.fusion import ConceptUse, FusionPlan, attach, sample_fusion
+from weaver.inversion import ddim_scheduler, invert
+from weaver.layers import EMBEDDED
+
+PROMPT = "a dog and a cat, mountain"
+
+
+@pytest.fixture(scope="module")
+def uses_and_masks(concepts):
+    masks = torch.zeros(2, 32, 32)
+    masks[0, 8:, :16] = 1
+    masks[1, :20, 16:] = 1
+    return [ConceptUse(concepts[0], window=(0.0, 0.7)), ConceptUse(concepts[1], strength=0.8)], masks
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+@pytest.mark.parametrize("injected", [True, False], ids=["template", "noise"])
+def test_same_numbers_as_the_stock_pipeline(tiny_pipe, uses_and_masks, guidance, injected):
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    features = None
+    if injected:
+        inversion = invert(tiny_pipe, z, PROMPT, 4)
+        features, z = collect_features(tiny_pipe, inversion, EMBEDDED), inversion.z_T
+    plan = FusionPlan.build(
+        tiny_pipe, *uses_and_masks, prompt=PROMPT, negative_prompt="ugly", suppression=0.2, features=features, steps=4
+    )
+    done = []
+    ours = sample_fusion(
+        tiny_pipe.unet,
+        ddim_scheduler(tiny_pipe.scheduler),
+        z,
+        plan,
+        guidance_scale=guidance,
+        progress=lambda *step: done.append(step),
+    )
+    arguments = plan.pipeline_arguments() | {"latents": z, "guidance_scale": guidance, "output_type": "latent"}
+    with attach(tiny_pipe, plan):
+        assert torch.equal(ours, tiny_pipe(**arguments).images)
+    assert done == [(i, 4) for i in range(1, 5)]
+
+
+def test_several_noises_at_once(tiny_pipe, uses_and_masks):
+    plan = FusionPlan.build(tiny_pipe, *uses_and_masks, prompt=PROMPT, steps=2)
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)).double()
+    scheduler = ddim_scheduler(tiny_pipe.scheduler)
+    together = sample_fusion(tiny_pipe.unet, scheduler, noise, plan)
+    alone = torch.cat([sample_fusion(tiny_pipe.unet, scheduler, z[None], plan) for z in noise])
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+
+
+def test_every_part_moves_the_result(tiny_pipe, concepts, uses_and_masks):
+    """Nothing that is asked for is dropped in silence."""
+    uses, masks = uses_and_masks
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    features = collect_features(tiny_pipe, invert(tiny_pipe, z, PROMPT, 3), EMBEDDED, reconstruct=False)
+    scheduler = ddim_scheduler(tiny_pipe.scheduler)
+
+    def draw(**changes):
+        arguments = {"concepts": uses, "masks": masks, "prompt": PROMPT, "steps": 3} | changes
+        return sample_fusion(tiny_pipe.unet, scheduler, z, FusionPlan.build(tiny_pipe, **arguments))
+
+    plain = draw()
+    for changes in (
+        {"suppression": 0.1},
+        {"negative_prompt": "ugly"},
+        {"features": features},
+        {"background": ConceptUse(concepts[4])},
+        {"masks": masks.roll(4, 1)},
+        {"concepts": [ConceptUse(concepts[0], strength=0.9), uses[1]]},
+        {"concepts": [ConceptUse(concepts[0], window=(0.4, 1.0)), uses[1]]},
+        {"concepts": [ConceptUse(concepts[0], window=(0.0, 0.7), scale=0.9), uses[1]]},
+        {"concepts": [ConceptUse(concepts[0], "a <v1> fox", window=(0.0, 0.7)), uses[1]]},
+    ):
+        assert (draw(**changes) - plain).abs().max() > 1e-3 * plain.abs().max(), changes
