@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from weaver.errors import WeaverError
+from weaver.layers import cross_attention_paths
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "Concept", "ConceptError", "attn2_hash", "attn2_projections"]
 
@@ -34,11 +35,10 @@ def attn2_projections(unet: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     Where an adapter library wraps a projection, this is the wrapped base layer.
     """
     found = {}
-    for path, module in unet.named_modules():
-        if path.rsplit(".", 1)[-1] == "attn2" and hasattr(module, "to_k"):
-            for name in ("to_k", "to_v"):
-                linear = getattr(module, name)
-                found[f"{path}.{name}"] = getattr(linear, "base_layer", linear)
+    for path in cross_attention_paths(unet):
+        for name in ("to_k", "to_v"):
+            linear = unet.get_submodule(f"{path}.{name}")
+            found[f"{path}.{name}"] = getattr(linear, "base_layer", linear)
     return found
 
 

@@ -33,8 +33,9 @@ def encode_prompt(pipe, prompt: str, concept: Concept | None = None) -> torch.Te
     """
     token, vectors = (None, None) if concept is None else (concept.token, concept.embeddings["text_encoder"])
     ids, positions, length = tokenize(pipe, prompt, token, 1 if vectors is None else len(vectors))
+    places = [(0, position) for position in positions]
     with torch.no_grad():
-        return encode_text(pipe.text_encoder, ids.to(pipe._execution_device), length, positions, vectors)
+        return encode_text(pipe.text_encoder, ids.to(pipe._execution_device), [length], places, vectors)
 
 
 def derive_prompt(base_prompt: str, concept: Concept, *, occurrence: int = 0) -> str:
@@ -85,29 +86,33 @@ def tokenize(pipe, prompt: str, token: str | None = None, vectors: int = 1) -> t
 
 
 def encode_text(
-    encoder, ids: torch.Tensor, length: int, positions: Sequence[int] = (), vectors: torch.Tensor | None = None
+    encoder,
+    ids: torch.Tensor,
+    lengths: Sequence[int],
+    places: Sequence[tuple[int, int]] = (),
+    vectors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run a text encoder over ids [1, L], with `vectors` [V, C] in place of the embeddings at `positions`.
+    """Run a text encoder over ids [B, L], `lengths` of which stand before the padding.
 
-    Differentiable in `vectors`. Returns the last hidden state [1, L, C] on the device of the ids.
+    At `places`, pairs of row and position, `vectors` [V, C] stand in turn in place of the ids' embeddings.
+    Differentiable in `vectors`. Returns the last hidden state [B, L, C] on the device of the ids.
     """
     mask = None
     if getattr(encoder.config, "use_attention_mask", False):
-        mask = (torch.arange(ids.shape[1], device=ids.device) < length).long()[None]
-    with _embeddings_replaced(encoder, positions, vectors):
+        mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long().to(ids.device)
+    with _embeddings_replaced(encoder, places, vectors):
         return encoder(ids, attention_mask=mask)[0].to(encoder.dtype)
 
 
 @contextmanager
-def _embeddings_replaced(encoder, positions: Sequence[int], vectors: torch.Tensor | None) -> Iterator[None]:
-    if vectors is None or not positions:
+def _embeddings_replaced(encoder, places: Sequence[tuple[int, int]], vectors: torch.Tensor | None) -> Iterator[None]:
+    if vectors is None or not places:
         yield
         return
 
     def replace(module, args, output):
-        rows = vectors.to(output).repeat(len(positions) // len(vectors), 1)  # [positions, C]
-        index = torch.tensor(positions, device=output.device)
-        return output.index_copy(1, index, rows[None].expand(len(output), -1, -1))
+        rows, positions = torch.tensor(places, device=output.device).T
+        return output.index_put((rows, positions), vectors.to(output).repeat(len(places) // len(vectors), 1))
 
     handle = encoder.get_input_embeddings().register_forward_hook(replace)
     try:

@@ -1,0 +1,74 @@
+"""Pictures and captions as training reads them: latents, encoded once, and token ids."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from weaver.concepts.images import TrainingSet
+from weaver.concepts.prompts import encode_text, tokenize
+from weaver.latents import encode_image, vae_scale_factor
+from weaver.pictures import fit
+
+__all__ = ["Examples", "encode_captions", "encode_fixed_captions", "pick", "prepare"]
+
+_AT_ONCE = 8  # pictures in one pass of the autoencoder
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures as latents [n, C, h, w]; captions as ids [n, L], their lengths and the positions of the token."""
+
+    latents: torch.Tensor
+    ids: torch.Tensor
+    lengths: list[int]
+    positions: list[list[int]]
+
+
+@torch.no_grad()
+def prepare(pipe, data: TrainingSet, token: str | None = None, *, vectors: int = 1, flip: bool = False) -> Examples:
+    """Encode pictures at the model's own size, and read captions with room for the token's `vectors`.
+
+    `flip` adds every picture mirrored.
+    """
+    cells, factor = pipe.unet.config.sample_size, vae_scale_factor(pipe.vae)
+    cells = (cells, cells) if isinstance(cells, int) else tuple(cells)
+    images = [fit(image.convert("RGB"), (cells[0] * factor, cells[1] * factor)) for image in data.images]
+    captions = list(data.captions)
+    if flip:
+        images += [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
+        captions *= 2
+    read = [tokenize(pipe, caption, token, vectors) for caption in captions]
+    latents = [encode_image(pipe.vae, images[i : i + _AT_ONCE]) for i in range(0, len(images), _AT_ONCE)]
+    device = pipe._execution_device
+    return Examples(
+        latents=torch.cat(latents).to(device, torch.float32),
+        ids=torch.cat([ids for ids, _, _ in read]).to(device),
+        lengths=[length for _, _, length in read],
+        positions=[positions for _, positions, _ in read],
+    )
+
+
+def encode_captions(encoder, examples: Examples, picks: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Encode the captions of `picks` [b] with the token's vectors [V, C]; differentiable in those. [b, L, C]."""
+    rows = picks.tolist()
+    places = [(row, position) for row, pick in enumerate(rows) for position in examples.positions[pick]]
+    return encode_text(encoder, examples.ids[picks], [examples.lengths[pick] for pick in rows], places, vectors)
+
+
+@torch.no_grad()
+def encode_fixed_captions(encoder, examples: Examples) -> torch.Tensor:
+    """Encode every caption, each different one once: nothing in them is learned. Returns [n, L, C]."""
+    ids, index = torch.unique(examples.ids, dim=0, return_inverse=True)
+    lengths = dict(zip(index.tolist(), examples.lengths, strict=True))
+    text = [encode_text(encoder, row[None], [lengths[i]]) for i, row in enumerate(ids)]
+    return torch.cat(text)[index]
+
+
+def pick(count: int, batch: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw `batch` of `count` pictures, none twice before each was drawn once."""
+    rounds = math.ceil(batch / count)
+    return torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[:batch]

@@ -1,0 +1,80 @@
+"""Pictures to learn a concept from, with their captions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from weaver.errors import WeaverError
+from weaver.pictures import open_rgb
+
+__all__ = ["TrainingSet", "load_images", "picture_files"]
+
+_KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Pictures (RGB, any size) and as many captions."""
+
+    images: tuple[Image.Image, ...]
+    captions: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise WeaverError("no pictures to learn from")
+        if len(self.images) != len(self.captions):
+            raise WeaverError(f"{len(self.images)} pictures and {len(self.captions)} captions; give one caption each")
+
+
+def load_images(
+    source: str | os.PathLike | Iterable[str | os.PathLike], token: str, word: str, *, template: str | None = None
+) -> TrainingSet:
+    """Read the pictures of a folder, or picture files, as a training set.
+
+    Pictures are turned as their EXIF orientation says; transparency shows white. A picture's caption is the text file
+    of the same name beside it (`cat.jpg`, `cat.txt`), otherwise `template`; `{token}` and `{word}` in either are
+    filled in.
+
+    Parameters
+    ----------
+    source : a folder (its pictures in the order of their names; other files are passed over) or picture files.
+    token, word : the concept's modifier token and class word.
+    template : None for "a {token} {word}".
+
+    Raises `WeaverError` for a folder without pictures and for captions without the token, `PictureError` naming the
+    first file that can't be read.
+    """
+    template = template or "a {token} {word}"
+    paths = picture_files(Path(source)) if isinstance(source, str | os.PathLike) else [Path(path) for path in source]
+    captions = []
+    for path in paths:
+        beside = path.with_suffix(".txt")
+        text = _read_caption(beside) if beside.is_file() else template
+        caption = text.replace("{token}", token).replace("{word}", word)
+        if token not in caption:
+            origin = f"{beside}: " if beside.is_file() else ""
+            raise WeaverError(f"{origin}caption {text!r} lacks the token {token!r}: write {{token}} where it goes")
+        captions.append(caption)
+    return TrainingSet(tuple(open_rgb(path) for path in paths), tuple(captions))
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeaverError(f"{path}: not a readable caption in UTF-8 ({error})") from error
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures of a folder in the order of their names; `WeaverError` if there are none."""
+    if not folder.is_dir():
+        raise WeaverError(f"{folder}: no such folder of pictures")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _KINDS and path.name[0] != ".")
+    if not paths:
+        raise WeaverError(f"{folder}: no pictures in this folder ({', '.join(_KINDS)})")
+    return paths

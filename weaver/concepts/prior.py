@@ -1,0 +1,38 @@
+"""Pictures of a concept's class, made by the base model itself, to hold the class in place (prior preservation)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from weaver.concepts.images import TrainingSet
+from weaver.concepts.settings import TrainSettings
+
+__all__ = ["class_pictures"]
+
+_AT_ONCE = 4  # pictures in one pass of the pipeline
+
+
+def class_pictures(pipe, word: str, settings: TrainSettings, report: Callable[[int], None]) -> TrainingSet:
+    """Make `settings.prior_images` pictures of "a <word>" with a `StableDiffusionPipeline`.
+
+    Every picture has its own noise, drawn on the CPU from the seed and its number. `report` is told how many are done.
+    """
+    caption = f"a {word}"
+    shown = dict(getattr(pipe, "_progress_bar_config", {}))
+    images = []
+    pipe.set_progress_bar_config(**shown | {"disable": True})
+    try:
+        while len(images) < settings.prior_images:
+            numbers = range(len(images), min(len(images) + _AT_ONCE, settings.prior_images))
+            images += pipe(
+                [caption] * len(numbers),
+                num_inference_steps=settings.prior_steps,
+                guidance_scale=settings.prior_guidance,
+                generator=[torch.Generator("cpu").manual_seed(settings.seed * 100_003 + i) for i in numbers],
+            ).images
+            report(len(images))
+    finally:
+        pipe.set_progress_bar_config(**shown)
+    return TrainingSet(tuple(images), (caption,) * len(images))

@@ -1,0 +1,227 @@
+"""Custom Diffusion: learn a concept in the cross-attention's keys and values and one token (arXiv 2212.04488).
+
+Concept Weaver, section 3.1, learns each concept by itself this way. The base model is never written to: while
+training runs, hooks add the deltas' share to the outputs of `to_k` and `to_v`.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm.auto import tqdm
+
+from weaver.concepts.concept import Concept, ConceptError, attn2_hash, attn2_projections
+from weaver.concepts.examples import Examples, encode_captions, encode_fixed_captions, pick, prepare
+from weaver.concepts.images import TrainingSet
+from weaver.concepts.prior import class_pictures
+from weaver.concepts.settings import TrainSettings
+from weaver.errors import WeaverError
+from weaver.version import __version__
+
+__all__ = ["TrainSettings", "train_concept"]
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """What is learned: vectors [V, C] and deltas {path: [out, in]}, in float32."""
+
+    vectors: torch.Tensor
+    deltas: Mapping[str, torch.Tensor]
+
+
+def train_concept(
+    pipe,
+    images: Sequence[Image.Image] | TrainingSet,
+    captions: Sequence[str] | None = None,
+    *,
+    token: str,
+    word: str,
+    name: str | None = None,
+    prior: TrainingSet | None = None,
+    settings: TrainSettings | None = None,
+    progress: bool | Callable[[int, int], None] = True,
+) -> Concept:
+    """Learn a concept from a few pictures by Custom Diffusion.
+
+    Only deltas of attn2's `to_k` and `to_v` and the vectors of one modifier token receive gradients; the token starts
+    as its class word. The model is left as it was, also after an exception. On the CPU the same seed and number of
+    threads give the same concept.
+
+    Parameters
+    ----------
+    pipe : a `StableDiffusionPipeline` that predicts noise (epsilon) or velocity (v).
+    images : pictures of the concept, cut about their centres and resized by Lanczos to the model's size; or a
+        `TrainingSet`, as `load_images` returns it.
+    captions : one a picture, with the token in each; None for "a <token> <word>".
+    token, word : the modifier token, such as "<v1>", and the class word it stands before.
+    name : of the concept; None for the token without its brackets.
+    prior : pictures and captions without the token; None lets the base model make pictures of the class word.
+    settings : None for the defaults for Stable Diffusion.
+    progress : True shows a bar, unless the output is piped; a function is called with (done, total) instead.
+
+    Raises `WeaverError` for settings, captions and pictures that can't be used, `ConceptError` if training diverges.
+    """
+    settings = settings or TrainSettings()
+    if not isinstance(images, TrainingSet):
+        captions = [f"a {token} {word}"] * len(images) if captions is None else captions
+        images = TrainingSet(tuple(images), tuple(captions))
+    _check(pipe, prior, token)
+    learned = _start(pipe, word, settings.vectors)
+    own = prepare(pipe, images, token, vectors=settings.vectors, flip=settings.flip)
+    to_make = settings.prior_images if settings.prior_batch and prior is None else 0
+    with _reporter(progress, to_make + settings.steps, f"learning {token} {word}") as report:
+        if to_make:
+            prior = class_pictures(pipe, word, settings, report)
+        other = prepare(pipe, prior) if settings.prior_batch else None
+        with _frozen(pipe.unet, pipe.text_encoder), _added(pipe.unet, learned.deltas), torch.enable_grad():
+            _optimise(pipe, own, other, learned, settings, lambda steps: report(to_make + steps))
+    return Concept(
+        name=name or token.strip("<>"),
+        token=token,
+        word=word,
+        base_hash=attn2_hash(pipe.unet),
+        embeddings={"text_encoder": learned.vectors.detach().cpu()},
+        # Half precision keeps three digits of a small correction, in a file of half the size.
+        deltas={path: delta.detach().cpu().half() for path, delta in learned.deltas.items()},
+        settings=asdict(settings)
+        | {"pictures": len(images.images), "captions": sorted(set(images.captions))}
+        | {"prior": "made by the base model" if to_make else "given" if settings.prior_batch else "none"},
+        versions=_versions(),
+    )
+
+
+def _optimise(
+    pipe,
+    own: Examples,
+    other: Examples | None,
+    learned: _Learned,
+    settings: TrainSettings,
+    report: Callable[[int], None],
+) -> None:
+    device, dtype = pipe._execution_device, pipe.unet.dtype
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
+    alphas = pipe.scheduler.alphas_cumprod.to(device, torch.float32)
+    velocity = pipe.scheduler.config.prediction_type == "v_prediction"
+    rate = settings.learning_rate
+    optimiser = torch.optim.AdamW([
+        {"params": list(learned.deltas.values()), "lr": rate},
+        {"params": [learned.vectors], "lr": settings.token_learning_rate or rate},
+    ], betas=(0.9, 0.99), weight_decay=0)  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, settings))
+    # Gradients of float16 activations vanish below 6e-8 unless the loss is scaled up.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    prior_text = None if other is None else encode_fixed_captions(pipe.text_encoder, other)
+    for step in range(settings.steps):
+        picks = [pick(len(own.latents), settings.batch, generator)]
+        z = own.latents[picks[0]]
+        text = encode_captions(pipe.text_encoder, own, picks[0], learned.vectors)
+        if other is not None:
+            picks.append(pick(len(other.latents), settings.prior_batch, generator))
+            z = torch.cat([z, other.latents[picks[1]]])
+            text = torch.cat([text, prior_text[picks[1]]])
+        t = torch.cat([_timesteps(len(rows), len(alphas), generator) for rows in picks]).to(device)
+        noise = torch.randn(z.shape, generator=generator).to(device)
+        signal, spread = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
+        noisy = (signal * z + spread * noise).to(dtype)
+        target = signal * noise - spread * z if velocity else noise
+        error = (pipe.unet(noisy, t, encoder_hidden_states=text.to(dtype)).sample.float() - target).square()
+        loss = error[: settings.batch].mean()
+        if other is not None:
+            loss = loss + settings.prior_weight * error[settings.batch :].mean()
+        if not torch.isfinite(loss):
+            raise ConceptError(f"training diverged at step {step + 1} of {settings.steps}: lower the learning rate")
+        optimiser.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimiser)
+        scaler.update()
+        schedule.step()
+        report(step + 1)
+
+
+def _check(pipe, prior: TrainingSet | None, token: str) -> None:
+    reasons = []
+    kind = getattr(pipe.scheduler.config, "prediction_type", None)
+    if kind not in ("epsilon", "v_prediction") or not hasattr(pipe.scheduler, "alphas_cumprod"):
+        reasons.append(f"the scheduler predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
+    if prior is not None and (named := [caption for caption in prior.captions if token in caption]):
+        reasons.append(f"prior caption {named[0]!r} holds the token {token!r}; prior pictures show others")
+    if reasons:
+        raise WeaverError("cannot train a concept: " + "; ".join(reasons))
+
+
+def _start(pipe, word: str, count: int) -> _Learned:
+    """Deltas of zero, and vectors that mean what the class word means."""
+    ids = pipe.tokenizer(word, add_special_tokens=False).input_ids
+    if not ids:
+        raise WeaverError(f"the class word {word!r} means nothing to the tokenizer")
+    vectors = pipe.text_encoder.get_input_embeddings().weight[ids].detach().float().mean(0)
+    deltas = {
+        path: torch.zeros_like(linear.weight, dtype=torch.float32, requires_grad=True)
+        for path, linear in attn2_projections(pipe.unet).items()
+    }
+    return _Learned(vectors.repeat(count, 1).requires_grad_(), deltas)
+
+
+def _timesteps(batch: int, total: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw timesteps, one from each of `batch` equal parts of the range: uniform, and spread over every batch."""
+    t = (torch.arange(batch) + torch.rand(batch, generator=generator)) * (total / batch)
+    return t.long().clamp(max=total - 1)
+
+
+def _rate(step: int, settings: TrainSettings) -> float:
+    """Part of the learning rates in use at `step`: a linear rise, then a linear fall to `final_rate`."""
+    fall = 1 - (1 - settings.final_rate) * step / settings.steps
+    return min(1.0, (step + 1) / (settings.warmup + 1)) * fall
+
+
+@contextmanager
+def _frozen(*modules: torch.nn.Module) -> Iterator[None]:
+    """Let no parameter of the modules receive gradients, and no dropout act; both as before afterwards."""
+    gradients = {p: p.requires_grad for module in modules for p in module.parameters()}
+    training = {m: m.training for module in modules for m in module.modules()}
+    try:
+        for module in modules:
+            module.requires_grad_(False).eval()
+        yield
+    finally:
+        for parameter, flag in gradients.items():
+            parameter.requires_grad_(flag)
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextmanager
+def _added(unet: torch.nn.Module, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Add the deltas to the projections they are named after, without touching the weights."""
+
+    def adder(delta: torch.Tensor):
+        return lambda module, args, output: output + F.linear(args[0], delta.to(args[0].dtype))
+
+    projections = attn2_projections(unet)
+    handles = [projections[path].register_forward_hook(adder(delta)) for path, delta in deltas.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _reporter(progress: bool | Callable, total: int, label: str) -> Iterator[Callable[[int], None]]:
+    if callable(progress):
+        yield lambda done: progress(done, total)
+        return
+    with tqdm(total=total, desc=label, disable=None if progress else True, leave=False) as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+def _versions() -> dict[str, str]:
+    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    return {"concept-weaver": __version__, "python": platform.python_version()} | libraries

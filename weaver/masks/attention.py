@@ -1,0 +1,154 @@
+"""Masks from the cross-attention of the model itself: where in the template does it look for a word?
+
+Needs no other model and works for every word the model knows, at the price of soft outlines: on scenes of the
+embedded world the mean intersection over union with the true masks is about 0.65.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from weaver.concepts.prompts import encode_prompt, tokenize
+from weaver.latents import encode_image
+from weaver.layers import cross_attention_paths, layer_size
+from weaver.masks.components import assign_objects, tidy
+from weaver.masks.compose import MaskError
+
+__all__ = ["attention_masks", "attention_maps", "capture_cross_attention"]
+
+
+def attention_masks(
+    pipe,
+    image: Image.Image,
+    prompt: str,
+    words: Sequence[str],
+    *,
+    noise_levels: Sequence[float] = (0.1, 0.25, 0.4, 0.55),
+    seed: int = 0,
+) -> torch.Tensor:
+    """Find the object of every class word in a picture that `prompt` describes.
+
+    A pixel belongs to the word whose map is highest there, if that map is above the threshold which best parts it in
+    two (Otsu's); specks are dropped and holes filled. A word that stands k times in `words` is cut into k objects,
+    left to right.
+
+    Returns [N, height, width] bool, one for each of `words`. Raises `MaskError` when a word is not in the prompt, or
+    holds too few objects.
+    """
+    labels = list(dict.fromkeys(words))
+    maps = attention_maps(pipe, image, prompt, labels, noise_levels=noise_levels, seed=seed)
+    size = (image.height, image.width)
+    maps = F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0][: len(labels)]
+    leading = maps.argmax(0)
+    masks = torch.stack([tidy((leading == k) & (maps[k] > _otsu(maps[k]))) for k in range(len(labels))])
+    return assign_objects(masks, words, labels)
+
+
+@torch.no_grad()
+def attention_maps(
+    pipe,
+    image: Image.Image,
+    prompt: str,
+    words: Sequence[str],
+    *,
+    noise_levels: Sequence[float] = (0.1, 0.25, 0.4, 0.55),
+    seed: int = 0,
+) -> torch.Tensor:
+    """Average the attention to every word over heads, layers and noise levels.
+
+    Each layer's map is divided by its mean over the plane. Layers count by how well they tell the words apart: the
+    part of the maps' mass that two of the words, or a word and the rest of the prompt, do not share.
+
+    Parameters
+    ----------
+    noise_levels : parts of the training timesteps at which noise is added to the picture and attention is read.
+
+    Returns [N + 1, h, w] float32 at the size of the latents, mean one each; the last is of the rest of the prompt.
+    """
+    places = _places(pipe, prompt, words)
+    latents = encode_image(pipe.vae, image).to(pipe.unet.dtype)
+    text = encode_prompt(pipe, prompt).to(latents)
+    total = pipe.scheduler.config.num_train_timesteps
+    generator = torch.Generator("cpu").manual_seed(seed)
+    sums: dict[str, torch.Tensor] = {}
+    with capture_cross_attention(pipe.unet) as captured:
+        for level in noise_levels:
+            t = torch.tensor([min(int(level * total), total - 1)], device=latents.device)
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            pipe.unet(pipe.scheduler.add_noise(latents, noise, t), t, encoder_hidden_states=text)
+            for path, attention in captured.items():
+                sums[path] = sums.get(path, 0) + torch.stack([attention[0][:, place].mean(1) for place in places])
+    size = tuple(latents.shape[-2:])
+    mean, weights = 0, 0
+    for path in sorted(sums):
+        maps = sums[path] / sums[path].mean(1, keepdim=True)  # [N + 1, T], each with mean one
+        weight = 1 - _shared(maps)
+        maps = maps.unflatten(1, layer_size(path, len(pipe.unet.config.block_out_channels), size))
+        mean = mean + weight * F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+        weights += weight
+    return (mean / weights).float().cpu()
+
+
+@contextmanager
+def capture_cross_attention(unet: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Record the attention of every attn2 in each forward pass, leaving its processor and its result as they are.
+
+    Yields ``{"<path>.attn2": [B, T, L] float32, mean of the heads}``, replaced at every pass.
+    """
+    captured: dict[str, torch.Tensor] = {}
+    handles = []
+
+    def recorder(path: str):
+        def record(attn, args, kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
+            q, k = (x.unflatten(-1, (attn.heads, -1)).float() for x in (attn.to_q(hidden), attn.to_k(text)))
+            scores = torch.einsum("bthd,blhd->bhtl", q, k) * attn.scale
+            captured[path] = scores.softmax(-1).mean(1)
+
+        return record
+
+    try:
+        for path in cross_attention_paths(unet):
+            handles.append(unet.get_submodule(path).register_forward_pre_hook(recorder(path), with_kwargs=True))
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _places(pipe, prompt: str, words: Sequence[str]) -> list[list[int]]:
+    """The positions in the encoded prompt of every word, then of all other words."""
+    ids, _, length = tokenize(pipe, prompt)
+    ids = ids[0, :length].tolist()
+    places = []
+    for word in words:
+        wanted = pipe.tokenizer(word, add_special_tokens=False).input_ids
+        starts = [i for i in range(1, length - len(wanted)) if ids[i : i + len(wanted)] == wanted]
+        if not wanted or not starts:
+            raise MaskError(f"no attention map for {word!r}: it is not in the prompt {prompt!r}")
+        places.append([start + i for start in starts for i in range(len(wanted))])
+    named = {place for group in places for place in group}
+    rest = [i for i in range(1, length - 1) if i not in named] or [length - 1]
+    return [*places, rest]
+
+
+def _shared(maps: torch.Tensor) -> float:
+    """The mass that two of maps [N, T] with mean one have in common, 0..1, averaged over the pairs."""
+    pairs = [torch.minimum(maps[i], maps[j]).mean() for i in range(len(maps)) for j in range(i)]
+    return float(torch.stack(pairs).mean())
+
+
+def _otsu(values: torch.Tensor) -> torch.Tensor:
+    """The threshold with the greatest variance between the two sides (Otsu, 1979)."""
+    ordered = values.flatten().double().sort().values
+    count = torch.arange(1, len(ordered))
+    sums = ordered.cumsum(0)
+    low = sums[:-1] / count
+    high = (sums[-1] - sums[:-1]) / (len(ordered) - count)
+    return ordered[(count * (len(ordered) - count) * (low - high) ** 2).argmax()].to(values.dtype)

@@ -1,0 +1,112 @@
+"""Several objects of one class word: cut one mask into its objects and hand them out from left to right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from weaver.masks.compose import MaskError, dilate
+
+__all__ = ["assign_objects", "connected_components", "split_objects", "tidy"]
+
+# Of the objects that are cut apart, the smallest has at least this part of the largest's area: an ear is no animal.
+_ALIKE = 0.25
+
+
+def assign_objects(masks: torch.Tensor, words: Sequence[str], labels: Sequence[str]) -> torch.Tensor:
+    """Give every concept a mask, when masks were found per class word.
+
+    Parameters
+    ----------
+    masks : [K, h, w] bool, one for each of `labels`.
+    words : the class words of the N concepts in their order; a word that stands k times gets k objects, left to right.
+    labels : the K different words that the masks belong to.
+
+    Returns [N, h, w] bool. Raises `MaskError` when a mask holds fewer objects than there are concepts of its word.
+    """
+    found = {}
+    for label, mask in zip(labels, masks, strict=True):
+        count = list(words).count(label)
+        found[label] = iter(split_objects(mask, count, label) if count > 1 else mask.bool()[None])
+    return torch.stack([next(found[word]) for word in words])
+
+
+def split_objects(mask: torch.Tensor, count: int, what: str = "object") -> torch.Tensor:
+    """Cut mask [h, w] into its `count` largest objects [count, h, w], ordered from left to right by their centres.
+
+    Objects that touch are cut apart at their thinnest place: the mask is worn down until it falls apart, and the
+    parts grow back into it. Whatever is not of the `count` largest belongs to none of them.
+    """
+    worn = mask = mask.bool()
+    step = max(1, min(mask.shape) // 128)
+    while True:
+        parts = connected_components(worn)
+        areas = np.sort(np.bincount(parts[parts > 0], minlength=count + 1)[1:])[::-1]
+        if len(areas) >= count and areas[count - 1] >= max(1, _ALIKE * areas[0]):
+            break
+        worn = ~dilate(~worn[None], step)[0]
+        if not worn.any():
+            alone = len(np.unique(connected_components(mask))) - 1
+            raise MaskError(
+                f"{count} concepts are a {what!r}, but the mask of {what!r} holds {alone} objects that could be one: "
+                "give these concepts a box or a mask file each"
+            )
+    order = np.argsort(-np.bincount(parts.ravel())[1:], kind="stable")[:count] + 1
+    seeds = torch.stack([torch.from_numpy(parts == label) for label in order])
+    objects = _grow_back(seeds, mask)
+    centres = [torch.nonzero(part)[:, 1].float().mean().item() for part in objects]
+    return objects[torch.tensor(sorted(range(count), key=centres.__getitem__))]
+
+
+def tidy(mask: torch.Tensor) -> torch.Tensor:
+    """Drop the specks of mask [h, w], parts much smaller than its largest, and fill its holes."""
+    parts = connected_components(mask)
+    areas = np.bincount(parts.ravel())[1:]
+    kept = np.isin(parts, 1 + np.flatnonzero(areas >= _ALIKE * areas.max(initial=1)))
+    outside = connected_components(np.pad(~kept, 1, constant_values=True))[1:-1, 1:-1]
+    return torch.from_numpy(outside != 1)  # part 1 holds the corner, and so the whole surroundings
+
+
+def connected_components(mask: torch.Tensor | np.ndarray) -> np.ndarray:
+    """Number the 4-connected parts of mask [h, w] from 1, in reading order; 0 is outside. Returns [h, w] int64."""
+    mask = np.asarray(mask, dtype=bool)
+    parent = [0]
+    labels = np.zeros(mask.shape, dtype=np.int64)
+
+    def root(label: int) -> int:
+        while parent[label] != label:
+            parent[label] = parent[parent[label]]
+            label = parent[label]
+        return label
+
+    above: list[tuple[int, int, int]] = []
+    for y, row in enumerate(mask):
+        edges = np.flatnonzero(np.diff(row, prepend=False, append=False))
+        runs = []
+        for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            touching = {root(label) for first, last, label in above if first < stop and start < last}
+            label = min(touching, default=len(parent))
+            if not touching:
+                parent.append(label)
+            for other in touching:
+                parent[other] = label
+            labels[y, start:stop] = label
+            runs.append((start, stop, label))
+        above = runs
+    roots = np.array([root(label) for label in range(len(parent))])
+    compact = np.searchsorted(np.unique(roots), roots)  # 0 is a root of its own, so it stays 0
+    return compact[labels]
+
+
+def _grow_back(seeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Let seeds [K, h, w] take turns in growing by one pixel inside mask [h, w] until none can."""
+    seeds = seeds.clone()
+    while True:
+        before = seeds.sum()
+        for k in range(len(seeds)):
+            free = mask & ~seeds.any(0)
+            seeds[k] |= dilate(seeds[k][None], 1)[0] & free
+        if seeds.sum() == before:
+            return seeds

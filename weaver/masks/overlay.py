@@ -1,0 +1,80 @@
+"""The masks drawn over the picture, with names, for people to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = ["draw_masks"]
+
+# Told apart on light and dark ground, and by people who see red and green alike (Okabe and Ito's colours).
+_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0), (0, 114, 178))
+
+
+def draw_masks(
+    image: Image.Image, masks: torch.Tensor, names: Sequence[str], *, side: int = 512, tint: float = 0.45
+) -> Image.Image:
+    """Draw masks over a picture: tinted, outlined and named; the background's name, if any, stands at the lower left.
+
+    Parameters
+    ----------
+    masks : [M, h, w] in 0..1, as `compose_masks` returns them (the background last).
+    names : of the concepts, in the order of the masks; one more for the background where it is a concept too.
+    side : the shorter side of the drawing in pixels at least; small pictures are enlarged by a whole factor.
+    tint : how much of the colour covers the picture, 0..1.
+    """
+    factor = max(1, -(-side // min(image.size)))
+    canvas = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    pixels = np.asarray(canvas).astype(np.float32)
+    regions = [_enlarge(mask, canvas.size) for mask in masks[:-1]]
+    for region, colour in zip(regions, _cycle(len(regions)), strict=True):
+        pixels += (region * tint)[..., None] * (np.array(colour, np.float32) - pixels)
+        pixels[_outline(region > 0.5, max(1, canvas.height // 256))] = colour
+    canvas = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(max(12, canvas.height // 24))
+    for region, name, colour in zip(regions, names, _cycle(len(regions)), strict=False):
+        if (region > 0.5).any():
+            _label(draw, _middle(region > 0.5), name, font, colour)
+    if len(names) > len(regions):
+        margin = font.size
+        _label(draw, (None, canvas.height - margin), names[len(regions)], font, (255, 255, 255))
+    return canvas
+
+
+def _cycle(count: int) -> list[tuple[int, int, int]]:
+    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+
+
+def _enlarge(mask: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    picture = Image.fromarray(mask.detach().cpu().float().numpy())
+    return np.asarray(picture.resize(size, Image.Resampling.NEAREST))
+
+
+def _outline(inside: np.ndarray, width: int) -> np.ndarray:
+    padded = np.pad(inside, width)
+    kept = inside.copy()
+    height, length = inside.shape
+    for dy, dx in ((0, width), (2 * width, width), (width, 0), (width, 2 * width)):
+        kept &= padded[dy : dy + height, dx : dx + length]
+    return inside & ~kept
+
+
+def _middle(inside: np.ndarray) -> tuple[int, int]:
+    """The pixel of the region nearest to its centre, so that the name stands on it whatever its shape."""
+    y, x = np.nonzero(inside)
+    nearest = ((y - y.mean()) ** 2 + (x - x.mean()) ** 2).argmin()
+    return int(x[nearest]), int(y[nearest])
+
+
+def _label(draw: ImageDraw.ImageDraw, at: tuple[int | None, int], text: str, font, colour) -> None:
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    width, height, pad = right - left, bottom - top, font.size // 4
+    room = draw.im.size
+    x = pad * 2 if at[0] is None else min(max(at[0] - width // 2, pad * 2), room[0] - width - pad * 2)
+    y = min(max(at[1] - height // 2, pad * 2), room[1] - height - pad * 2)
+    draw.rectangle((x - pad, y - pad, x + width + pad, y + height + pad), fill=(20, 20, 20))
+    draw.text((x - left, y - top), text, font=font, fill=colour)
