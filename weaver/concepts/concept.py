@@ -126,7 +126,7 @@ class Concept:
                 metadata = file.metadata() or {}
                 _check_metadata(path, metadata)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-            settings, versions = (json.loads(metadata[key]) for key in ("settings", "versions"))
+            plain = {key: json.loads(metadata[key]) for key in ("settings", "versions")}
         except (SafetensorError, json.JSONDecodeError, OSError) as error:
             raise ConceptError(f"{path}: not a readable safetensors file, or cut short ({error})") from error
         groups: dict[str, dict[str, torch.Tensor]] = {"embeddings": {}, "deltas": {}}
@@ -137,7 +137,7 @@ class Concept:
             groups[group][rest] = tensor
         try:
             names = {key: metadata[key] for key in ("name", "token", "word", "base_hash")}
-            return cls(**names, **groups, settings=settings, versions=versions)
+            return cls(**names, **groups, **plain)
         except ConceptError as error:
             raise ConceptError(f"{path}: {error}") from error
 
@@ -165,6 +165,9 @@ def _reasons(concept: Concept) -> list[str]:
     if any(c.isspace() for c in concept.token):
         reasons.append(f"token {concept.token!r} has white space in it")
     reasons += [f"{key} is missing" for key in ("embeddings", "deltas") if not getattr(concept, key)]
+    reasons += [
+        f"{key} is not a JSON object" for key in ("settings", "versions") if not isinstance(getattr(concept, key), Mapping)
+    ]
     counts = {value.shape[0] for value in concept.embeddings.values() if value.ndim == 2}
     if len(counts) > 1:
         reasons.append(f"its text encoders disagree on the number of vectors: {sorted(counts)}")
