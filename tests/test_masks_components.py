@@ -1,0 +1,108 @@
+"""Objects of one class word: told apart, and handed out from left to right."""
+
+import numpy as np
+import pytest
+import torch
+
+from weaver.masks.components import assign_objects, connected_components, split_objects, tidy
+from weaver.masks.compose import MaskError
+
+
+def discs(*circles, size=(64, 64)):
+    y, x = np.mgrid[: size[0], : size[1]]
+    return torch.from_numpy(np.any([(y - cy) ** 2 + (x - cx) ** 2 <= r * r for cy, cx, r in circles], axis=0))
+
+
+def centres(masks):
+    return [mask.nonzero()[:, 1].float().mean().item() for mask in masks]
+
+
+def text(*rows):
+    return torch.tensor([[c == "#" for c in row] for row in rows])
+
+
+def test_components_are_numbered_in_reading_order():
+    labels = connected_components(text("#.#.#", "#.###", ".....", "##..#"))
+    assert labels.tolist() == [[1, 0, 2, 0, 2], [1, 0, 2, 2, 2], [0, 0, 0, 0, 0], [3, 3, 0, 0, 4]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_components_match_flood_fill(seed):
+    mask = np.random.default_rng(seed).random((23, 31)) < 0.55
+    labels = connected_components(mask)
+    seen = np.zeros_like(labels)
+    count = 0
+    for start in zip(*np.nonzero(mask), strict=True):
+        if seen[start]:
+            continue
+        count += 1
+        queue = [start]
+        while queue:
+            y, x = queue.pop()
+            if 0 <= y < 23 and 0 <= x < 31 and mask[y, x] and not seen[y, x]:
+                seen[y, x] = count
+                queue += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
+    assert np.array_equal(labels, seen)
+
+
+def test_components_of_full_and_empty_masks():
+    assert (connected_components(torch.ones(3, 4)) == 1).all()
+    assert (connected_components(torch.zeros(3, 4)) == 0).all()
+
+
+def test_two_objects_from_left_to_right():
+    mask = discs((40, 48, 12), (20, 12, 8))
+    parts = split_objects(mask, 2, "cat")
+    assert torch.equal(parts[0] | parts[1], mask)
+    assert not (parts[0] & parts[1]).any()
+    assert centres(parts) == [12, 48]
+
+
+def test_touching_objects_are_cut_at_their_waist():
+    mask = discs((32, 18, 13), (32, 44, 13))
+    assert connected_components(mask).max() == 1
+    parts = split_objects(mask, 2, "cat")
+    assert torch.equal(parts[0] | parts[1], mask)
+    assert abs(parts[0].sum() - parts[1].sum()) < 0.1 * mask.sum()
+    assert centres(parts)[0] < 22 and centres(parts)[1] > 40
+
+
+def test_three_objects_and_a_speck():
+    mask = discs((32, 8, 7), (32, 30, 7), (32, 54, 7))
+    mask[0, 0] = True
+    parts = split_objects(mask, 3, "cat")
+    assert centres(parts) == [8, 30, 54]
+    assert not parts[:, 0, 0].any()
+
+
+def test_more_objects_than_asked_leaves_the_smallest_out():
+    parts = split_objects(discs((32, 8, 7), (32, 30, 5), (32, 54, 7)), 2, "cat")
+    assert centres(parts) == [8, 54]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [discs((32, 32, 20)), discs((32, 32, 20), (5, 5, 2)), torch.zeros(64, 64, dtype=torch.bool)],
+    ids=["one", "one and a speck", "none"],
+)
+def test_fewer_objects_than_concepts(mask):
+    with pytest.raises(MaskError, match="2 concepts are a 'cat', .* a box or a mask file each"):
+        split_objects(mask, 2, "cat")
+
+
+def test_assignment_follows_the_order_of_the_concepts():
+    cats, dog = discs((32, 50, 8), (32, 10, 8)), discs((32, 30, 8))
+    masks = assign_objects(torch.stack([cats, dog]), ["cat", "dog", "cat"], ["cat", "dog"])
+    assert centres(masks) == [10, 30, 50]
+
+
+def test_tidy_drops_specks_and_fills_holes():
+    mask = text("#....", "..###", "..#.#", "..###", ".....")
+    assert torch.equal(tidy(mask), text(".....", "..###", "..###", "..###", "....."))
+
+
+def test_tidy_keeps_parts_of_like_size_bays_and_extremes():
+    mask = text("##.##", "##.##", "#..##")
+    assert torch.equal(tidy(mask), mask)
+    for value in (True, False):
+        assert torch.equal(tidy(torch.full((3, 3), value)), torch.full((3, 3), value))
