@@ -1,0 +1,52 @@
+"""The drawing of masks for people."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from weaver.masks.compose import compose_masks
+from weaver.masks.overlay import draw_masks
+
+
+@pytest.fixture
+def masks():
+    dense = torch.zeros(2, 64, 64)
+    dense[0, 20:50, 4:28] = 1
+    dense[1, 10:50, 36:60] = 1
+    return compose_masks(dense)
+
+
+def test_regions_are_tinted_apart_and_the_background_is_not(masks):
+    image = Image.new("RGB", (64, 64), (100, 100, 100))
+    drawing = draw_masks(image, masks, ["cat", "panda"])
+    assert drawing.size == (512, 512)
+    pixels = np.asarray(drawing)
+    assert (pixels[4, 4] == 100).all()
+    first, second = pixels[24 * 8, 8 * 8], pixels[14 * 8, 40 * 8]
+    assert (first != 100).any() and (second != 100).any() and (first != second).any()
+
+
+def test_names_are_written(masks):
+    image = Image.new("RGB", (64, 64), (100, 100, 100))
+    with_names = np.asarray(draw_masks(image, masks, ["cat", "panda", "beach"]))
+    without = np.asarray(draw_masks(image, masks, []))
+    rows, columns = np.nonzero((with_names != without).any(-1))
+    assert columns.min() < 64 and rows.max() > 480  # the background's name, at the lower left
+    assert (with_names == without)[: 8 * 10].all()
+
+
+def test_input_is_untouched_and_large_pictures_keep_their_size(masks):
+    image = Image.new("RGB", (64, 64), (1, 2, 3))
+    draw_masks(image, masks, ["a", "b"])
+    assert image.getcolors() == [(64 * 64, (1, 2, 3))]
+    large = Image.new("L", (640, 512))
+    assert draw_masks(large, masks, ["a", "b"]).size == (640, 512)
+
+
+def test_empty_and_thin_regions_and_long_names(masks):
+    thin = torch.zeros(3, 64, 64)
+    thin[0, 0] = 1
+    thin[2, 1:] = 1
+    drawing = draw_masks(Image.new("RGB", (64, 64)), thin, ["a name longer than the picture is wide" * 3, "none"])
+    assert drawing.size == (512, 512)
