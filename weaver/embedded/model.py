@@ -22,7 +22,7 @@ def load_pipeline(device: str | torch.device = "cpu", dtype: torch.dtype = torch
     device : where to put it.
     dtype : the weights are stored in float16; float32 is right on CPUs.
     """
-    pipe = StableDiffusionPipeline.from_pretrained(MODEL_DIR, torch_dtype=dtype, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL_DIR, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

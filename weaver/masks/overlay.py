@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["draw_masks"]
+__all__ = ["concept_colour", "draw_masks"]
 
 # Told apart on light and dark ground, and by people who see red and green alike (Okabe and Ito's colours).
 _COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0), (0, 114, 178))
@@ -23,35 +23,37 @@ def draw_masks(
     ----------
     masks : [M, h, w] in 0..1, as `compose_masks` returns them (the background last).
     names : of the concepts, in the order of the masks; one more for the background where it is a concept too.
-    side : the shorter side of the drawing in pixels at least; small pictures are enlarged by a whole factor.
+    side : the shorter side of the drawing in pixels at least; small pictures are enlarged by a whole factor, smoothly.
     tint : how much of the colour covers the picture, 0..1.
     """
     factor = max(1, -(-side // min(image.size)))
-    canvas = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    canvas = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
     pixels = np.asarray(canvas).astype(np.float32)
     regions = [_enlarge(mask, canvas.size) for mask in masks[:-1]]
-    for region, colour in zip(regions, _cycle(len(regions)), strict=True):
+    for number, region in enumerate(regions):
+        colour = concept_colour(number)
         pixels += (region * tint)[..., None] * (np.array(colour, np.float32) - pixels)
         pixels[_outline(region > 0.5, max(1, canvas.height // 256))] = colour
     canvas = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(max(12, canvas.height // 24))
-    for region, name, colour in zip(regions, names, _cycle(len(regions)), strict=False):
+    for number, (region, name) in enumerate(zip(regions, names, strict=False)):
         if (region > 0.5).any():
-            _label(draw, _middle(region > 0.5), name, font, colour)
+            _label(draw, _middle(region > 0.5), name, font, concept_colour(number))
     if len(names) > len(regions):
         margin = font.size
         _label(draw, (None, canvas.height - margin), names[len(regions)], font, (255, 255, 255))
     return canvas
 
 
-def _cycle(count: int) -> list[tuple[int, int, int]]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+def concept_colour(number: int) -> tuple[int, int, int]:
+    """The colour of the concept with this number, wherever it is drawn."""
+    return _COLOURS[number % len(_COLOURS)]
 
 
 def _enlarge(mask: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     picture = Image.fromarray(mask.detach().cpu().float().numpy())
-    return np.asarray(picture.resize(size, Image.Resampling.NEAREST))
+    return np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
 
 
 def _outline(inside: np.ndarray, width: int) -> np.ndarray:

@@ -1,0 +1,209 @@
+"""Read typed values out of nested mappings, and collect every complaint with the path of its field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+__all__ = ["EMBEDDED", "Fields"]
+
+EMBEDDED = "embedded:"  # prefix of things that ship with the package: "embedded:tuxedo"
+
+
+class Fields:
+    """One mapping of a job file. Every reader returns a usable value, and complains where it had to make one up.
+
+    Parameters
+    ----------
+    value : what stands in the file; anything but a mapping is a complaint.
+    path : where it stands, "concepts[1].mask"; empty for the whole file.
+    problems : the list that complaints go to, shared with all nested sections.
+    folder : what relative paths are relative to.
+    """
+
+    def __init__(self, value: object, path: str, problems: list[str], folder: Path) -> None:
+        self.path, self.problems, self.folder = path, problems, folder
+        self._known: set[str] = set()
+        self._values: dict = {}
+        if isinstance(value, Mapping):
+            self._values = dict(value)
+        else:
+            self.complain(None, f"expected fields with names, found {_show(value)}")
+
+    def complain(self, name: str | None, message: str) -> None:
+        """Note one complaint about the field `name` of this section, or about the section itself."""
+        where = ".".join(part for part in (self.path, name) if part)
+        self.problems.append(f"{where}: {message}" if where else message)
+
+    def has(self, name: str) -> bool:
+        """Whether the field stands in the file with a value; it counts as known from then on."""
+        self._known.add(name)
+        return self._values.get(name) is not None
+
+    def text(self, name: str, default: str | None = None, *, required: bool = False, empty: bool = False) -> str | None:
+        """A string; blank ones are refused unless `empty`."""
+        if not self._given(name, required):
+            return default
+        value = self._values[name]
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str):
+            return self._refuse(name, "text", default)
+        if not value.strip() and not empty:
+            self.complain(name, "is empty; write something or remove the field")
+            return default
+        return value
+
+    def whole(self, name: str, default: int | None = None, *, least: int = 0) -> int | None:
+        """A whole number of at least `least`."""
+        if not self._given(name):
+            return default
+        value = self._values[name]
+        if isinstance(value, bool) or not isinstance(value, int):
+            return self._refuse(name, "a whole number", default)
+        if value < least:
+            self.complain(name, f"must be at least {least}, is {value}")
+            return default
+        return value
+
+    def number(
+        self, name: str, default: float | None = None, *, least: float = -math.inf, most: float = math.inf
+    ) -> float | None:
+        """A finite number between `least` and `most`. YAML reads 1e-5 as text, so text that is a number will do."""
+        if not self._given(name):
+            return default
+        value = _as_number(self._values[name])
+        if value is None:
+            return self._refuse(name, "a number", default)
+        if not least <= value <= most:
+            limits = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+            self.complain(name, f"must be {limits}, is {value:g}")
+            return default
+        return value
+
+    def truth(self, name: str) -> bool | None:
+        """`true` or `false`."""
+        if not self._given(name) or isinstance(self._values[name], bool):
+            return self._values.get(name)
+        return self._refuse(name, "true or false", None)
+
+    def numbers(self, name: str, count: int, what: str) -> tuple[float, ...] | None:
+        """Exactly `count` finite numbers; `what` names them in the complaint."""
+        if not self._given(name):
+            return None
+        value = self._values[name]
+        items = [_as_number(item) for item in value] if _is_list(value) else []
+        if len(items) != count or None in items:
+            return self._refuse(name, what, None)
+        return tuple(items)
+
+    def window(self, name: str, default: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
+        """A stretch [start, end] of the sampling steps, as fractions of all steps."""
+        pair = self.numbers(name, 2, "[start, end] as fractions of the steps, such as [0, 0.8]")
+        if pair is None:
+            return default
+        if not 0 <= pair[0] < pair[1] <= 1:
+            self.complain(name, f"must be [start, end] with 0 <= start < end <= 1, is [{pair[0]:g}, {pair[1]:g}]")
+            return default
+        return pair
+
+    def choice(self, name: str, options: Sequence[str], default: str | None = None) -> str | None:
+        """One of a few words."""
+        value = self.text(name, default)
+        if value is not None and value not in options:
+            self.complain(name, f"{value!r} is not one of {', '.join(options)}{_suggest(value, options)}")
+            return default
+        return value
+
+    def file(self, name: str, *, folder_too: bool = False) -> Path | str | None:
+        """An existing file (or folder), made absolute; "embedded:<name>" is passed on as it is."""
+        value = self.text(name)
+        if value is None or value.startswith(EMBEDDED):
+            return value
+        return self._existing(name, value, folder_too)
+
+    def files(self, name: str) -> tuple[Path, ...] | str | None:
+        """A folder or a list of files, as absolute paths; "embedded:<name>" is passed on as it is."""
+        self._known.add(name)
+        value = self._values.get(name)
+        if not _is_list(value):
+            found = self.file(name, folder_too=True)
+            return (found,) if isinstance(found, Path) else found
+        if not value:
+            self.complain(name, "is an empty list")
+        paths = [self._existing(f"{name}[{i}]", str(item), False) for i, item in enumerate(value)]
+        return tuple(path for path in paths if path is not None)
+
+    def section(self, name: str) -> Fields:
+        """A nested mapping; an empty one when the field is absent."""
+        value = self._values[name] if self.has(name) else {}
+        return Fields(value, ".".join(part for part in (self.path, name) if part), self.problems, self.folder)
+
+    def sections(self, name: str) -> list[Fields]:
+        """A list of nested mappings."""
+        if not self.has(name):
+            return []
+        value = self._values[name]
+        if not _is_list(value):
+            return self._refuse(name, "a list (each entry on a line that starts with '- ')", [])
+        prefix = f"{self.path}." if self.path else ""
+        return [Fields(v, f"{prefix}{name}[{i}]", self.problems, self.folder) for i, v in enumerate(value)]
+
+    def exactly_one(self, names: Sequence[str]) -> str | None:
+        """The one field of `names` that is given; a complaint for none or several."""
+        given = [name for name in names if self.has(name)]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            self.complain(None, f"give exactly one of {', '.join(names)} (found {found})")
+            return None
+        return given[0]
+
+    def finish(self) -> None:
+        """Complain of every field that nothing has asked for."""
+        for name in self._values:
+            if name not in self._known:
+                self.complain(str(name), f"unknown field{_suggest(str(name), sorted(self._known))}")
+
+    def _given(self, name: str, required: bool = False) -> bool:
+        if not self.has(name) and required:
+            self.complain(name, "is missing")
+        return self.has(name)
+
+    def _refuse(self, name: str, wanted: str, default):
+        self.complain(name, f"expected {wanted}, found {_show(self._values[name])}")
+        return default
+
+    def _existing(self, name: str, value: str, folder_too: bool) -> Path | None:
+        path = (self.folder / Path(value).expanduser()).resolve()
+        if path.is_file() or (folder_too and path.is_dir()):
+            return path
+        fault = "a folder, not a file" if path.is_dir() else f"not there (looked at {path})"
+        self.complain(name, f"{value!r} is {fault}")
+        return None
+
+
+def _as_number(value: object) -> float | None:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _show(value: object) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _suggest(word: str, options: Sequence[str]) -> str:
+    close = get_close_matches(word, options, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(options)}" if options else ""

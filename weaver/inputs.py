@@ -1,0 +1,109 @@
+"""Every file a job reads: checked before anything long begins, and hashed for the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from weaver.concepts.concept import Concept
+from weaver.concepts.images import picture_files
+from weaver.errors import WeaverError
+from weaver.fields import EMBEDDED
+from weaver.job import BackgroundSpec, Job, JobError
+from weaver.pictures import open_picture
+
+__all__ = ["InputFile", "file_hash", "read_inputs", "shipped_name", "training_pictures"]
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file that a job reads: the field that names it, where it is, and the SHA-256 of what it holds."""
+
+    field: str
+    path: Path
+    sha256: str
+
+
+def read_inputs(job: Job, source: str = "job") -> tuple[InputFile, ...]:
+    """Open every picture and concept file of a job.
+
+    Raises `JobError`, one line led by `source` with each unreadable file behind its field.
+    """
+    problems, inputs = [], []
+    for field, path, kind in _files(job, problems):
+        try:
+            if kind == "concept":
+                Concept.load(path)
+            elif kind == "picture":
+                open_picture(path)
+            inputs.append(InputFile(field, path, file_hash(path)))
+        except WeaverError as error:
+            problems.append(f"{field}: {error}")
+    if problems:
+        raise JobError(f"{source}: " + "; ".join(problems))
+    return tuple(inputs)
+
+
+def training_pictures(spec: BackgroundSpec) -> list[Path]:
+    """The picture files that a concept is trained on, in a fixed order; empty when it is not trained."""
+    if spec.train is None:
+        return []
+    images = spec.train.images
+    if isinstance(images, str):
+        from weaver import embedded
+
+        images = (embedded.concept_images(images.removeprefix(EMBEDDED)),)
+    return [path for source in images for path in (picture_files(source) if source.is_dir() else [source])]
+
+
+def shipped_name(spec: BackgroundSpec) -> str | None:
+    """The name under which the package ships this concept, or None for one of the user's own."""
+    values = (spec.file, spec.train.images if spec.train else None)
+    return next((v.removeprefix(EMBEDDED) for v in values if isinstance(v, str)), None)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(job: Job, problems: list[str]) -> Iterator[tuple[str, Path, str]]:
+    """(field, path, kind) of every file; complaints of shipped names that do not exist go to `problems`."""
+    if job.template.image:
+        yield "template.image", job.template.image, "picture"
+    places = [f"concepts[{i}]" for i in range(len(job.concepts))] + ["background"]
+    for spec, place in zip(job.everyone, places, strict=False):
+        field = f"{place}.file" if spec.file else f"{place}.train.images"
+        name = shipped_name(spec)
+        if name is not None and (complaint := _unknown(name)):
+            problems.append(f"{field}: {complaint}")
+            continue
+        if isinstance(spec.file, Path):
+            yield field, spec.file, "concept"
+        elif spec.file is not None:
+            from weaver import embedded
+
+            yield field, Path(embedded.concept_path(name)), "concept"
+        try:
+            for number, path in enumerate(training_pictures(spec)):
+                yield f"{field}[{number}]", path, "picture"
+                if path.with_suffix(".txt").is_file():
+                    yield f"{field}[{number}]", path.with_suffix(".txt"), "caption"
+        except WeaverError as error:
+            problems.append(f"{field}: {error}")
+        mask = getattr(spec, "mask", None)
+        if mask and mask.file:
+            yield f"{place}.mask.file", mask.file, "picture"
+
+
+def _unknown(name: str) -> str | None:
+    from weaver import embedded
+
+    if name in embedded.CONCEPTS:
+        return None
+    close = get_close_matches(name, list(embedded.CONCEPTS), n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(embedded.CONCEPTS)}"
+    return f"no concept {name!r} ships with the package; {hint}"

@@ -1,0 +1,137 @@
+"""Everything one run needs, frozen. `weaver.jobfile` reads it from a file and writes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from weaver.errors import WeaverError
+
+__all__ = [
+    "BackgroundSpec",
+    "ConceptSpec",
+    "FusionSpec",
+    "Job",
+    "JobError",
+    "MaskSpec",
+    "MasksSpec",
+    "TemplateSpec",
+    "TrainSpec",
+]
+
+
+class JobError(WeaverError):
+    """A job that can't be run; lists every field that is wrong."""
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """How to learn a concept from pictures (files and folders, or "embedded:<name>").
+
+    `caption` is for pictures without a text file beside them. `settings` are those of
+    `weaver.concepts.settings.TrainSettings` that differ from the model's own training defaults.
+    """
+
+    images: tuple[Path, ...] | str
+    token: str
+    caption: str | None = None
+    settings: tuple[tuple[str, float | int | bool], ...] = ()
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Where one concept stands: the k-th object of a word, a picture file (one label of it, or all) or a box."""
+
+    word: str | None = None
+    file: Path | None = None
+    label: int | None = None
+    box: tuple[float, float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class BackgroundSpec:
+    """A concept, from a concept file or to be trained, and how it is used; on its own, the background's."""
+
+    name: str
+    word: str | None
+    file: Path | str | None = None
+    train: TrainSpec | None = None
+    prompt: str | None = None
+    strength: float = 1.0
+    window: tuple[float, float] = (0.0, 1.0)
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ConceptSpec(BackgroundSpec):
+    """A concept with its place in the picture."""
+
+    mask: MaskSpec = MaskSpec()
+
+
+@dataclass(frozen=True)
+class TemplateSpec:
+    """The template: a picture file, or made from a prompt by `model` (None: the model that fuses).
+
+    Where a concept's word is not found in it, the next seed is tried, up to `tries` pictures in all.
+    """
+
+    image: Path | None = None
+    prompt: str | None = None
+    model: str | None = None
+    seed: int | None = None
+    steps: int = 50
+    guidance: float | None = None
+    tries: int = 1
+
+
+@dataclass(frozen=True)
+class MasksSpec:
+    """Where masks come from by default, how far they grow (pixels) and who owns an overlap."""
+
+    source: str | None = None
+    dilation: int | None = None
+    overlap: str = "priority"
+
+
+@dataclass(frozen=True)
+class FusionSpec:
+    """Suppression (the paper's lambda), guidance (its omega) and injection; None is the model's own default.
+
+    `sites` names a table of `weaver.layers`; the windows are the parts of the steps, from the first, that inject.
+    """
+
+    suppression: float | None = None
+    guidance: float | None = None
+    sites: str | None = None
+    resnet_window: float | None = None
+    attention_window: float | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, complete and checked as far as a job file alone can be."""
+
+    model: str
+    prompt: str
+    concepts: tuple[ConceptSpec, ...]
+    background: BackgroundSpec | None = None
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int = 50
+    size: tuple[int, int] | None = None
+    device: str = "auto"
+    inversion_prompt: str | None = None
+    template: TemplateSpec = field(default_factory=TemplateSpec)
+    masks: MasksSpec = field(default_factory=MasksSpec)
+    fusion: FusionSpec = field(default_factory=FusionSpec)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model is the one that ships with the package."""
+        return self.model == "embedded"
+
+    @property
+    def everyone(self) -> tuple[BackgroundSpec, ...]:
+        """All concepts, the background last."""
+        return (*self.concepts, self.background) if self.background else self.concepts

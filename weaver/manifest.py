@@ -1,0 +1,139 @@
+"""What made a picture: enough to make it again, in the picture itself and, with the inputs' paths, in the manifest."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from weaver.concepts.concept import Concept, attn2_hash
+from weaver.inputs import InputFile
+from weaver.job import BackgroundSpec, Job, JobError
+from weaver.jobfile import job_to_mapping, read_mapping
+
+__all__ = ["PNG_KEY", "changed_versions", "check_inputs", "make_manifest", "picture_record", "save_png"]
+
+FORMAT_VERSION = 1
+PNG_KEY = "concept-weaver"
+_LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "concept-weaver")
+
+
+def picture_record(
+    job: Job, pipe, concepts: list[Concept], prompts: list[str], template_seed: int, settings: dict, inputs
+) -> dict:
+    """All that decides what the picture looks like, without paths; it travels in the PNG.
+
+    Parameters
+    ----------
+    concepts, prompts : one a concept of `Job.everyone`
+    template_seed : of the template that was taken
+    settings : as `WeaveResult` has them
+    inputs : the job's `InputFile`s
+    """
+    hashes: dict[str, list[dict]] = {}
+    for file in inputs:
+        place = file.field.split(".")[0]
+        hashes.setdefault(place, []).append({"name": file.path.name, "sha256": file.sha256})
+    places = [f"concepts[{i}]" for i in range(len(job.concepts))] + ["background"]
+    entries = [
+        _concept_entry(spec, concept, prompt) | {"files": hashes.get(place, [])}
+        for spec, concept, prompt, place in zip(job.everyone, concepts, prompts, places, strict=False)
+    ]
+    return {
+        "model": {"name": job.model if not Path(job.model).is_absolute() else Path(job.model).name,
+                  "attn2": attn2_hash(pipe.unet)},
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        "settings": settings,
+        "template": _template_entry(job, template_seed) | {"files": hashes.get("template", [])},
+        "concepts": entries[: len(job.concepts)],
+        "background": entries[-1] if job.background else None,
+        "device": {"type": pipe.device.type, "dtype": str(pipe.unet.dtype).removeprefix("torch.")},
+        "versions": library_versions(),
+    }  # fmt: skip
+
+
+def make_manifest(job: Job, folder: Path, record: dict, inputs: tuple[InputFile, ...]) -> dict:
+    """The manifest of a run whose results lie in `folder`; `weaver run` takes it as a job and makes them again."""
+    return {
+        "weaver_manifest": FORMAT_VERSION,
+        "job": job_to_mapping(job, folder),
+        "inputs": {file.field: file.sha256 for file in inputs},
+        "record": record,
+    }
+
+
+def check_inputs(path: Path, inputs: tuple[InputFile, ...]) -> None:
+    """Raise `JobError` when `path` is a manifest and a file it was made from has changed since."""
+    mapping = read_mapping(path)
+    recorded = mapping.get("inputs", {}) if isinstance(mapping, dict) and "weaver_manifest" in mapping else {}
+    found = {file.field: file for file in inputs}
+    changed = [
+        f"{field}: {found[field].path.name if field in found else 'the file'} is not what it was when the manifest was "
+        f"written (sha256 {sha256[:12]}...); restore it, or run the job file"
+        for field, sha256 in recorded.items()
+        if field not in found or found[field].sha256 != sha256
+    ]
+    if changed:
+        raise JobError(f"{path}: " + "; ".join(changed))
+
+
+def changed_versions(path: Path) -> list[str]:
+    """Libraries that are not as a manifest says, "torch 2.13.0 (was 2.11.0)"; the picture may differ in detail."""
+    mapping = read_mapping(path)
+    if not isinstance(mapping, dict) or "weaver_manifest" not in mapping:
+        return []
+    now, then = library_versions(), mapping["record"]["versions"]
+    return [f"{name} {now.get(name)} (was {was})" for name, was in then.items() if now.get(name) != was]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries that the numbers come from."""
+    from weaver.version import __version__
+
+    versions = {"python": platform.python_version(), "concept-weaver": __version__}
+    for name in _LIBRARIES:
+        try:
+            versions.setdefault(name, version(name))
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def save_png(image: Image.Image, path: Path, record: dict | None = None) -> None:
+    """Write a PNG, with `record` as JSON in its text chunk "concept-weaver"."""
+    text = PngInfo()
+    if record is not None:
+        text.add_itxt(PNG_KEY, json.dumps(record, sort_keys=True, ensure_ascii=False))
+    image.save(path, pnginfo=text)
+
+
+def _concept_entry(spec: BackgroundSpec, concept: Concept, prompt: str) -> dict:
+    return {
+        "name": spec.name,
+        "token": concept.token,
+        "word": concept.word,
+        "prompt": prompt,
+        "strength": spec.strength,
+        "window": list(spec.window),
+        "scale": spec.scale,
+        "trained": dict(concept.settings),
+    }
+
+
+def _template_entry(job: Job, seed: int) -> dict:
+    spec = job.template
+    if spec.image:
+        return {}
+    model = spec.model and (Path(spec.model).name if Path(spec.model).is_absolute() else spec.model)
+    return {
+        "prompt": spec.prompt or job.prompt,
+        "model": model,
+        "seed": seed,
+        "steps": spec.steps,
+        "guidance": spec.guidance,
+    }

@@ -1,0 +1,88 @@
+"""Load the pipeline a job names: the embedded model, a folder, or an id on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from weaver.errors import WeaverError
+
+__all__ = ["ModelError", "choose_device", "load_model", "quiet_libraries"]
+
+
+class ModelError(WeaverError):
+    """A model that can't be loaded, or is of a kind that can't be used; names it."""
+
+
+def load_model(
+    model: str,
+    *,
+    device: str = "auto",
+    offline: bool = False,
+    dtype: torch.dtype | None = None,
+    fuses: bool = True,
+):
+    """Load a diffusers pipeline.
+
+    Parameters
+    ----------
+    model : "embedded", a folder, or a Hub id (owner/name).
+    device : "auto", or as `torch.device` takes it.
+    offline : take a Hub model from the local cache only; folders and the embedded model need no network anyway.
+    dtype : of the weights; None is float16 on CUDA and float32 elsewhere.
+    fuses : whether it is to fuse, which takes a `StableDiffusionPipeline`; a template may come from any
+        text-to-image pipeline.
+
+    Raises `ModelError`, one line.
+    """
+    device = choose_device(device)
+    dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
+    if model == "embedded":
+        from weaver import embedded
+
+        return embedded.load_pipeline(device, dtype)
+    from diffusers import DiffusionPipeline
+
+    environment = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+    local = offline or environment or Path(model).is_dir()
+    try:
+        kind = DiffusionPipeline.load_config(model, local_files_only=local).get("_class_name")
+        if fuses and kind != "StableDiffusionPipeline":
+            raise ModelError(
+                f"model {model!r} is a {kind}; concepts are fused in a StableDiffusionPipeline (1.x, 2.x). "
+                "Any text-to-image pipeline can make the template: name it as template.model"
+            )
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, local_files_only=local)
+    except OSError as error:
+        fix = "it is not complete in the local cache: run once without --offline" if local else "is the name right?"
+        if Path(model).is_dir():
+            fix = "the folder must hold a complete diffusers pipeline"
+        raise ModelError(f"model {model!r} can't be loaded; {fix} ({_first_line(error)})") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def choose_device(device: str = "auto") -> str:
+    """The device to work on: CUDA where there is one, else the CPU; a device that is named is checked."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if not there.get(device.split(":")[0], lambda: True)():
+        raise ModelError(f"device {device!r} is not available here; use 'auto' or 'cpu'")
+    return device
+
+
+def quiet_libraries() -> None:
+    """Keep notices and loading bars of diffusers and transformers off the terminal; errors still show."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

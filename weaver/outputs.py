@@ -1,0 +1,139 @@
+"""What a run leaves behind: pictures, concept files, manifest and report; all of them or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from weaver.concepts.concept import Concept
+from weaver.inputs import InputFile, shipped_name, training_pictures
+from weaver.job import BackgroundSpec, Job
+from weaver.manifest import make_manifest, save_png
+from weaver.masks import draw_masks
+from weaver.pictures import open_rgb
+from weaver.pipeline import WeaveResult
+from weaver.sheet import Card, contact_sheet
+from weaver.version import __version__
+
+__all__ = ["STAGES", "make_report", "write_outputs"]
+
+STAGES = ("bank", "template", "inversion", "masks", "fusion")
+_CARD_PICTURES = 9  # more do not fit on the sheet
+
+
+def make_report(job: Job, result: WeaveResult, seconds: dict[str, float]) -> dict:
+    """Seconds of every stage, quality of the reconstruction, and how much each region shows its concept.
+
+    Similarity is measured for concepts that ship with the embedded model, by its identity classifier; for others the
+    three values are None, since no measure of theirs ships.
+    """
+    concepts = {}
+    for number, spec in enumerate(job.everyone):
+        name = shipped_name(spec)
+        if name is None:
+            concepts[spec.name] = {"own": None, "base": None, "others": None}
+            continue
+        from weaver.embedded.identity import score
+
+        scores = score(result.image, result.masks[number].numpy(), name)
+        concepts[spec.name] = {key: round(value, 4) for key, value in scores.items()}
+    return {
+        "stages": {stage: round(seconds.get(stage, 0.0), 2) for stage in STAGES},
+        "total_seconds": 0.0,
+        "reconstruction_psnr": round(result.reconstruction_psnr, 2),
+        "concepts": concepts,
+    }
+
+
+def write_outputs(
+    folder: Path,
+    job: Job,
+    result: WeaveResult,
+    concepts: Sequence[Concept],
+    record: dict,
+    report: dict,
+    inputs: tuple[InputFile, ...],
+    elapsed: Callable[[], float],
+) -> None:
+    """Write everything into `folder`. `elapsed` gives the run's seconds so far, for the report, which comes last."""
+    with _all_or_nothing(folder) as partial:
+        overlay = draw_masks(result.template, result.masks, [spec.name for spec in job.everyone])
+        save_png(result.template, partial / "template.png")
+        save_png(overlay, partial / "masks.png")
+        save_png(result.image, partial / "fused.png", record)
+        save_png(_sheet(job, result, concepts, overlay), partial / "sheet.png")
+        for spec, concept in zip(job.everyone, concepts, strict=True):
+            if spec.train:
+                concept.save(partial / "concepts" / f"{spec.name}.safetensors")
+        _write_json(partial / "manifest.json", make_manifest(job, folder.resolve(), record, inputs))
+        report["total_seconds"] = round(elapsed(), 2)
+        _write_json(partial / "report.json", report)
+
+
+def _sheet(job: Job, result: WeaveResult, concepts: Sequence[Concept], overlay: Image.Image) -> Image.Image:
+    cards = [
+        Card(spec.name, _card_caption(spec, concept), _card_pictures(spec), background=spec is job.background)
+        for spec, concept in zip(job.everyone, concepts, strict=True)
+    ]
+    settings = result.settings
+    sources = dict.fromkeys(source.split(":")[0] for source in settings["masks"]["sources"])
+    panels = [
+        ("Template", "from a picture" if job.template.image else "from the prompt, by the base model", result.template),
+        ("Masks", f"{' and '.join(sources)}, grown by {settings['masks']['dilation']} px", overlay),
+        ("Result", f"{settings['steps']} steps, guidance {settings['guidance']:g}, lambda {settings['lambda']:g}",
+         result.image),
+    ]  # fmt: skip
+    quality = f"template drawn again at {result.reconstruction_psnr:.1f} dB"
+    footnote = f"Concept Weaver {__version__}, seed {job.seed}, {quality}"
+    return contact_sheet(cards, panels, title=job.prompt, footnote=footnote)
+
+
+def _card_caption(spec: BackgroundSpec, concept: Concept) -> str:
+    steps = concept.settings.get("steps")
+    how = "trained now" if spec.train else "from its file"
+    return f"{concept.token} {concept.word}, {how}" + (f", {steps} steps" if steps else "")
+
+
+def _card_pictures(spec: BackgroundSpec) -> list[Image.Image]:
+    name = shipped_name(spec)
+    if name is not None:
+        from weaver import embedded
+        from weaver.concepts.images import picture_files
+
+        return [open_rgb(path) for path in picture_files(embedded.concept_images(name))[:_CARD_PICTURES]]
+    return [open_rgb(path) for path in training_pictures(spec)[:_CARD_PICTURES]]
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _all_or_nothing(folder: Path) -> Iterator[Path]:
+    """A scratch folder whose files move into `folder` at the end, unless something goes wrong."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    try:
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            target = folder / path.relative_to(partial)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                os.replace(path, target)
+    except BaseException:
+        shutil.rmtree(partial)
+        for path in new:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
+        raise
+    shutil.rmtree(partial)

@@ -1,0 +1,68 @@
+"""Stages with their seconds, and bars on a terminal; nothing at all when the output goes elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+__all__ = ["Stages"]
+
+_WIDTH = 34
+
+
+class Stages:
+    """Times each stage of a run and shows how far it is.
+
+    Parameters
+    ----------
+    bars : whether to draw bars on the standard error; None draws them on a terminal only.
+    """
+
+    def __init__(self, bars: bool | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._bars = sys.stderr.isatty() if bars is None else bars
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; a stage entered twice adds up."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
+        """A bar named `label`; yields the callback (done, total) that moves it."""
+        bar = tqdm(total=total, **self._style(label))
+
+        def move(done: int, whole: int) -> None:
+            bar.total = whole
+            bar.update(done - bar.n)
+
+        try:
+            yield move
+        finally:
+            bar.close()
+
+    @contextmanager
+    def pipeline_bar(self, pipe, label: str) -> Iterator[None]:
+        """Let a diffusers pipeline show its own bar in this style, and put its settings back afterwards."""
+        before = dict(getattr(pipe, "_progress_bar_config", {}))
+        pipe.set_progress_bar_config(**self._style(label))
+        try:
+            yield
+        finally:
+            pipe.set_progress_bar_config(**before)
+
+    def _style(self, label: str) -> dict:
+        return {
+            "desc": f"{label:<{_WIDTH}}",
+            "disable": not self._bars,
+            "file": sys.stderr,
+            "bar_format": "{desc} {bar:24} {n_fmt:>4}/{total_fmt} {elapsed}",
+        }
