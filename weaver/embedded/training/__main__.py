@@ -1,7 +1,8 @@
 """``python -m weaver.embedded.training STAGE``: make the embedded model and all that is derived from it.
 
 Stages, in order: ``bank`` draws scenes, ``autoencoder`` and ``diffusion`` train the model from the committed weights
-(``--from-scratch`` starts anew), ``derive`` rebuilds helpers, concepts, figures and hashes from it; ``all`` does each.
+(``--from-scratch`` starts anew; where a denoiser exists, only the decoder goes on), ``derive`` rebuilds helpers,
+concepts, figures and hashes from it; ``all`` does each.
 Budgets are minutes of wall clock. ``--processes`` trains with several processes of one thread each.
 """
 
@@ -46,8 +47,10 @@ def run(stage: str, args: argparse.Namespace) -> None:
         from weaver.embedded.training.autoencoder import train_autoencoder
 
         bank = load_bank(args.work / "bank")
-        train_autoencoder(bank, args.model / "vae", args.autoencoder_minutes, seed=args.seed)
-        (args.work / "bank" / "latents.npy").unlink(missing_ok=True)
+        learned = (args.model / "unet").exists()  # the denoiser knows these latents: keep them
+        train_autoencoder(bank, args.model / "vae", args.autoencoder_minutes, seed=args.seed, decoder_only=learned)
+        if not learned:
+            (args.work / "bank" / "latents.npy").unlink(missing_ok=True)
     elif stage == "diffusion":
         from weaver.embedded.training.diffusion import train_diffusion
 

@@ -40,8 +40,13 @@ def _edges(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return F.l1_loss(a.diff(dim=-1), b.diff(dim=-1)) + F.l1_loss(a.diff(dim=-2), b.diff(dim=-2))
 
 
-def train_autoencoder(bank: Bank, folder: Path, minutes: float, batch: int = 16, seed: int = 0) -> None:
-    """Train for `minutes`, from the weights in `folder` if there are any, and save them there."""
+def train_autoencoder(
+    bank: Bank, folder: Path, minutes: float, batch: int = 16, seed: int = 0, *, decoder_only: bool = False
+) -> None:
+    """Train for `minutes`, from the weights in `folder` if there are any, and save them there.
+
+    `decoder_only` keeps the encoder, and so the latents that a denoiser has learned.
+    """
     device = device_from_environment()
     torch.manual_seed(seed)
     resumed = (folder / "config.json").exists()
@@ -56,7 +61,8 @@ def train_autoencoder(bank: Bank, folder: Path, minutes: float, batch: int = 16,
         chosen = torch.randint(0, count, (batch,), generator=draw)
         pixels = to_pixels(bank.pictures[chosen.numpy()]).to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
-            latents = vae.encode(pixels).latents
+            with torch.set_grad_enabled(not decoder_only):
+                latents = vae.encode(pixels).latents
             noisy = latents + LATENT_NOISE * torch.randn_like(latents)
             decoded = vae.decode(noisy).sample.float()
         latents = latents.float()
@@ -65,9 +71,10 @@ def train_autoencoder(bank: Bank, folder: Path, minutes: float, batch: int = 16,
         return fidelity + 0.5 * _edges(decoded, pixels) + 0.02 * spread
 
     def save() -> None:
-        with torch.no_grad():
-            latents = vae.encode(held_out).latents
-        vae.register_to_config(scaling_factor=1 / latents.std().item())
+        if not decoder_only:
+            with torch.no_grad():
+                latents = vae.encode(held_out).latents
+            vae.register_to_config(scaling_factor=1 / latents.std().item())
         vae.save_pretrained(folder)
 
     rate = 8e-4 if resumed else 2e-3
@@ -75,7 +82,7 @@ def train_autoencoder(bank: Bank, folder: Path, minutes: float, batch: int = 16,
     curve = folder.parent / "curve_vae.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     train(
-        list(vae.parameters()),
+        list((vae.decoder if decoder_only else vae).parameters()),
         loss_of,
         settings,
         save=save,

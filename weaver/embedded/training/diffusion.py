@@ -70,12 +70,13 @@ def encode_bank(bank: Bank, vae_folder: Path, file: Path) -> np.ndarray:
     """The latents of all pictures, float16 [n, 8, 16, 16], scaled to unit variance; computed once into `file`."""
     if not file.exists():
         device = device_from_environment()
-        vae = AutoencoderTiny.from_pretrained(vae_folder).float().to(device)
+        vae = AutoencoderTiny.from_pretrained(vae_folder).float().to(device, memory_format=torch.channels_last)
         parts = []
-        with torch.no_grad():
-            for start in range(0, len(bank.captions), 128):
-                latents = vae.encode(to_pixels(bank.pictures[start : start + 128]).to(device)).latents
-                parts.append((latents * vae.config.scaling_factor).half().cpu().numpy())
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            for start in range(0, len(bank.captions), 32):
+                pixels = to_pixels(bank.pictures[start : start + 32]).to(device, memory_format=torch.channels_last)
+                latents = vae.encode(pixels).latents.float() * vae.config.scaling_factor
+                parts.append(latents.half().cpu().numpy())
         np.save(file, np.concatenate(parts))
     return np.load(file, mmap_mode="r")
 
