@@ -1,0 +1,83 @@
+"""A folder of pictures becomes a training set."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from weaver.concepts.images import TrainingSet, load_images
+from weaver.errors import WeaverError
+from weaver.pictures import PictureError
+
+
+def save(path, size=(6, 4), colour=(200, 10, 10), **options):
+    Image.new("RGB", size, colour).save(path, **options)
+
+
+def test_pictures_in_the_order_of_their_names(tmp_path):
+    for number, name in enumerate(["b.png", "a.JPG", "c.webp"]):
+        save(tmp_path / name, size=(4 + number, 4))
+    save(tmp_path / ".hidden.png")
+    (tmp_path / "notes.md").write_text("not a picture")
+    data = load_images(tmp_path, "<v1>", "cat")
+    assert [image.width for image in data.images] == [5, 4, 6]
+    assert data.captions == ("a <v1> cat",) * 3
+
+
+def test_captions_from_files_beside_the_pictures_and_from_a_template(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a {token} {word}, beach background\n")
+    (tmp_path / "b.txt").write_text("<v1> cat at night")
+    data = load_images(tmp_path, "<v1>", "cat", template="photo of a {token} {word}")
+    assert data.captions == ("a <v1> cat, beach background", "<v1> cat at night", "photo of a <v1> cat")
+
+
+def test_single_files_in_the_order_given(tmp_path):
+    for name, width in (("a.png", 3), ("b.png", 5)):
+        save(tmp_path / name, size=(width, 4))
+    data = load_images([tmp_path / "b.png", str(tmp_path / "a.png")], "<v1>", "cat")
+    assert [image.width for image in data.images] == [5, 3]
+
+
+def test_rotation_and_transparency_are_seen_to(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "a.jpg", size=(6, 4), exif=exif)
+    Image.new("RGBA", (6, 4), (0, 0, 0, 0)).save(tmp_path / "b.png")
+    turned, clear = load_images(tmp_path, "<v1>", "cat").images
+    assert turned.size == (4, 6)
+    assert clear.mode == "RGB" and (np.asarray(clear) == 255).all()
+
+
+def test_an_unreadable_picture_is_named(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(PictureError, match=r"b\.png: not a readable picture") as raised:
+        load_images(tmp_path, "<v1>", "cat")
+    assert "\n" not in str(raised.value)
+
+
+def test_folders_without_pictures(tmp_path):
+    with pytest.raises(WeaverError, match=r"no pictures in this folder \(\.png"):
+        load_images(tmp_path, "<v1>", "cat")
+    with pytest.raises(WeaverError, match="no such folder of pictures"):
+        load_images(tmp_path / "none", "<v1>", "cat")
+    with pytest.raises(WeaverError, match="no pictures to learn from"):
+        load_images([], "<v1>", "cat")
+
+
+def test_captions_need_the_token(tmp_path):
+    save(tmp_path / "a.png")
+    with pytest.raises(WeaverError, match="caption 'a {word}' lacks the token '<v1>'"):
+        load_images(tmp_path, "<v1>", "cat", template="a {word}")
+    (tmp_path / "a.txt").write_text("a cat")
+    with pytest.raises(WeaverError, match=r"a\.txt: caption 'a cat' lacks the token"):
+        load_images(tmp_path, "<v1>", "cat")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(WeaverError, match=r"a\.txt: not a readable caption in UTF-8"):
+        load_images(tmp_path, "<v1>", "cat")
+
+
+def test_as_many_captions_as_pictures():
+    with pytest.raises(WeaverError, match="1 pictures and 2 captions"):
+        TrainingSet((Image.new("RGB", (4, 4)),), ("a", "b"))
