@@ -139,3 +139,29 @@ def test_derive_prompt_counts_occurrences():
 def test_derive_prompt_takes_whole_words_only():
     with pytest.raises(PromptError, match="names 'cat' 0 times"):
         derive_prompt("a catalogue of cats", make_concept())
+
+
+BALL = "A dog and a cat playing with a ball, mountain background"
+THREE = "a dog, a cat and a fox, beach background"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word", "occurrence", "without", "expected"),
+    [
+        (BALL, "dog", 0, ["cat"], "A <v1> dog playing with a ball, mountain background"),
+        (BALL, "cat", 0, ["dog"], "a <v1> cat playing with a ball, mountain background"),
+        (THREE, "dog", 0, ["cat", "fox"], "a <v1> dog, beach background"),
+        (THREE, "cat", 0, ["dog", "fox"], "a <v1> cat, beach background"),
+        (THREE, "fox", 0, ["dog", "cat"], "a <v1> fox, beach background"),
+        ("a cat and a cat at night", "cat", 1, ["cat"], "a <v1> cat at night"),
+        ("a small red dog and an old cat at night", "cat", 0, ["dog"], "an old <v1> cat at night"),
+        ("a small red dog and an old cat at night", "dog", 0, ["cat"], "a small red <v1> dog at night"),
+        ("a photo of a cat and a dog", "cat", 0, ["dog"], "a photo of a <v1> cat"),
+        ("a dog chasing a cat", "cat", 0, ["dog"], "a dog chasing a <v1> cat"),
+        ("a dog chasing a cat", "dog", 0, ["cat"], "a <v1> dog chasing a cat"),
+        ("a cat and a catfish", "cat", 0, ["fish"], "a <v1> cat and a catfish"),
+    ],
+)
+def test_derive_prompt_leaves_other_concepts_out_of_lists(prompt, word, occurrence, without, expected):
+    concept = make_concept(word=word)
+    assert derive_prompt(prompt, concept, occurrence=occurrence, without=without) == expected

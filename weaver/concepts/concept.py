@@ -166,7 +166,9 @@ def _reasons(concept: Concept) -> list[str]:
         reasons.append(f"token {concept.token!r} has white space in it")
     reasons += [f"{key} is missing" for key in ("embeddings", "deltas") if not getattr(concept, key)]
     reasons += [
-        f"{key} is not a JSON object" for key in ("settings", "versions") if not isinstance(getattr(concept, key), Mapping)
+        f"{key} is not a JSON object"
+        for key in ("settings", "versions")
+        if not isinstance(getattr(concept, key), Mapping)
     ]
     counts = {value.shape[0] for value in concept.embeddings.values() if value.ndim == 2}
     if len(counts) > 1:

@@ -38,10 +38,16 @@ def encode_prompt(pipe, prompt: str, concept: Concept | None = None) -> torch.Te
         return encode_text(pipe.text_encoder, ids.to(pipe._execution_device), [length], places, vectors)
 
 
-def derive_prompt(base_prompt: str, concept: Concept, *, occurrence: int = 0) -> str:
+def derive_prompt(base_prompt: str, concept: Concept, *, occurrence: int = 0, without: Sequence[str] = ()) -> str:
     """Put the concept's token before its class word: "a dog and a cat" -> "a dog and a <v1> cat".
 
-    `occurrence` counts the places where the class word stands, from 0, for two concepts of one class.
+    Parameters
+    ----------
+    occurrence : which of the places where the class word stands, from 0, for two concepts of one class.
+    without : class words of other concepts, to be left out where they stand in a list, as in the paper's prompts
+        (section 3.5): "a red dog and a cat, at night" without "dog" -> "a <v1> cat, at night". A word that stands
+        otherwise stays.
+
     Raises `PromptError` when the class word does not stand there that often.
     """
     places = list(_whole(concept.word, re.IGNORECASE).finditer(base_prompt))
@@ -51,7 +57,20 @@ def derive_prompt(base_prompt: str, concept: Concept, *, occurrence: int = 0) ->
             f"number {occurrence + 1}: put the class word into the prompt, or give this concept its own prompt"
         )
     at = places[occurrence].start()
-    return f"{base_prompt[:at]}{concept.token} {base_prompt[at:]}"
+    head, tail = base_prompt[:at], f"{concept.token} {base_prompt[at:]}"
+    for word in dict.fromkeys(without):
+        head, tail = _left_out(head, word, before=True), _left_out(tail, word, before=False)
+    return head + tail
+
+
+def _left_out(text: str, word: str, *, before: bool) -> str:
+    """Drop list members such as ", a red dog" or "a red dog and" of the part of a prompt before or after the token."""
+    noun = rf"(?:(?:an?|the|one|another)\s+(?:(?!and\b|with\b|an?\b|the\b)[\w-]+\s+){{0,3}})?{_whole(word).pattern}"
+    joint = r"(?:\s*,\s*(?:and\s+)?|\s+and\s+)"
+    forms = [rf"{joint}{noun}(?={joint}|\s|$|[.!;])", rf"(?<!\w){noun}{joint}"]
+    for form in forms if before else forms[:1]:
+        text = re.sub(form, "", text, flags=re.IGNORECASE)
+    return text
 
 
 def tokenize(pipe, prompt: str, token: str | None = None, vectors: int = 1) -> tuple[torch.Tensor, list[int], int]:
