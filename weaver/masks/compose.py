@@ -7,6 +7,7 @@ mask named first, or a share each). The background is whatever the final masks l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -68,15 +69,15 @@ def dilate(masks: torch.Tensor, radius: int) -> torch.Tensor:
     """Grow boolean masks [N, h, w] by a disc of `radius` pixels."""
     if radius == 0 or not len(masks):
         return masks
-    x = F.pad(masks.float(), (radius,) * 4)
-    height = masks.shape[1]
+    height, width = masks.shape[1:]
+    # counts[..., i] is how many cells of the row lie before i: a run holds one where its two ends differ.
+    counts = F.pad(F.pad(masks.int(), (radius,) * 4).cumsum(-1, dtype=torch.int32), (1, 0))
     grown = torch.zeros_like(masks)
     for dy in range(-radius, radius + 1):
-        # One row of the disc: a horizontal run of half-width sqrt(r^2 - dy^2).
-        half = int((radius**2 - dy**2) ** 0.5)
-        rows = x[:, radius + dy : radius + dy + height]
-        run = F.max_pool2d(rows, (1, 2 * half + 1), stride=1)
-        grown |= run[:, :, radius - half : radius - half + masks.shape[2]] > 0
+        half = math.isqrt(radius**2 - dy**2)  # of this row of the disc
+        rows = counts[:, radius + dy : radius + dy + height]
+        first, last = radius - half, radius + half + 1
+        grown |= rows[..., last : last + width] != rows[..., first : first + width]
     return grown
 
 
