@@ -163,7 +163,9 @@ def train_diffusion(
 
     curve = folder / "curve_unet.jsonl"
     parameters = [*unet.parameters(), *text_encoder.parameters()]
+    ends = ("conv_in", "conv_out", "time_embedding")
+    matrices = [p for name, p in unet.named_parameters() if p.ndim > 1 and not name.startswith(ends)]
     settings = LoopSettings(minutes, learning_rate, batch)
     if is_main_process():
         print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {count} scenes", flush=True)
-    train(parameters, loss_of, settings, save=save, evaluate=evaluate, curve=curve)
+    train(parameters, loss_of, settings, save=save, matrices=matrices, evaluate=evaluate, curve=curve)
