@@ -247,6 +247,24 @@ def test_a_scheduler_that_predicts_something_else(tiny_pipe):
         train_concept(other, pictures(), **NAMES, settings=ALONE)
 
 
+def test_a_pipeline_with_two_text_encoders(tiny_pipe):
+    other = copy.copy(tiny_pipe)
+    other.text_encoder_2 = tiny_pipe.text_encoder
+    with pytest.raises(WeaverError, match="StableDiffusionPipeline has two text encoders"):
+        train_concept(other, pictures(), **NAMES, settings=ALONE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision(tiny_pipe, alone, dtype):
+    half = copy.copy(tiny_pipe)
+    for name in ("unet", "text_encoder", "vae"):
+        setattr(half, name, copy.deepcopy(getattr(tiny_pipe, name)).to(dtype))
+    concept = train_concept(half, pictures(), **NAMES, settings=ALONE)
+    learned = torch.cat([delta.flatten() for delta in concept.deltas.values()]).float()
+    expected = torch.cat([delta.flatten() for delta in alone.deltas.values()]).float()
+    assert torch.cosine_similarity(learned, expected, dim=0) > 0.8
+
+
 def test_divergence_is_told_and_cleaned_up(tiny_pipe):
     with pytest.raises(ConceptError, match=r"training diverged at step \d+ of 20: lower the learning rate"):
         train_concept(tiny_pipe, pictures(), **NAMES, settings=replace(ALONE, steps=20, learning_rate=1e37))

@@ -150,6 +150,8 @@ def _check(pipe, prior: TrainingSet | None, token: str) -> None:
     kind = getattr(pipe.scheduler.config, "prediction_type", None)
     if kind not in ("epsilon", "v_prediction") or not hasattr(pipe.scheduler, "alphas_cumprod"):
         reasons.append(f"the scheduler predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        reasons.append(f"{type(pipe).__name__} has two text encoders; training knows Stable Diffusion's one")
     if prior is not None and (named := [caption for caption in prior.captions if token in caption]):
         reasons.append(f"prior caption {named[0]!r} holds the token {token!r}; prior pictures show others")
     if reasons:
