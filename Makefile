@@ -29,7 +29,7 @@ help:
 	@echo "make test             the tests                                                        (ARGS='-k masks')"
 	@echo "make style            ruff"
 	@echo "make sprites          render the drawings of the embedded world again (needs npm)"
-	@echo "make train-embedded   train the embedded model again                                  (ARGS=--help)"
+	@echo "make train-embedded   train the embedded model on, and all derived from it            (ARGS=--help)"
 	@echo "Add PYTHON=<interpreter> to use one that already has the dependencies; nothing is installed then."
 
 demo: $(READY)
@@ -41,11 +41,13 @@ test: $(READY)
 style: $(READY)
 	@$(PY) -m ruff check .
 
+DRAWINGS := noto@1.2.9 noto-v1@1.2.5 twemoji@1.2.5 fxemoji@1.2.2 streamline-emojis@1.2.4 emojione@1.2.3 fluent-emoji-flat@1.2.6
 sprites: $(READY_TRAIN)
-	@$(PY) -m weaver.embedded.sprites $(ARGS)
+	@npm install --silent --no-save --prefix build/npm $(DRAWINGS:%=@iconify-json/%)
+	@$(PY) -m weaver.embedded.render_sprites build/npm/node_modules
 
 train-embedded: $(READY_TRAIN)
-	@$(PY) -m weaver.embedded.train $(ARGS)
+	@$(PY) -m weaver.embedded.training all $(ARGS)
 
 $(VENV)/.ready: $(SETUP_FILES)
 	@for candidate in python3 python3.13 python3.12 python3.11 python; do \

@@ -1,0 +1,141 @@
+"""Which injection sites hold the embedded model's composition? ``python benchmarks/embedded_sites.py``
+
+Injection sites are a property of a model: with 16x16 latents the paper's l=4 is a 4x4 map and holds nothing. This
+sweep fuses the concepts that ship into drawn templates with true masks, for several tables of sites, windows,
+guidance and suppression, and prints for each: how often a concept is nearest to its own pictures, its mean margin over
+base and others, and the PSNR of what no mask covers against the template (with the background left to the base model).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from weaver import Concept, ConceptUse, collect_features, compose_masks, invert
+from weaver.embedded import CONCEPTS, concept_path, load_pipeline
+from weaver.embedded.identity import score
+from weaver.embedded.world import draw_scene
+from weaver.fusion.plan import FusionPlan
+from weaver.fusion.sampler import sample_fusion
+from weaver.inversion import ddim_scheduler
+from weaver.latents import decode_latents, tensor_to_images
+from weaver.layers import PAPER, PLUG_AND_PLAY, InjectionSites
+
+ALL_ATTENTION = tuple(range(4, 12))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting of the sweep."""
+
+    sites: InjectionSites
+    guidance: float = 3.0
+    suppression: float = 0.0
+
+    @property
+    def label(self) -> str:
+        return f"{self.sites.name} g{self.guidance:g} lambda{self.suppression:g}"
+
+
+def _sites(name: str, resnets: tuple[int, ...], window: float, attention_window: float | None = None) -> InjectionSites:
+    return InjectionSites(
+        f"{name} {window:g}/{window if attention_window is None else attention_window:g}",
+        resnets,
+        ALL_ATTENTION,
+        window,
+        window if attention_window is None else attention_window,
+    )
+
+
+def arms() -> list[Arm]:
+    """The settings that are compared."""
+    tables = [InjectionSites("none"), PAPER, PLUG_AND_PLAY]
+    for window in (0.3, 0.5, 0.8):
+        tables.append(_sites("q,k only", (), window))
+        tables.append(_sites("up1", (3, 4, 5), window))
+        tables.append(_sites("up1+up2", (3, 4, 5, 6, 7, 8), window))
+        tables.append(_sites("all up", tuple(range(3, 12)), window))
+    chosen = _sites("up1", (3, 4, 5), 0.5)
+    return [Arm(table) for table in tables] + [
+        Arm(chosen, guidance, suppression) for guidance, suppression in itertools.product((2.0, 3.0, 4.0), (0.0, 0.3))
+    ]
+
+
+def _psnr(picture: np.ndarray, other: np.ndarray, mask: np.ndarray) -> float:
+    return float(-10 * np.log10(((picture[mask] - other[mask]) ** 2).mean()))
+
+
+@torch.no_grad()
+def measure(pipe, arm: Arm, templates: list, steps: int) -> tuple[dict, list[Image.Image]]:
+    """The figures of one arm over all templates, and its pictures."""
+    won, margins, kept, pictures = [], [], [], []
+    for scene, uses, masks, inversion in templates:
+        features = collect_features(pipe, inversion, arm.sites, reconstruct=False)
+        plan = FusionPlan.build(pipe, uses, masks, prompt=scene.caption, features=features, suppression=arm.suppression)
+        z = sample_fusion(pipe.unet, ddim_scheduler(pipe.scheduler), features.z_T, plan, guidance_scale=arm.guidance)
+        image = tensor_to_images(decode_latents(pipe.vae, z))[0]
+        pictures.append(image)
+        for index, use in enumerate(uses):
+            found = score(image, scene.mask(index), use.concept.name)
+            margin = found["own"] - max(found["base"], found["others"])
+            won.append(margin > 0)
+            margins.append(margin)
+        outside = masks[-1].numpy() > 0.5
+        reference = tensor_to_images(decode_latents(pipe.vae, inversion.z_0))[0]
+        kept.append(_psnr(np.asarray(image) / 255.0, np.asarray(reference) / 255.0, outside))
+    figures = {"own": np.mean(won), "margin": np.mean(margins), "background_psnr": np.mean(kept)}
+    return {key: round(float(value), 3) for key, value in figures.items()}, pictures
+
+
+def make_templates(pipe, count: int, steps: int) -> list:
+    """Drawn pairs of animals whose concepts ship, inverted, with their true masks."""
+    names = [card.name for card in CONCEPTS.values() if card.kind == "animal"]
+    concepts = {name: Concept.load(concept_path(name)) for name in names}
+    pairs = list(itertools.permutations(names, 2))
+    random.Random(1).shuffle(pairs)
+    templates = []
+    for index in range(count):
+        pair = pairs[index % len(pairs)]
+        scene = draw_scene(random.Random(700 + index), animals=[CONCEPTS[n].word for n in pair], varied=False)
+        uses = [ConceptUse(concepts[name]) for name in pair]
+        masks = compose_masks(np.stack([scene.mask(i) for i in range(2)]), dilation=1)
+        templates.append((scene, uses, masks, invert(pipe, scene.image, scene.caption, steps)))
+    return templates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--templates", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--out", type=Path, default=Path("outputs/sites"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    pipe = load_pipeline()
+    templates = make_templates(pipe, args.templates, args.steps)
+    rows, strips = [], []
+    for arm in tqdm(arms(), disable=None):
+        figures, pictures = measure(pipe, arm, templates, args.steps)
+        rows.append({"arm": arm.label, **figures})
+        strips.append(pictures)
+        print(f"{arm.label:28} {figures}", flush=True)
+    (args.out / "sites.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    side = 128
+    sheet = Image.new("RGB", (side * len(templates), side * (len(strips) + 1)))
+    for row, pictures in enumerate([[template[0].image for template in templates], *strips]):
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (column * side, row * side))
+    sheet.save(args.out / "sites.png")
+
+
+if __name__ == "__main__":
+    main()
