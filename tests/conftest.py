@@ -6,7 +6,8 @@ noise (epsilon), `tiny_pipe_v` velocity. They are shared by the whole session: a
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,23 +30,29 @@ def _one_thread():
 
 def make_tokenizer():
     """CLIP's byte-level BPE with merges learned from `WORDS`: every word of the list is one token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, min_frequency=1, show_progress=False, initial_alphabet=alphabet, end_of_word_suffix="</w>"
-    )
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    bpe.train_from_iterator([" ".join(WORDS)], trainer)
-    model = json.loads(bpe.to_str())["model"]
-    vocab = dict(model["vocab"])
-    for piece in [letter + "</w>" for letter in alphabet] + ["<|startoftext|>", "<|endoftext|>"]:
-        vocab.setdefault(piece, len(vocab))
-    merges = [tuple(pair) for pair in model["merges"]]
+    words = [[*word[:-1], word[-1] + "</w>"] for word in WORDS]
+    merges = []
+    while pairs := Counter(pair for word in words for pair in pairwise(word)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # ties by name: the same tokenizer every time
+        merges.append(best)
+        words = [_merged(word, best) for word in words]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+
+
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    out = []
+    for piece in word:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out
 
 
 def make_pipeline(prediction_type: str = "epsilon", dtype: torch.dtype = torch.float64, seed: int = 0):

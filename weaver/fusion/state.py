@@ -74,6 +74,8 @@ class FusionState:
             if len(self._declared) != batch:
                 raise WeaverError(f"The batch has {batch} rows, {len(self._declared)} were declared to attach()")
             return self._declared
+        if not hasattr(self._pipe, "_guidance_scale"):
+            raise WeaverError("The U-Net was called before its pipeline: attach to the U-Net to call it by itself")
         if not self._pipe.do_classifier_free_guidance:
             return (FUSED_ROW,) * batch
         return (NEGATIVE_ROW,) * (batch // 2) + (FUSED_ROW,) * (batch - batch // 2)
@@ -90,7 +92,7 @@ class FusionState:
 
     def _require_step(self) -> tuple[int, int]:
         if self._step is None:
-            raise WeaverError("attached to a bare U-Net: call set_step(step, timesteps) before each forward")
+            raise WeaverError("Attached to a bare U-Net: call set_step(step, timesteps) before each forward")
         return self._step
 
     def _check_timesteps(self, timesteps: torch.Tensor) -> None:
