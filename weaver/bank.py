@@ -18,17 +18,17 @@ import torch
 
 from weaver.concepts.concept import Concept
 from weaver.concepts.images import load_images
-from weaver.concepts.prompts import derive_prompt
+from weaver.concepts.own_prompts import own_prompts
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.train import train_concept
 from weaver.errors import WeaverError
 from weaver.fields import EMBEDDED
 from weaver.inputs import training_pictures
-from weaver.job import BackgroundSpec, Job, JobError
+from weaver.job import BackgroundSpec, Job, JobError, TrainSpec
 from weaver.models import load_model, quiet_libraries
 from weaver.progress import Stages
 
-__all__ = ["read_concept", "resolve_prompts", "train_bank"]
+__all__ = ["read_concept", "resolve_prompts", "train_bank", "training_settings"]
 
 _POLL_SECONDS = 0.2
 
@@ -58,24 +58,22 @@ def resolve_prompts(job: Job, known: dict[str, Concept], source: str = "job") ->
     `known` are the concepts read from files, by name. Raises `JobError` where a token or class word is missing, or
     another concept's token stands in a prompt.
     """
-    names = [
+    people = [
         known.get(spec.name) or SimpleNamespace(name=spec.name, token=spec.train.token, word=spec.word)
         for spec in job.everyone
     ]
-    prompts, problems, seen = [], [], {}
-    places = [f"concepts[{i}]" for i in range(len(job.concepts))] + ["background"]
-    for spec, concept, place in zip(job.everyone, names, places, strict=False):
-        occurrence = seen[concept.word] = seen.get(concept.word, -1) + 1
-        try:
-            prompt = spec.prompt or derive_prompt(job.prompt, concept, occurrence=occurrence)
-        except WeaverError as error:
-            problems.append(f"{place}: {error}")
+    derived = own_prompts(job.prompt, people[: len(job.concepts)], people[-1] if job.background else None)
+    prompts, problems = [], []
+    for (place, spec), concept, own in zip(job.places(), people, derived, strict=True):
+        prompt = spec.prompt or own
+        if isinstance(prompt, WeaverError):
+            problems.append(f"{place}: {prompt}")
             continue
         prompts.append(prompt)
         if concept.token not in prompt:
             fix = f"put it before {concept.word!r}"
             problems.append(f"{place}.prompt: {prompt!r} lacks the concept's token {concept.token!r}; {fix}")
-        tokens = {other.token for other in names} - {concept.token}
+        tokens = {other.token for other in people} - {concept.token}
         if strange := sorted(token for token in tokens if token in prompt):
             problems.append(f"{place}.prompt: holds another concept's token {strange[0]!r}; each names its own only")
     if problems:
@@ -104,13 +102,19 @@ def train_bank(job: Job, pipe, stages: Stages, *, processes: int | None = None) 
     return {task.spec.name: concept for task, concept in zip(tasks, trained, strict=True)}
 
 
+def training_settings(wishes: TrainSpec, model: str) -> TrainSettings:
+    """The model's own training defaults with a job's wishes applied."""
+    defaults = TrainSettings.embedded() if model == "embedded" else TrainSettings()
+    return replace(defaults, **dict(wishes.settings))
+
+
 def _train(task: _Task, pipe, move: Callable[[int, int], None]) -> Concept:
     spec, wishes = task.spec, task.spec.train
-    settings, prior = TrainSettings(), None
+    prior = None
     if task.model == "embedded":
         from weaver.embedded.training.derive import prior_scenes
 
-        settings, prior = TrainSettings.embedded(), prior_scenes()
+        prior = prior_scenes()
     return train_concept(
         pipe,
         load_images(training_pictures(spec), wishes.token, spec.word, template=wishes.caption),
@@ -118,7 +122,7 @@ def _train(task: _Task, pipe, move: Callable[[int, int], None]) -> Concept:
         token=wishes.token,
         word=spec.word,
         prior=prior,
-        settings=replace(settings, **dict(wishes.settings)),
+        settings=training_settings(wishes, task.model),
         progress=move,
     )
 

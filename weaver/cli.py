@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from weaver.errors import WeaverError
+from weaver.progress import Stages
 from weaver.version import __version__
 
 __all__ = ["main"]
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    args.stages = Stages()
     try:
         return args.command(args)
     except WeaverError as error:
@@ -97,18 +99,13 @@ def _run(args: argparse.Namespace) -> int:
 
 def _execute(job, out: Path, source: str, args: argparse.Namespace) -> int:
     if args.seed is not None:
-        job = replace(job, seed=args.seed)
-    from weaver.models import quiet_libraries
-    from weaver.progress import Stages
+        job = replace(job, seed=args.seed, template=replace(job.template, seed=None))
+    with args.stages.step("starting"):
+        from weaver.models import quiet_libraries
 
-    quiet_libraries()
-    from weaver.run import run_job
-
-    if job.embedded:
-        import torch
-
-        torch.set_num_threads(1)  # so small a model is not faster with more, and far slower on a busy machine
-    run = run_job(job, out, source=source, offline=args.offline, stages=Stages())
+        quiet_libraries()
+        from weaver.run import run_job
+    run = run_job(job, out, source=source, offline=args.offline, stages=args.stages)
     for name, scores in run.report["concepts"].items():
         if scores["own"] is not None:
             print(f"{name:20} own {scores['own']:6.3f}   base {scores['base']:6.3f}   others {scores['others']:6.3f}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from weaver.latents import vae_scale_factor
 from weaver.layers import EMBEDDED, InjectionSites, sites_for
 
-__all__ = ["Defaults", "defaults_for"]
+__all__ = ["Defaults", "default_dilation", "defaults_for", "model_size", "setting_reasons"]
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,22 @@ def defaults_for(pipe) -> Defaults:
 def default_dilation(size: tuple[int, int]) -> int:
     """Pixels that masks grow by on a picture of `size`: a 64th of its shorter side."""
     return min(size) // 64
+
+
+def model_size(pipe) -> tuple[int, int]:
+    """(height, width) in pixels of the pictures a pipeline was trained on."""
+    sample, factor = pipe.unet.config.sample_size, vae_scale_factor(pipe.vae)
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    return height * factor, width * factor
+
+
+def setting_reasons(pipe, size: tuple[int, int], steps: int) -> list[str]:
+    """What is wrong with a picture's size (height, width) and the number of steps for a pipeline."""
+    limit = pipe.scheduler.config.num_train_timesteps
+    multiple = max(8, vae_scale_factor(pipe.vae))
+    reasons = []
+    if not 1 <= steps <= limit:
+        reasons.append(f"steps: is {steps}, expected 1 to {limit}")
+    if any(side < multiple or side % multiple for side in size):
+        reasons.append(f"size: is {size[1]}x{size[0]}, expected multiples of {multiple} pixels")
+    return reasons

@@ -125,7 +125,7 @@ class Fields:
         return self._existing(name, value, folder_too)
 
     def files(self, name: str) -> tuple[Path, ...] | str | None:
-        """A folder or a list of files, as absolute paths; "embedded:<name>" is passed on as it is."""
+        """A folder, a file or a list of them, as absolute paths; "embedded:<name>" is passed on as it is."""
         self._known.add(name)
         value = self._values.get(name)
         if not _is_list(value):
@@ -133,7 +133,7 @@ class Fields:
             return (found,) if isinstance(found, Path) else found
         if not value:
             self.complain(name, "is an empty list")
-        paths = [self._existing(f"{name}[{i}]", str(item), False) for i, item in enumerate(value)]
+        paths = [self._existing(f"{name}[{i}]", str(item), True) for i, item in enumerate(value)]
         return tuple(path for path in paths if path is not None)
 
     def section(self, name: str) -> Fields:

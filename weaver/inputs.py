@@ -17,6 +17,7 @@ from weaver.pictures import open_picture
 
 __all__ = ["InputFile", "file_hash", "read_inputs", "shipped_name", "training_pictures"]
 
+
 @dataclass(frozen=True)
 class InputFile:
     """One file that a job reads: the field that names it, where it is, and the SHA-256 of what it holds."""
@@ -74,8 +75,7 @@ def _files(job: Job, problems: list[str]) -> Iterator[tuple[str, Path, str]]:
     """(field, path, kind) of every file; complaints of shipped names that do not exist go to `problems`."""
     if job.template.image:
         yield "template.image", job.template.image, "picture"
-    places = [f"concepts[{i}]" for i in range(len(job.concepts))] + ["background"]
-    for spec, place in zip(job.everyone, places, strict=False):
+    for place, spec in job.places():
         field = f"{place}.file" if spec.file else f"{place}.train.images"
         name = shipped_name(spec)
         if name is not None and (complaint := _unknown(name)):

@@ -135,3 +135,8 @@ class Job:
     def everyone(self) -> tuple[BackgroundSpec, ...]:
         """All concepts, the background last."""
         return (*self.concepts, self.background) if self.background else self.concepts
+
+    def places(self) -> list[tuple[str, BackgroundSpec]]:
+        """All concepts with where they stand in a job file: "concepts[0]", ..., "background"."""
+        named = [(f"concepts[{i}]", spec) for i, spec in enumerate(self.concepts)]
+        return [*named, ("background", self.background)] if self.background else named

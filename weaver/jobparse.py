@@ -217,14 +217,11 @@ def _mask(fields: Fields) -> MaskSpec:
 def _check_whole(job: Job, fields: Fields) -> None:
     """What no field can tell by itself."""
     names: dict[str, str] = {}
-    places = [f"concepts[{i}]" for i in range(len(job.concepts))] + ["background"]
-    for spec, place in zip(job.everyone, places, strict=False):
+    for place, spec in job.places():
         if other := names.get(spec.name):
             fields.complain(f"{place}.name", f"{spec.name!r} is taken by {other}; give each concept its own name")
         names.setdefault(spec.name, place)
-        shipped = [
-            value for value in (spec.file, spec.train and spec.train.images) if isinstance(value, str) and value
-        ]
+        shipped = [value for value in (spec.file, spec.train and spec.train.images) if isinstance(value, str) and value]
         if shipped and not job.embedded:
             fields.complain(place, f"{shipped[0]!r} belongs to the embedded model, the model is {job.model!r}")
     if job.masks.source == "segmenter" and not job.embedded:

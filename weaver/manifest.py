@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,15 +23,13 @@ PNG_KEY = "concept-weaver"
 _LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "concept-weaver")
 
 
-def picture_record(
-    job: Job, pipe, concepts: list[Concept], prompts: list[str], template_seed: int, settings: dict, inputs
-) -> dict:
+def picture_record(job: Job, pipe, concepts: Sequence[Concept], settings: dict, inputs) -> dict:
     """All that decides what the picture looks like, without paths; it travels in the PNG.
 
     Parameters
     ----------
-    concepts, prompts : one a concept of `Job.everyone`
-    template_seed : of the template that was taken
+    job : with its defaults resolved
+    concepts : one for each of `Job.everyone`
     settings : as `WeaveResult` has them
     inputs : the job's `InputFile`s
     """
@@ -38,10 +37,9 @@ def picture_record(
     for file in inputs:
         place = file.field.split(".")[0]
         hashes.setdefault(place, []).append({"name": file.path.name, "sha256": file.sha256})
-    places = [f"concepts[{i}]" for i in range(len(job.concepts))] + ["background"]
     entries = [
-        _concept_entry(spec, concept, prompt) | {"files": hashes.get(place, [])}
-        for spec, concept, prompt, place in zip(job.everyone, concepts, prompts, places, strict=False)
+        _concept_entry(spec, concept) | {"files": hashes.get(place, [])}
+        for (place, spec), concept in zip(job.places(), concepts, strict=True)
     ]
     return {
         "model": {"name": job.model if not Path(job.model).is_absolute() else Path(job.model).name,
@@ -49,7 +47,7 @@ def picture_record(
         "prompt": job.prompt,
         "negative_prompt": job.negative_prompt,
         "settings": settings,
-        "template": _template_entry(job, template_seed) | {"files": hashes.get("template", [])},
+        "template": _template_entry(job) | {"files": hashes.get("template", [])},
         "concepts": entries[: len(job.concepts)],
         "background": entries[-1] if job.background else None,
         "device": {"type": pipe.device.type, "dtype": str(pipe.unet.dtype).removeprefix("torch.")},
@@ -112,12 +110,12 @@ def save_png(image: Image.Image, path: Path, record: dict | None = None) -> None
     image.save(path, pnginfo=text)
 
 
-def _concept_entry(spec: BackgroundSpec, concept: Concept, prompt: str) -> dict:
+def _concept_entry(spec: BackgroundSpec, concept: Concept) -> dict:
     return {
         "name": spec.name,
         "token": concept.token,
         "word": concept.word,
-        "prompt": prompt,
+        "prompt": spec.prompt,
         "strength": spec.strength,
         "window": list(spec.window),
         "scale": spec.scale,
@@ -125,15 +123,15 @@ def _concept_entry(spec: BackgroundSpec, concept: Concept, prompt: str) -> dict:
     }
 
 
-def _template_entry(job: Job, seed: int) -> dict:
+def _template_entry(job: Job) -> dict:
     spec = job.template
     if spec.image:
         return {}
     model = spec.model and (Path(spec.model).name if Path(spec.model).is_absolute() else spec.model)
     return {
-        "prompt": spec.prompt or job.prompt,
+        "prompt": spec.prompt,
         "model": model,
-        "seed": seed,
+        "seed": spec.seed,
         "steps": spec.steps,
         "guidance": spec.guidance,
     }

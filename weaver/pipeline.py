@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 
 from weaver.concepts.concept import Concept
-from weaver.defaults import default_dilation, defaults_for
+from weaver.concepts.own_prompts import own_prompts
+from weaver.defaults import default_dilation, defaults_for, model_size, setting_reasons
 from weaver.errors import WeaverError, raise_if
 from weaver.features import collect_features, reconstruction_psnr
 from weaver.fusion.contexts import ConceptUse, encode_contexts, use_reasons
@@ -19,14 +21,15 @@ from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
 from weaver.inversion import ddim_scheduler, invert
 from weaver.job import MaskSpec
-from weaver.latents import decode_latents, tensor_to_images, vae_scale_factor
+from weaver.latents import decode_latents, tensor_to_images
 from weaver.layers import InjectionSites
 from weaver.masks import compose_masks
+from weaver.models import threads_for
 from weaver.places import Places, best_source
 from weaver.progress import Stages
 from weaver.template import load_template, make_template
 
-__all__ = ["WeaveResult", "model_size", "setting_reasons", "template_picture", "weave"]
+__all__ = ["WeaveResult", "template_picture", "weave"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,16 @@ class WeaveResult:
     seconds: dict[str, float]
 
 
+def _few_threads(function):
+    @wraps(function)
+    def run(pipe, *args, **kwargs):
+        with threads_for(pipe):
+            return function(pipe, *args, **kwargs)
+
+    return run
+
+
+@_few_threads
 def weave(
     pipe,
     prompt: str,
@@ -105,8 +118,7 @@ def weave(
     """
     stages = stages or Stages(bars=False)
     defaults = defaults_for(pipe)
-    uses = [_as_use(concept) for concept in concepts]
-    ground = None if background is None else _as_use(background)
+    uses, ground = _uses(prompt, concepts, background)
     guidance = defaults.guidance if guidance is None else guidance
     suppression = defaults.suppression if suppression is None else suppression
     sites = sites or defaults.sites
@@ -176,13 +188,6 @@ def weave(
     )
 
 
-def model_size(pipe) -> tuple[int, int]:
-    """(height, width) in pixels of the pictures a pipeline was trained on."""
-    sample, factor = pipe.unet.config.sample_size, vae_scale_factor(pipe.vae)
-    height, width = (sample, sample) if isinstance(sample, int) else sample
-    return height * factor, width * factor
-
-
 def _places(pipe, uses, places, masks, source, size) -> Places:
     if places is not None and masks is not None:
         raise WeaverError("give either masks or places, not both")
@@ -198,20 +203,19 @@ def _places(pipe, uses, places, masks, source, size) -> Places:
     return Places.build(places, words, labels, source=source or best_source(pipe), size=size)
 
 
-def _as_use(concept: Concept | ConceptUse) -> ConceptUse:
-    return concept if isinstance(concept, ConceptUse) else ConceptUse(concept)
+def _uses(prompt: str, concepts, background) -> tuple[list[ConceptUse], ConceptUse | None]:
+    """Every concept as a use with a prompt of its own; what can't be derived is left for the checks to tell."""
+    uses = [concept if isinstance(concept, ConceptUse) else ConceptUse(concept) for concept in concepts]
+    ground = ConceptUse(background) if isinstance(background, Concept) else background
+    named = [use for use in uses if use.concept is not None]
+    derived = own_prompts(prompt, [use.concept for use in named], ground and ground.concept)
+    own = dict(zip([*map(id, named), id(ground)], derived, strict=False))
 
+    def written(use: ConceptUse) -> ConceptUse:
+        text = own.get(id(use))
+        return replace(use, prompt=text) if use.prompt is None and isinstance(text, str) else use
 
-def setting_reasons(pipe, size: tuple[int, int], steps: int) -> list[str]:
-    """What is wrong with a picture's size (height, width) and the number of steps for a pipeline."""
-    limit = pipe.scheduler.config.num_train_timesteps
-    multiple = max(8, vae_scale_factor(pipe.vae))
-    reasons = []
-    if not 1 <= steps <= limit:
-        reasons.append(f"steps: is {steps}, expected 1 to {limit}")
-    if any(side < multiple or side % multiple for side in size):
-        reasons.append(f"size: is {size[1]}x{size[0]}, expected multiples of {multiple} pixels")
-    return reasons
+    return [written(use) for use in uses], ground and written(ground)
 
 
 def template_picture(

@@ -20,11 +20,25 @@ class Stages:
     Parameters
     ----------
     bars : whether to draw bars on the standard error; None draws them on a terminal only.
+
+    `seconds` holds the time of every stage; `elapsed()` counts from when this was made.
     """
 
     def __init__(self, bars: bool | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
         self._bars = sys.stderr.isatty() if bars is None else bars
+
+    def elapsed(self) -> float:
+        """Seconds since this was made."""
+        return time.perf_counter() - self._started
+
+    @contextmanager
+    def step(self, label: str) -> Iterator[None]:
+        """A bar for one thing that can't tell how far it is."""
+        with self.bar(label, 1) as move:
+            yield
+            move(1, 1)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

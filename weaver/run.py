@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image
+
 from weaver.bank import read_concept, resolve_prompts, train_bank
 from weaver.concepts.concept import Concept
-from weaver.defaults import default_dilation, defaults_for
 from weaver.errors import WeaverError
 from weaver.fusion.contexts import ConceptUse
 from weaver.inputs import read_inputs
-from weaver.job import Job, JobError
+from weaver.job import Job
 from weaver.layers import SITES
 from weaver.manifest import picture_record
 from weaver.masks import MaskError, compose_masks
-from weaver.models import load_model
+from weaver.models import load_model, threads_for
 from weaver.outputs import make_report, write_outputs
-from weaver.pictures import open_picture
-from weaver.pipeline import WeaveResult, model_size, setting_reasons, template_picture, weave
-from weaver.places import Places, best_source
+from weaver.pipeline import WeaveResult, template_picture, weave
+from weaver.places import Places
 from weaver.progress import Stages
+from weaver.resolve import check_model, place_concepts, resolve_job
 
 __all__ = ["Run", "run_job"]
 
@@ -58,24 +58,31 @@ def run_job(
 
     Raises `WeaverError`, one line, before any sampling where that can be known; then nothing is written.
     """
-    start, stages, folder = time.perf_counter(), stages or Stages(bars=False), Path(folder)
+    stages, folder = stages or Stages(bars=False), Path(folder)
     _check_folder(folder)
     inputs = read_inputs(job, source)
     known = {spec.name: read_concept(spec) for spec in job.everyone if spec.file}
     prompts = resolve_prompts(job, known, source)
-    pipe = load_model(job.model, device=job.device, offline=offline)
-    size = job.size or model_size(pipe)
-    places = _places(job, known, pipe, size, source)
-    _check_model(job, known, pipe, size, source)
+    with stages.step("loading the model"):
+        pipe = load_model(job.model, device=job.device, offline=offline)
+    with threads_for(pipe):
+        return _run(job, folder, pipe, known, prompts, inputs, source, offline, processes, stages)
 
-    template, places, template_seed = _template(job, pipe, places, size, stages, offline)
+
+def _run(job, folder, pipe, known, prompts, inputs, source, offline, processes, stages) -> Run:
+    job = resolve_job(job, pipe, prompts)
+    check_model(job, known, pipe, source)
+    places = place_concepts(job, known, source)
+
+    job, template, places = _template(job, pipe, places, stages, offline)
     with stages.stage("bank"):
         known |= train_bank(job, pipe, stages, processes=processes)
     concepts = [known[spec.name] for spec in job.everyone]
     uses = [
-        ConceptUse(concept, prompt=prompt, strength=spec.strength, window=spec.window, scale=spec.scale)
-        for spec, concept, prompt in zip(job.everyone, concepts, prompts, strict=True)
+        ConceptUse(concept, prompt=spec.prompt, strength=spec.strength, window=spec.window, scale=spec.scale)
+        for spec, concept in zip(job.everyone, concepts, strict=True)
     ]
+    fusion = job.fusion
     result = weave(
         pipe,
         job.prompt,
@@ -89,15 +96,17 @@ def run_job(
         source_prompt=job.inversion_prompt,
         seed=job.seed,
         steps=job.steps,
-        guidance=job.fusion.guidance,
-        suppression=job.fusion.suppression,
-        sites=_sites(job, pipe),
-        size=size,
+        guidance=fusion.guidance,
+        suppression=fusion.suppression,
+        sites=replace(
+            SITES[fusion.sites], resnet_window=fusion.resnet_window, attention_window=fusion.attention_window
+        ),
+        size=job.size,
         stages=stages,
     )
-    record = picture_record(job, pipe, concepts, prompts, template_seed, result.settings, inputs)
+    record = picture_record(job, pipe, concepts, result.settings, inputs)
     report = make_report(job, result, stages.seconds)
-    write_outputs(folder, job, result, concepts, record, report, inputs, lambda: time.perf_counter() - start)
+    write_outputs(folder, job, result, concepts, record, report, inputs, stages.elapsed)
     return Run(folder, result, tuple(concepts), report)
 
 
@@ -109,49 +118,20 @@ def _check_folder(folder: Path) -> None:
         raise WeaverError(f"out: can't write into {there}; choose another folder with --out")
 
 
-def _places(job: Job, known: dict[str, Concept], pipe, size: tuple[int, int], source: str) -> Places:
-    specs = [spec.mask for spec in job.concepts]
-    words = [spec.word or known[spec.name].word for spec in job.concepts]
-    labels = [f"concepts[{i}].mask" for i in range(len(specs))]
-    own_size = None
-    if job.template.image:
-        image = open_picture(job.template.image)
-        own_size = (image.height, image.width)
-    try:
-        finder = job.masks.source or best_source(pipe)
-        return Places.build(specs, words, labels, source=finder, size=size, source_size=own_size)
-    except WeaverError as error:
-        raise JobError(f"{source}: {error}") from error
+def _template(job: Job, pipe, places: Places, stages: Stages, offline: bool) -> tuple[Job, Image.Image, Places]:
+    """The template, and where everything stands in it; the next seed where a word is not to be found.
 
-
-def _check_model(job: Job, known: dict[str, Concept], pipe, size: tuple[int, int], source: str) -> None:
-    """What only the loaded model can tell: sizes, steps, and whether the concepts are its own."""
-    problems = setting_reasons(pipe, size, job.steps)
-    places = [f"concepts[{i}].file" for i in range(len(job.concepts))] + ["background.file"]
-    for spec, place in zip(job.everyone, places, strict=False):
-        if spec.name in known:
-            try:
-                known[spec.name].check_base(pipe)
-            except WeaverError as error:
-                problems.append(f"{place}: {error}")
-    if problems:
-        raise JobError(f"{source}: " + "; ".join(problems))
-
-
-def _template(job: Job, pipe, places: Places, size, stages: Stages, offline: bool):
-    """The template, where everything stands in it, and its seed; the next seed where a word is not to be found."""
-    spec = job.template
-    prompt = job.prompt if job.inversion_prompt is None else job.inversion_prompt
-    maker = pipe
+    The job that comes back names the seed that was taken.
+    """
+    spec, maker = job.template, pipe
     if spec.model and not spec.image:
         maker = load_model(spec.model, device=job.device, offline=offline, fuses=False)
-    first = job.seed if spec.seed is None else spec.seed
-    for seed in range(first, first + spec.tries):
+    for extra in range(spec.tries):
         template = template_picture(
             maker,
-            spec.image or spec.prompt or job.prompt,
-            size=size,
-            seed=seed,
+            spec.image or spec.prompt,
+            size=job.size,
+            seed=(spec.seed or 0) + extra,
             steps=spec.steps,
             guidance=spec.guidance,
             negative_prompt=job.negative_prompt,
@@ -159,23 +139,16 @@ def _template(job: Job, pipe, places: Places, size, stages: Stages, offline: boo
         )
         try:
             with stages.stage("masks"):
-                found = places.find(pipe, template, prompt)
+                found = places.find(pipe, template, job.inversion_prompt)
+                names = [concept.name for concept in job.concepts]
                 compose_masks(
-                    found.dense(size),
-                    dilation=default_dilation(size) if job.masks.dilation is None else job.masks.dilation,
-                    overlap=job.masks.overlap,
-                    names=[spec.name for spec in job.concepts],
+                    found.dense(job.size), dilation=job.masks.dilation, overlap=job.masks.overlap, names=names
                 )
-            return template, found, seed
         except MaskError as error:
             failure = error
-    tried = f"; {spec.tries} templates were tried, from seed {first}" if spec.tries > 1 else ""
+            continue
+        if not spec.image:
+            job = replace(job, template=replace(spec, seed=spec.seed + extra, tries=1))
+        return job, template, found
+    tried = f"; {spec.tries} templates were tried, from seed {spec.seed}" if spec.tries > 1 else ""
     raise MaskError(f"{failure}{tried}") from failure
-
-
-def _sites(job: Job, pipe):
-    """The table of injection sites that the job names, or the model's, with the job's windows."""
-    wishes = job.fusion
-    sites = SITES[wishes.sites] if wishes.sites else defaults_for(pipe).sites
-    windows = {"resnet_window": wishes.resnet_window, "attention_window": wishes.attention_window}
-    return replace(sites, **{name: value for name, value in windows.items() if value is not None})

@@ -1,0 +1,227 @@
+"""Job files: what they may say, what they come to, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields as dataclass_fields
+from dataclasses import replace
+
+import pytest
+import yaml
+from PIL import Image
+
+from weaver.concepts.settings import TrainSettings
+from weaver.demo import DEMO_JOB
+from weaver.job import JobError
+from weaver.jobfile import job_to_mapping, load_job
+from weaver.jobparse import job_from_mapping
+
+GOOD = {
+    "model": "some/model",
+    "prompt": "a cat and a dog, mountain background",
+    "concepts": [
+        {"name": "tom", "word": "cat", "train": {"images": "pictures", "token": "<v1>"}},
+        {"name": "rex", "word": "dog", "file": "rex.safetensors"},
+    ],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
+    (tmp_path / "rex.safetensors").write_bytes(b"")
+    return tmp_path
+
+
+def changed(**changes) -> dict:
+    return GOOD | changes
+
+
+def with_concept(**changes) -> dict:
+    """The good job with its first concept changed; None removes a field."""
+    first = {key: value for key, value in (GOOD["concepts"][0] | changes).items() if value is not None}
+    return GOOD | {"concepts": [first, GOOD["concepts"][1]]}
+
+
+def with_train(**changes) -> dict:
+    return with_concept(train=GOOD["concepts"][0]["train"] | changes)
+
+
+def test_defaults_and_paths(folder):
+    job = job_from_mapping(GOOD, folder=folder)
+    assert job.seed == 0 and job.steps == 50 and job.size is None and job.background is None
+    assert job.concepts[0].train.images == (folder / "pictures",)
+    assert job.concepts[1].file == folder / "rex.safetensors"
+    assert job.fusion.guidance is None and job.masks.source is None
+
+
+def test_everything_a_job_can_say_survives_writing_and_reading(folder, tmp_path_factory):
+    mapping = {
+        "model": "some/model",
+        "prompt": "a cat and a dog",
+        "negative_prompt": "blurry",
+        "seed": 3,
+        "steps": 20,
+        "size": [768, 512],
+        "device": "cpu",
+        "template": {
+            "prompt": "two pets", "model": "other/model", "seed": 9, "steps": 30, "guidance": 5, "tries": 4
+        },
+        "concepts": [
+            {
+                "name": "tom", "word": "cat", "prompt": "a <v1> cat", "strength": 0.8, "window": [0.1, 0.9], "scale": 0.5,
+                "train": {
+                    "images": ["pictures", "mask.png"], "token": "<v1>", "caption": "one {token} cat", "steps": 7,
+                    "learning_rate": "1e-4", "flip": True,
+                },
+                "mask": {"file": "mask.png", "label": 2},
+            },
+            {"file": "rex.safetensors", "mask": {"box": [0, 0, 0.5, 1]}},
+            {"name": "third", "file": "rex.safetensors", "mask": {"word": "puppy"}},
+        ],
+        "background": {"name": "hills", "file": "rex.safetensors", "word": "mountain"},
+        "inversion": {"prompt": "a photo"},
+        "masks": {"source": "attention", "dilation": 3, "overlap": "share"},
+        "fusion": {
+            "lambda": 0.3, "guidance": 6, "injection": {"sites": "plug-and-play", "resnet": 0.7, "attention": 0.4}
+        },
+    }  # fmt: skip
+    job = job_from_mapping(mapping, folder=folder)
+    assert job.size == (512, 768)
+    assert dict(job.concepts[0].train.settings) == {"steps": 7, "learning_rate": 1e-4, "flip": True}
+    assert job.concepts[1].name == "rex" and job.concepts[1].mask.box == (0, 0, 0.5, 1)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    written = json.loads(json.dumps(job_to_mapping(job, elsewhere)))
+    assert job_from_mapping(written, folder=elsewhere) == job
+    with_picture = replace(job, template=replace(job.template, image=folder / "mask.png"))
+    assert job_to_mapping(with_picture, elsewhere)["template"].keys() == {"image"}
+
+
+def test_every_training_setting_can_be_given(folder):
+    values = {f.name: TrainSettings.embedded().__dict__[f.name] for f in dataclass_fields(TrainSettings)}
+    job = job_from_mapping(with_train(**values), folder=folder)
+    assert TrainSettings(**dict(job.concepts[0].train.settings)) == TrainSettings.embedded()
+
+
+def test_the_job_that_ships_is_in_order():
+    job = load_job(DEMO_JOB)
+    assert job.embedded and len(job.concepts) >= 2 and job.background is not None
+    assert all(spec.train and spec.train.images.startswith("embedded:") for spec in job.everyone)
+
+
+MISTAKES = {
+    "unknown field": (changed(lamda=0.3), "lamda: unknown field"),
+    "unknown nested field": (changed(fusion={"lamda": 0.3}), "fusion.lamda: unknown field; did you mean 'lambda'?"),
+    "unknown field of a concept": (
+        with_concept(strenght=1),
+        "concepts[0].strenght: unknown field; did you mean 'strength'?",
+    ),
+    "zero steps": (changed(steps=0), "steps: must be at least 1, is 0"),
+    "zero template steps": (changed(template={"steps": 0}), "template.steps: must be at least 1"),
+    "zero training steps": (with_train(steps=0), "concepts[0].train: training settings: steps is 0"),
+    "half steps": (changed(steps=2.5), "steps: expected a whole number, found 2.5"),
+    "no prompt": (changed(prompt=None), "prompt: is missing"),
+    "empty prompt": (changed(prompt="  "), "prompt: is empty"),
+    "no concepts": (changed(concepts=None), "concepts: is missing"),
+    "concepts no list": (changed(concepts={"file": "rex.safetensors"}), "concepts: expected a list"),
+    "a concept that is no mapping": (changed(concepts=["tom"]), "concepts[0]: expected fields with names, found 'tom'"),
+    "file and train": (with_concept(file="rex.safetensors"), "concepts[0]: give exactly one of file, train"),
+    "neither file nor train": (with_concept(train=None), "concepts[0]: give exactly one of file, train (found none)"),
+    "no such concept file": (
+        changed(concepts=[{"file": "no.safetensors"}]),
+        "concepts[0].file: 'no.safetensors' is not there",
+    ),
+    "pictures missing": (with_train(images="nowhere"), "concepts[0].train.images: 'nowhere' is not there"),
+    "no class word": (with_concept(word=None), "concepts[0].word: is missing"),
+    "token with white space": (with_train(token="<v 1>"), "concepts[0].train.token: '<v 1>' has white space"),
+    "token missing in the prompt": (
+        with_concept(prompt="a cat"),
+        "concepts[0].prompt: lacks the concept's token '<v1>'",
+    ),
+    "caption without token": (with_train(caption="a cat"), "concepts[0].train.caption: 'a cat' lacks the token"),
+    "the same name twice": (with_concept(name="rex"), "concepts[1].name: 'rex' is taken by concepts[0]"),
+    "name that is no file name": (with_concept(name="../tom"), "concepts[0].name: '../tom' must be letters"),
+    "negative strength": (with_concept(strength=-1), "concepts[0].strength: must be at least 0, is -1"),
+    "window turned round": (with_concept(window=[0.8, 0.2]), "concepts[0].window: must be [start, end]"),
+    "box of three": (
+        with_concept(mask={"box": [0, 0, 1]}),
+        "concepts[0].mask.box: expected [left, top, right, bottom]",
+    ),
+    "box turned round": (with_concept(mask={"box": [9, 0, 1, 5]}), "concepts[0].mask.box: must have 0 <= left < right"),
+    "box and file": (
+        with_concept(mask={"box": [0, 0, 1, 1], "file": "mask.png"}),
+        "concepts[0].mask: give exactly one of",
+    ),
+    "mask file missing": (with_concept(mask={"file": "m.png"}), "concepts[0].mask.file: 'm.png' is not there"),
+    "model folder missing": (changed(model="./none"), "model: './none' is no folder"),
+    "model folder without a model": (
+        changed(model="pictures"),
+        "model: 'pictures' is a folder without model_index.json",
+    ),
+    "unknown mask source": (changed(masks={"source": "atention"}), "masks.source: 'atention' is not one of"),
+    "segmenter for another model": (changed(masks={"source": "segmenter"}), "masks.source: the segmenter knows"),
+    "negative lambda": (changed(fusion={"lambda": -0.5}), "fusion.lambda: must be at least 0"),
+    "lambda no number": (changed(fusion={"lambda": "much"}), "fusion.lambda: expected a number, found 'much'"),
+    "window past the end": (
+        changed(fusion={"injection": {"resnet": 1.5}}),
+        "fusion.injection.resnet: must be between 0 and 1",
+    ),
+    "unknown sites": (changed(fusion={"injection": {"sites": "mine"}}), "fusion.injection.sites: 'mine' is not one of"),
+    "size of one number": (changed(size=512), "size: expected [width, height]"),
+    "seed true": (changed(seed=True), "seed: expected a whole number, found True"),
+    "negative seed": (changed(seed=-1), "seed: must be at least 0"),
+    "shipped concept for another model": (
+        changed(concepts=[{"file": "embedded:pug"}]),
+        "belongs to the embedded model",
+    ),
+    "picture and prompt": (changed(template={"image": "mask.png", "prompt": "x"}), "template.prompt: unknown field"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_with_its_field(folder, mistake):
+    mapping, message = MISTAKES[mistake]
+    with pytest.raises(JobError) as caught:
+        job_from_mapping(mapping, folder=folder, source="my.yaml")
+    assert str(caught.value).startswith("my.yaml: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once(folder):
+    with pytest.raises(JobError) as caught:
+        job_from_mapping(changed(steps=0, seed=-1, colour="red"), folder=folder)
+    assert all(part in str(caught.value) for part in ("steps: ", "seed: ", "colour: "))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt: [", "line 1 column 10: not valid YAML"),
+        ("prompt: a\nprompt: b\n", "line 2 column 1: not valid YAML: 'prompt' stands twice"),
+        ("just text", "expected fields with names, found 'just text'"),
+        ("", "expected fields with names, found nothing"),
+        ("prompt: \x00", "not valid YAML"),
+    ],
+    ids=["broken", "twice", "text", "empty", "control"],
+)
+def test_files_that_are_no_jobs(tmp_path, text, message):
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(JobError) as caught:
+        load_job(tmp_path / "job.yaml")
+    assert "job.yaml" in str(caught.value) and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_that_can_not_be_read(tmp_path):
+    with pytest.raises(JobError, match="none.yaml: can't be read"):
+        load_job(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(JobError, match="binary.yaml: is no text file in UTF-8"):
+        load_job(tmp_path / "binary.yaml")
+
+
+def test_a_job_file_and_a_manifest_are_read_alike(folder):
+    (folder / "job.yaml").write_text(yaml.safe_dump(GOOD))
+    (folder / "manifest.json").write_text(json.dumps({"weaver_manifest": 1, "job": GOOD}))
+    assert load_job(folder / "job.yaml") == load_job(folder / "manifest.json")

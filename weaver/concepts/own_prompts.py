@@ -1,0 +1,36 @@
+"""One prompt a concept, from the prompt of the whole picture (Concept Weaver, section 3.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from weaver.concepts.concept import Concept
+from weaver.concepts.prompts import derive_prompt
+from weaver.errors import WeaverError
+
+__all__ = ["own_prompts"]
+
+
+def own_prompts(prompt: str, concepts: Sequence[Concept], background: Concept | None = None) -> list[str | WeaverError]:
+    """The prompt p_+i of every concept, the background's last; an error in the place of one that can't be had.
+
+    A concept's prompt names no other concept of the picture: "a dog and a cat, at night" gives "a <v1> dog, at night"
+    and "a <v2> cat, at night". The background's names them all. The k-th concept of a class word takes its k-th place
+    in the prompt; those of one class stay in each other's prompts, since the word can't tell them apart.
+
+    Parameters
+    ----------
+    prompt : p_base, without any token
+    concepts, background : anything with a name, a token and a class word
+    """
+    seen: dict[str, int] = {}
+    found: list[str | WeaverError] = []
+    for concept in [*concepts, *([background] if background is not None else [])]:
+        word = concept.word.lower()
+        occurrence = seen[word] = seen.get(word, -1) + 1
+        others = [] if concept is background else [o.word for o in concepts if o.word.lower() != word]
+        try:
+            found.append(derive_prompt(prompt, concept, occurrence=occurrence, without=others))
+        except WeaverError as error:
+            found.append(error)
+    return found

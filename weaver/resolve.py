@@ -1,0 +1,96 @@
+"""Between a job file and its run: the model's defaults filled in, and what only a model can tell checked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from weaver.bank import training_settings
+from weaver.concepts.concept import Concept
+from weaver.defaults import default_dilation, defaults_for, model_size, setting_reasons
+from weaver.errors import WeaverError
+from weaver.job import BackgroundSpec, Job, JobError
+from weaver.layers import SITES
+from weaver.pictures import open_picture
+from weaver.places import Places, best_source
+
+__all__ = ["check_model", "place_concepts", "resolve_job"]
+
+
+def resolve_job(job: Job, pipe, prompts: list[str]) -> Job:
+    """The same job with every default of the model written out, so that it no longer depends on defaults.
+
+    `prompts` are those of `Job.everyone`.
+    """
+    defaults = defaults_for(pipe)
+    size = job.size or model_size(pipe)
+    wishes, template = job.fusion, job.template
+    sites = SITES[wishes.sites] if wishes.sites else defaults.sites
+    everyone = [_resolve_spec(job, spec, prompt) for spec, prompt in zip(job.everyone, prompts, strict=True)]
+    if template.image is None:
+        own = template.model is None or template.model == job.model
+        template = replace(
+            template,
+            prompt=template.prompt or job.prompt,
+            seed=_or(template.seed, job.seed),
+            guidance=_or(template.guidance, defaults.guidance) if own else template.guidance,
+        )
+    return replace(
+        job,
+        size=size,
+        inversion_prompt=_or(job.inversion_prompt, job.prompt),
+        template=template,
+        concepts=tuple(everyone[: len(job.concepts)]),
+        background=everyone[-1] if job.background else None,
+        masks=replace(
+            job.masks,
+            source=job.masks.source or best_source(pipe),
+            dilation=_or(job.masks.dilation, default_dilation(size)),
+        ),
+        fusion=replace(
+            wishes,
+            suppression=_or(wishes.suppression, defaults.suppression),
+            guidance=_or(wishes.guidance, defaults.guidance),
+            sites=sites.name,
+            resnet_window=_or(wishes.resnet_window, sites.resnet_window),
+            attention_window=_or(wishes.attention_window, sites.attention_window),
+        ),
+    )
+
+
+def check_model(job: Job, known: dict[str, Concept], pipe, source: str) -> None:
+    """Sizes, steps, and whether the concepts read from files are this model's; `JobError` with every field."""
+    problems = setting_reasons(pipe, job.size, job.steps)
+    for place, spec in job.places():
+        if spec.name in known:
+            try:
+                known[spec.name].check_base(pipe)
+            except WeaverError as error:
+                problems.append(f"{place}.file: {error}")
+    if problems:
+        raise JobError(f"{source}: " + "; ".join(problems))
+
+
+def place_concepts(job: Job, known: dict[str, Concept], source: str) -> Places:
+    """Read the masks that are given; `JobError` with every field that holds an unusable one."""
+    own_size = None
+    if job.template.image:
+        image = open_picture(job.template.image)
+        own_size = (image.height, image.width)
+    specs = [spec.mask for spec in job.concepts]
+    words = [spec.word or known[spec.name].word for spec in job.concepts]
+    labels = [f"{place}.mask" for place, _ in job.places()][: len(specs)]
+    try:
+        return Places.build(specs, words, labels, source=job.masks.source, size=job.size, source_size=own_size)
+    except WeaverError as error:
+        raise JobError(f"{source}: {error}") from error
+
+
+def _resolve_spec(job: Job, spec: BackgroundSpec, prompt: str) -> BackgroundSpec:
+    train = spec.train
+    if train:
+        train = replace(train, settings=tuple(asdict(training_settings(train, job.model)).items()))
+    return replace(spec, prompt=prompt, train=train)
+
+
+def _or(value, default):
+    return default if value is None else value
