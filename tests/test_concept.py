@@ -204,5 +204,7 @@ def test_check_base_tells_what_does_not_fit(tiny_pipe):
     concept = make_concept(tiny_pipe)
     wide = {path: torch.zeros(delta.shape[0], 5) for path, delta in concept.deltas.items()}
     other = replace(concept, deltas=wide, embeddings={"text_encoder": torch.zeros(1, 5)})
-    with pytest.raises(ConceptError, match="32 of its 32 weights do not fit.*width 5 in text_encoder, the model's is 16"):
+    with pytest.raises(
+        ConceptError, match="32 of its 32 weights do not fit.*width 5 in text_encoder, the model's is 16"
+    ):
         other.check_base(tiny_pipe)
