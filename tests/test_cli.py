@@ -1,0 +1,159 @@
+"""The command line: what it says, how it ends, and that mistakes are one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from weaver import cli, run
+from weaver.demo import demo_job, with_shipped_concepts
+from weaver.embedded import CONCEPTS
+from weaver.errors import WeaverError
+from weaver.version import __version__
+
+
+def run_cli(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def job_file(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text('prompt: "a cat"\nconcepts: [{file: "embedded:pug", mask: {box: [0, 0, 1, 1]}}]\n')
+    return path
+
+
+def finished(report):
+    """Stands in for a run that is done."""
+    return lambda job, folder, **options: run.Run(folder, None, (), report)
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Take input files as read: these tests are about what stands around a run."""
+    monkeypatch.setattr("weaver.inputs.read_inputs", lambda job, source="job": ())
+
+
+def test_help_names_the_commands_and_exit_codes(capsys):
+    code, out, _ = run_cli(capsys)
+    assert code == 0 and "demo" in out and "run" in out and "exit codes: 0 done; 2 bad input" in out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out == f"weaver {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["demo", "--seed", "-1"], ["run"], ["paint"], ["demo", "--slow"]], ids=str)
+def test_wrong_arguments_end_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_a_wrong_job_is_told_in_one_line(capsys, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text('prompt: "a cat"\nsteps: 0\nconcepts: [{file: "embedded:pug", strenght: 1}]\n')
+    code, out, err = run_cli(capsys, "run", path, "--out", tmp_path / "out")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"weaver: {path}: steps: must be at least 1, is 0")
+    assert "concepts[0].strenght: unknown field; did you mean 'strength'?" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shipped_concept_that_does_not_ship(capsys, tmp_path, job_file):
+    job_file.write_text(job_file.read_text().replace("pug", "pgu"))
+    code, _, err = run_cli(capsys, "run", job_file)
+    assert code == 2 and "concepts[0].file: no concept 'pgu' ships with the package; did you mean 'pug'?" in err
+
+
+def test_a_finished_run_says_where_and_how_near(capsys, monkeypatch, tmp_path, job_file, unread):
+    scores = {"pug": {"own": 0.9, "base": 0.4, "others": -0.1}, "mine": {"own": None, "base": None, "others": None}}
+    monkeypatch.setattr(run, "run_job", finished({"concepts": scores, "total_seconds": 12.3}))
+    code, out, err = run_cli(capsys, "run", job_file, "--out", tmp_path / "out")
+    assert code == 0 and err == ""
+    assert out.splitlines()[0].split() == ["pug", "own", "0.900", "base", "0.400", "others", "-0.100"]
+    assert out.splitlines()[-1] == f"{tmp_path / 'out'}: sheet.png shows it all (12 s)" and "mine" not in out
+
+
+def test_the_command_line_passes_its_wishes_on(capsys, monkeypatch, job_file, unread):
+    seen = {}
+
+    def note(job, folder, **options):
+        seen.update(options, job=job, folder=folder)
+        return run.Run(folder, None, (), {"concepts": {}, "total_seconds": 1})
+
+    monkeypatch.setattr(run, "run_job", note)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert run_cli(capsys, "run", job_file, "--seed", "5", "--offline")[0] == 0
+    assert seen["job"].seed == 5 and seen["offline"] and seen["folder"].as_posix() == "outputs/job"
+    assert cli.os.environ["HF_HUB_OFFLINE"] == "1"
+    assert run_cli(capsys, "demo", "--quick")[0] == 0
+    assert seen["folder"].as_posix() == "outputs/demo" and not any(spec.train for spec in seen["job"].everyone)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (WeaverError("this is\nwrong"), 2, "weaver: this is wrong\n"),
+        (KeyboardInterrupt(), 130, "weaver: interrupted; nothing was written\n"),
+        (OSError("disk full"), 1, "weaver: unexpected OSError: disk full (--traceback shows where)\n"),
+    ],
+    ids=["bad input", "interrupted", "unexpected"],
+)
+def test_how_a_run_ends(capsys, monkeypatch, job_file, unread, error, code, message):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(run, "run_job", fail)
+    assert run_cli(capsys, "run", job_file) == (code, "", message)
+
+
+def test_a_traceback_on_request(capsys, monkeypatch, job_file, unread):
+    monkeypatch.setattr(run, "run_job", lambda *a, **k: 1 / 0)
+    code, _, err = run_cli(capsys, "run", job_file, "--traceback")
+    assert code == 1 and "ZeroDivisionError" in err and "Traceback" in err
+
+
+ANIMALS = [name for name, card in CONCEPTS.items() if card.kind == "animal"]
+GROUNDS = [name for name, card in CONCEPTS.items() if card.kind == "background"]
+
+
+@pytest.mark.parametrize("count", range(1, len(ANIMALS) + 1))
+def test_demo_with_any_number_of_concepts(count):
+    job = demo_job(str(count))
+    assert len(job.concepts) == count and job.background is not None
+    assert all(f"a {spec.word}" in job.prompt for spec in job.concepts)
+    assert job.prompt.endswith(f"{job.background.word} background")
+
+
+def test_demo_with_named_concepts():
+    job = demo_job(f"{ANIMALS[2]}, {ANIMALS[0]}", GROUNDS[1])
+    assert [spec.name for spec in job.everyone] == [ANIMALS[2], ANIMALS[0], GROUNDS[1]]
+    words = [CONCEPTS[name].word for name in (ANIMALS[2], ANIMALS[0], GROUNDS[1])]
+    assert job.prompt == "a {} and a {}, {} background".format(*words)
+    assert demo_job(None, "none").background is None
+    assert demo_job(None, "none").prompt == demo_job().prompt
+
+
+def test_quick_takes_the_files_that_ship():
+    job = with_shipped_concepts(demo_job())
+    assert [spec.file for spec in job.everyone] == [f"embedded:{spec.name}" for spec in demo_job().everyone]
+    assert job.prompt == demo_job().prompt
+
+
+@pytest.mark.parametrize(
+    ("concepts", "background", "message"),
+    [
+        ("0", None, "--concepts: 0 asked for, 1 to"),
+        ("99", None, "--concepts: 99 asked for"),
+        ("unicorn", None, "--concepts: no animal 'unicorn' ships"),
+        (f"{ANIMALS[0]},{ANIMALS[0]}", None, "--concepts: the same concept twice"),
+        (None, "moon", "--background: no background 'moon' ships"),
+    ],
+)
+def test_demo_with_what_does_not_ship(concepts, background, message):
+    with pytest.raises(WeaverError, match=message):
+        demo_job(concepts, background)
