@@ -8,7 +8,7 @@ import queue
 import signal
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,8 +138,11 @@ def _train_apart(tasks: Sequence[_Task], moves: Sequence[Callable], processes: i
         paths = [Path(folder) / f"{number}.safetensors" for number in range(len(tasks))]
         futures = [pool.submit(_work, number, task, paths[number]) for number, task in enumerate(tasks)]
         try:
-            while wait(futures, 0, FIRST_EXCEPTION).not_done and not any(f.done() and f.exception() for f in futures):
+            while any(not future.done() for future in futures):
                 _pass_on(news, moves)
+                for future in futures:
+                    if future.done():
+                        future.result()  # raises what went wrong there
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         for future in futures:

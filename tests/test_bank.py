@@ -1,0 +1,66 @@
+"""Training several concepts at once gives what training them one by one gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipeline
+from PIL import Image
+
+from weaver.bank import train_bank, training_settings
+from weaver.concepts.settings import TrainSettings
+from weaver.jobparse import job_from_mapping
+from weaver.models import load_model
+from weaver.progress import Stages
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bank")
+    make_pipeline(dtype=torch.float32).save_pretrained(folder / "model")
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "one.png")
+    train = {"images": "one.png", "steps": 2, "prior_images": 2, "prior_steps": 1, "learning_rate": 1e-3}
+    concepts = [
+        {"word": "cat", "train": train | {"token": "<v1>"}},
+        {"word": "dog", "train": train | {"token": "<v2>", "seed": 5}},
+    ]
+    mapping = {"model": "model", "prompt": "a cat and a dog", "concepts": concepts}
+    return job_from_mapping(mapping, folder=folder)
+
+
+class Watched(Stages):
+    """Stages that remember how far each bar came."""
+
+    def __init__(self):
+        super().__init__(bars=False)
+        self.moves: dict[str, list] = {}
+
+    def bar(self, label, total=None):
+        from contextlib import nullcontext
+
+        return nullcontext(lambda done, whole: self.moves.setdefault(label, []).append((done, whole)))
+
+
+def test_training_at_once_and_one_by_one_agree(job):
+    pipe = load_model(job.model, device="cpu")
+    stages = Watched()
+    alone = train_bank(job, pipe, stages, processes=1)
+    together = train_bank(job, pipe, Watched(), processes=2)
+    assert list(alone) == list(together) == ["cat", "dog"]
+    assert stages.moves["training cat"][-1][0] == stages.moves["training cat"][-1][1]
+    for name, concept in alone.items():
+        other = together[name]
+        assert concept.settings == other.settings and concept.token == other.token
+        assert all(torch.equal(delta, other.deltas[path]) for path, delta in concept.deltas.items())
+        assert any(delta.any() for delta in concept.deltas.values())
+
+
+def test_training_settings_start_from_the_models_own(job):
+    cat, dog = job.concepts
+    assert training_settings(cat.train, "some/model") == TrainSettings(
+        steps=2, prior_images=2, prior_steps=1, learning_rate=1e-3
+    )
+    assert training_settings(dog.train, "embedded").batch == TrainSettings.embedded().batch
+    assert training_settings(dog.train, "embedded").seed == 5
