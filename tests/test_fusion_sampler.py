@@ -39,8 +39,8 @@ def test_same_numbers_as_the_stock_pipeline(tiny_pipe, uses_and_masks, guidance,
     done = []
     ours = sample_fusion(
         tiny_pipe.unet,
-        ddim_scheduler(tiny_pipe.scheduler),
         z,
+        ddim_scheduler(tiny_pipe.scheduler),
         plan,
         guidance_scale=guidance,
         progress=lambda *step: done.append(step),
@@ -55,8 +55,8 @@ def test_several_noises_at_once(tiny_pipe, uses_and_masks):
     plan = FusionPlan.build(tiny_pipe, *uses_and_masks, prompt=PROMPT, steps=2)
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)).double()
     scheduler = ddim_scheduler(tiny_pipe.scheduler)
-    together = sample_fusion(tiny_pipe.unet, scheduler, noise, plan)
-    alone = torch.cat([sample_fusion(tiny_pipe.unet, scheduler, z[None], plan) for z in noise])
+    together = sample_fusion(tiny_pipe.unet, noise, scheduler, plan)
+    alone = torch.cat([sample_fusion(tiny_pipe.unet, z[None], scheduler, plan) for z in noise])
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
 
 
@@ -69,7 +69,7 @@ def test_every_part_moves_the_result(tiny_pipe, concepts, uses_and_masks):
 
     def draw(**changes):
         arguments = {"concepts": uses, "masks": masks, "prompt": PROMPT, "steps": 2} | changes
-        return sample_fusion(tiny_pipe.unet, scheduler, z, FusionPlan.build(tiny_pipe, **arguments))
+        return sample_fusion(tiny_pipe.unet, z, scheduler, FusionPlan.build(tiny_pipe, **arguments))
 
     plain = draw()
     for changes in (
@@ -96,7 +96,7 @@ def test_lower_precision(tiny_pipe, uses_and_masks, dtype):
         inversion = invert(pipe, z, PROMPT, 2)
         features = collect_features(pipe, inversion, sites)
         plan = FusionPlan.build(pipe, uses, uses_and_masks[1], prompt=PROMPT, suppression=0.2, features=features)
-        return sample_fusion(pipe.unet, ddim_scheduler(pipe.scheduler), inversion.z_T, plan, guidance_scale=2.0)
+        return sample_fusion(pipe.unet, inversion.z_T, ddim_scheduler(pipe.scheduler), plan, guidance_scale=2.0)
 
     truth = draw(tiny_pipe, uses_and_masks[0])
     pipe = make_pipeline("epsilon", dtype)

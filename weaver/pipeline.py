@@ -171,7 +171,7 @@ def weave(
             features=features,
         )
         scheduler = ddim_scheduler(pipe.scheduler)
-        z = sample_fusion(pipe.unet, scheduler, features.z_T, plan, guidance_scale=guidance, progress=move)
+        z = sample_fusion(pipe.unet, features.z_T, scheduler, plan, guidance_scale=guidance, progress=move)
         image = tensor_to_images(decode_latents(pipe.vae, z))[0]
     settings = {
         "size": [size[1], size[0]],

@@ -16,8 +16,8 @@ __all__ = ["sample_fusion"]
 @torch.no_grad()
 def sample_fusion(
     unet,
-    scheduler,
     z: torch.Tensor,
+    scheduler,
     plan: FusionPlan,
     *,
     guidance_scale: float = 7.5,
@@ -29,8 +29,9 @@ def sample_fusion(
 
     Parameters
     ----------
-    unet, scheduler : the pipeline's; with features the scheduler is `ddim_scheduler(pipe.scheduler)`
+    unet : the pipeline's
     z : [n, C, h, w], the noise to start from: the template's z_T, or any, one picture each
+    scheduler : the pipeline's; with features `ddim_scheduler(pipe.scheduler)`
     guidance_scale : omega; 1 or less draws without a negative row
     progress : called after each step with (done, steps)
 
