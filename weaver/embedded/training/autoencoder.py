@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from diffusers import AutoencoderTiny
 from weaver.embedded.training.bank import HELD_OUT_SCENES, Bank, to_pixels
 from weaver.embedded.training.loop import LoopSettings, device_from_environment, train
 
-__all__ = ["LATENT_CHANNELS", "build_autoencoder", "decode_psnr", "train_autoencoder"]
+__all__ = ["LATENT_CHANNELS", "build_autoencoder", "decode_psnr", "tidy_config", "train_autoencoder"]
 
 LATENT_CHANNELS = 8
 LATENT_NOISE = 0.06  # added in training, so that the decoder forgives the sampler
@@ -34,6 +35,14 @@ def decode_psnr(vae: AutoencoderTiny, pixels: torch.Tensor) -> float:
         decoded = torch.cat([vae.decode(vae.encode(part).latents).sample for part in pixels.split(64)]).clamp(-1, 1)
     error = ((decoded - pixels) / 2).square().mean((1, 2, 3))
     return (-10 * error.log10()).mean().item()
+
+
+def tidy_config(folder: Path) -> None:
+    """Drop the setting that diffusers writes into a saved autoencoder's configuration and then warns of."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop("block_out_channels", None)
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _edges(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -76,6 +85,7 @@ def train_autoencoder(
                 latents = vae.encode(held_out).latents
             vae.register_to_config(scaling_factor=1 / latents.std().item())
         vae.save_pretrained(folder)
+        tidy_config(folder)
 
     rate = 8e-4 if resumed else 2e-3
     settings = LoopSettings(minutes, rate, batch, ema_decay=0.998, report_every=250, weight_decay=1e-4)

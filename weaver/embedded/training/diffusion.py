@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from weaver.embedded.training.autoencoder import LATENT_CHANNELS
+from weaver.embedded.training.autoencoder import LATENT_CHANNELS, tidy_config
 from weaver.embedded.training.bank import HELD_OUT_SCENES, Bank, to_pixels
 from weaver.embedded.training.loop import LoopSettings, device_from_environment, is_main_process, train
 from weaver.embedded.training.tokenizer import MAX_TOKENS, build_tokenizer
@@ -160,6 +160,7 @@ def train_diffusion(
         StableDiffusionPipeline(
             vae, text_half.half(), tokenizer, unet_half.half(), scheduler, None, None, requires_safety_checker=False
         ).save_pretrained(folder)
+        tidy_config(folder / "vae")
 
     curve = folder / "curve_unet.jsonl"
     parameters = [*unet.parameters(), *text_encoder.parameters()]
