@@ -8,38 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Iterable
 from pathlib import Path
 
 from diffusers import AutoencoderTiny
 
-from weaver.concepts.images import TrainingSet, load_images
+from weaver.concepts.images import load_images
 from weaver.concepts.train import TrainSettings, train_concept
 from weaver.embedded.catalog import CONCEPTS, concept_images, concept_path, concept_scenes
 from weaver.embedded.identity import IDENTITY_FILE
 from weaver.embedded.model import load_pipeline, model_hash
+from weaver.embedded.prior import prior_scenes
 from weaver.embedded.segmenter import SEGMENTER_FILE, load_segmenter
 from weaver.embedded.training.bank import load_bank
 from weaver.embedded.training.card import CARD_FILE, write_card
 from weaver.embedded.training.gates import measure_gates, sample_sheet
 from weaver.embedded.training.identity import measure_identity, train_identity
 from weaver.embedded.training.segmenter import train_segmenter
-from weaver.embedded.world import draw_scene
 
-__all__ = ["DERIVED_FILE", "prior_scenes", "run"]
+__all__ = ["DERIVED_FILE", "run"]
 
 _ROOT = Path(__file__).parent.parent
 DERIVED_FILE = _ROOT / "derived.json"
 GATES_FILE = _ROOT / "gates.json"
 SHEET_FILE = _ROOT / "samples.png"
-
-
-def prior_scenes(count: int = 48, seed: int = 0) -> TrainingSet:
-    """Scenes of the world that keep the base in place while a concept is learned."""
-    rng = random.Random(seed)
-    scenes = [draw_scene(rng) for _ in range(count)]
-    return TrainingSet(tuple(scene.image for scene in scenes), tuple(scene.caption for scene in scenes))
 
 
 def draw_concept_pictures() -> None:
