@@ -112,7 +112,7 @@ def _train(task: _Task, pipe, move: Callable[[int, int], None]) -> Concept:
     spec, wishes = task.spec, task.spec.train
     prior = None
     if task.model == "embedded":
-        from weaver.embedded.training.derive import prior_scenes
+        from weaver.embedded.prior import prior_scenes
 
         prior = prior_scenes()
     return train_concept(
