@@ -34,7 +34,7 @@ EXTRAS = {
 
 PACKAGE_DATA = {
     "weaver": ["jobs/*.yaml"],
-    "weaver.embedded": ["**/*.safetensors", "**/*.json", "**/*.txt", "**/*.png", "**/*.md", "**/*.csv"],
+    "weaver.embedded": ["**/*.safetensors", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.png", "**/*.md", "**/*.csv"],
 }
 
 setup(

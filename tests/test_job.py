@@ -126,6 +126,7 @@ MISTAKES = {
     "no prompt": (changed(prompt=None), "prompt: is missing"),
     "empty prompt": (changed(prompt="  "), "prompt: is empty"),
     "no concepts": (changed(concepts=None), "concepts: is missing"),
+    "empty concepts": (changed(concepts=[]), "concepts: is missing; list at least one concept"),
     "concepts no list": (changed(concepts={"file": "rex.safetensors"}), "concepts: expected a list"),
     "a concept that is no mapping": (changed(concepts=["tom"]), "concepts[0]: expected fields with names, found 'tom'"),
     "file and train": (with_concept(file="rex.safetensors"), "concepts[0]: give exactly one of file, train"),

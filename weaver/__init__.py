@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from weaver.errors import WeaverError
+from weaver.version import __version__
 
 _LAZY = {
     "Concept": "concepts.concept",
@@ -28,7 +29,7 @@ _LAZY = {
     "weave": "pipeline",
 }
 
-__all__ = ["WeaverError", *sorted(_LAZY)]
+__all__ = ["WeaverError", "__version__", *sorted(_LAZY)]
 
 
 def __getattr__(name: str):

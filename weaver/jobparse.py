@@ -62,7 +62,7 @@ def job_from_mapping(mapping: object, *, folder: Path, source: str = "job") -> J
     inversion = fields.section("inversion")
     values["inversion_prompt"] = inversion.text("prompt", empty=True)
     inversion.finish()
-    if not fields.has("concepts"):
+    if not values["concepts"] and not values["background"]:
         fields.complain("concepts", "is missing; list at least one concept")
     fields.finish()
     job = Job(**values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ _SMALL_MODEL = 50_000_000  # parameters of the U-Net; Stable Diffusion's has 860
 
 
 class ModelError(WeaverError):
-    """A model that can't be loaded, or is of a kind that can't be used; names it."""
+    """A model that can't be loaded, a kind that can't be used, or a device that is not there; names it."""
 
 
 def load_model(
@@ -55,15 +56,15 @@ def load_model(
         kind = DiffusionPipeline.load_config(model, local_files_only=local).get("_class_name")
         if fuses and kind != "StableDiffusionPipeline":
             raise ModelError(
-                f"model {model!r} is a {kind}; concepts are fused in a StableDiffusionPipeline (1.x, 2.x). "
+                f"{model!r} is a {kind}; concepts are fused in a StableDiffusionPipeline (1.x, 2.x). "
                 "Any text-to-image pipeline can make the template: name it as template.model"
             )
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, local_files_only=local)
     except OSError as error:
-        fix = "it is not complete in the local cache: run once without --offline" if local else "is the name right?"
+        fix = "it is not complete in the local cache: run once without --offline" if local else "is its name right?"
         if Path(model).is_dir():
             fix = "the folder must hold a complete diffusers pipeline"
-        raise ModelError(f"model {model!r} can't be loaded; {fix} ({_first_line(error)})") from error
+        raise ModelError(f"{model!r} can't be loaded; {fix} ({_first_line(error)})") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -74,7 +75,7 @@ def choose_device(device: str = "auto") -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if not there.get(device.split(":")[0], lambda: True)():
-        raise ModelError(f"device {device!r} is not available here; use 'auto' or 'cpu'")
+        raise ModelError(f"{device!r} is not available here; use 'auto' or 'cpu'")
     return device
 
 
@@ -92,7 +93,8 @@ def threads_for(pipe) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Keep notices and loading bars of diffusers and transformers off the terminal; errors still show."""
+    """Keep notices, warnings and loading bars of the libraries off the terminal; errors still show."""
+    warnings.filterwarnings("ignore", module=r"(diffusers|transformers|huggingface_hub)\b.*")
     import diffusers
     import transformers
 

@@ -13,11 +13,11 @@ from weaver.concepts.concept import Concept
 from weaver.errors import WeaverError
 from weaver.fusion.contexts import ConceptUse
 from weaver.inputs import read_inputs
-from weaver.job import Job
+from weaver.job import Job, JobError
 from weaver.layers import SITES
 from weaver.manifest import picture_record
 from weaver.masks import MaskError, compose_masks
-from weaver.models import load_model, threads_for
+from weaver.models import ModelError, choose_device, load_model, threads_for
 from weaver.outputs import make_report, write_outputs
 from weaver.pipeline import WeaveResult, template_picture, weave
 from weaver.places import Places
@@ -64,7 +64,8 @@ def run_job(
     known = {spec.name: read_concept(spec) for spec in job.everyone if spec.file}
     prompts = resolve_prompts(job, known, source)
     with stages.step("loading the model"):
-        pipe = load_model(job.model, device=job.device, offline=offline)
+        device = _named("device", source, choose_device, job.device)
+        pipe = _named("model", source, load_model, job.model, device=device, offline=offline)
     with threads_for(pipe):
         return _run(job, folder, pipe, known, prompts, inputs, source, offline, processes, stages)
 
@@ -74,7 +75,7 @@ def _run(job, folder, pipe, known, prompts, inputs, source, offline, processes, 
     check_model(job, known, pipe, source)
     places = place_concepts(job, known, source)
 
-    job, template, places = _template(job, pipe, places, stages, offline)
+    job, template, places = _template(job, pipe, places, stages, offline, source)
     with stages.stage("bank"):
         known |= train_bank(job, pipe, stages, processes=processes)
     concepts = [known[spec.name] for spec in job.everyone]
@@ -110,6 +111,14 @@ def _run(job, folder, pipe, known, prompts, inputs, source, offline, processes, 
     return Run(folder, result, tuple(concepts), report)
 
 
+def _named(field: str, source: str, function, *args, **kwargs):
+    """Call a function, and tell a `ModelError` with the job's field."""
+    try:
+        return function(*args, **kwargs)
+    except ModelError as error:
+        raise JobError(f"{source}: {field}: {error}") from error
+
+
 def _check_folder(folder: Path) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
@@ -118,14 +127,18 @@ def _check_folder(folder: Path) -> None:
         raise WeaverError(f"out: can't write into {there}; choose another folder with --out")
 
 
-def _template(job: Job, pipe, places: Places, stages: Stages, offline: bool) -> tuple[Job, Image.Image, Places]:
+def _template(
+    job: Job, pipe, places: Places, stages: Stages, offline: bool, source: str
+) -> tuple[Job, Image.Image, Places]:
     """The template, and where everything stands in it; the next seed where a word is not to be found.
 
     The job that comes back names the seed that was taken.
     """
     spec, maker = job.template, pipe
     if spec.model and not spec.image:
-        maker = load_model(spec.model, device=job.device, offline=offline, fuses=False)
+        maker = _named(
+            "template.model", source, load_model, spec.model, device=job.device, offline=offline, fuses=False
+        )
     for extra in range(spec.tries):
         template = template_picture(
             maker,
