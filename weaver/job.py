@@ -73,7 +73,8 @@ class ConceptSpec(BackgroundSpec):
 class TemplateSpec:
     """The template: a picture file, or made from a prompt by `model` (None: the model that fuses).
 
-    Where a concept's word is not found in it, the next seed is tried, up to `tries` pictures in all.
+    Where it does not show what the prompt names, the next seed is tried, up to `tries` pictures in all: where a word
+    is not found, or, with the embedded model, where a region looks like another animal.
     """
 
     image: Path | None = None

@@ -57,6 +57,8 @@ class Stages:
         def move(done: int, whole: int) -> None:
             bar.total = whole
             bar.update(done - bar.n)
+            if done >= whole:
+                bar.close()  # its clock stops, though others go on
 
         try:
             yield move

@@ -12,7 +12,7 @@ from weaver.bank import read_concept, resolve_prompts, train_bank
 from weaver.concepts.concept import Concept
 from weaver.errors import WeaverError
 from weaver.fusion.contexts import ConceptUse
-from weaver.inputs import read_inputs
+from weaver.inputs import read_inputs, shipped_name
 from weaver.job import Job, JobError
 from weaver.layers import SITES
 from weaver.manifest import picture_record
@@ -130,7 +130,7 @@ def _check_folder(folder: Path) -> None:
 def _template(
     job: Job, pipe, places: Places, stages: Stages, offline: bool, source: str
 ) -> tuple[Job, Image.Image, Places]:
-    """The template, and where everything stands in it; the next seed where a word is not to be found.
+    """The template, and where everything stands in it; of several, the first that shows all that the prompt names.
 
     The job that comes back names the seed that was taken.
     """
@@ -139,6 +139,7 @@ def _template(
         maker = _named(
             "template.model", source, load_model, spec.model, device=job.device, offline=offline, fuses=False
         )
+    best, fewest, failure = None, len(job.concepts) + 1, None
     for extra in range(spec.tries):
         template = template_picture(
             maker,
@@ -154,14 +155,36 @@ def _template(
             with stages.stage("masks"):
                 found = places.find(pipe, template, job.inversion_prompt)
                 names = [concept.name for concept in job.concepts]
-                compose_masks(
+                final = compose_masks(
                     found.dense(job.size), dilation=job.masks.dilation, overlap=job.masks.overlap, names=names
                 )
+                unlike = _unlike(job, template, final) if spec.tries > 1 else 0
         except MaskError as error:
             failure = error
             continue
-        if not spec.image:
-            job = replace(job, template=replace(spec, seed=spec.seed + extra, tries=1))
-        return job, template, found
-    tried = f"; {spec.tries} templates were tried, from seed {spec.seed}" if spec.tries > 1 else ""
-    raise MaskError(f"{failure}{tried}") from failure
+        if unlike < fewest:
+            best, fewest = (extra, template, found), unlike
+        if unlike == 0:
+            break
+    if best is None:
+        tried = f"; {spec.tries} templates were tried, from seed {spec.seed}" if spec.tries > 1 else ""
+        raise MaskError(f"{failure}{tried}") from failure
+    extra, template, found = best
+    if not spec.image:
+        job = replace(job, template=replace(spec, seed=spec.seed + extra, tries=1))
+    return job, template, found
+
+
+def _unlike(job: Job, template: Image.Image, masks) -> int:
+    """How many regions do not look like their class word to the embedded model's classifier; 0 for other models."""
+    if not job.embedded:
+        return 0
+    from weaver.embedded import CONCEPTS
+    from weaver.embedded.identity import classify_animal
+
+    names = [shipped_name(spec) for spec in job.concepts]
+    return sum(
+        classify_animal(template, mask.numpy()) != CONCEPTS[name].word
+        for name, mask in zip(names, masks, strict=False)
+        if name is not None and CONCEPTS[name].kind == "animal"
+    )
