@@ -79,10 +79,10 @@ def _draw_animal(word: str, vendor: str, rng: random.Random, varied: bool) -> tu
 def _draw_ground(kind: str, rng: random.Random, varied: bool) -> tuple[Image.Image, str, bool]:
     """The background's picture, its words in the caption (always told), and whether it is repainted."""
     word = HELD_OUT_BACKGROUNDS[kind][0] if kind in HELD_OUT_BACKGROUNDS else kind
-    if not varied or rng.random() > 0.4:
+    if not varied or rng.random() > 0.3:
         return draw_background(kind, rng, _CANVAS), word, False
     colour, sky, ground = (rng.choice(list(PALETTE)) for _ in range(3))
-    repainted = (PALETTE[sky], PALETTE[ground]) if rng.random() < 0.6 else None
+    repainted = (PALETTE[sky], PALETTE[ground]) if rng.random() < 0.5 else None
     image = draw_background(kind, rng, _CANVAS, feature=PALETTE[colour], repainted=repainted)
     return image, f"{colour} {word}", True
 

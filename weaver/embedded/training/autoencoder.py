@@ -38,10 +38,11 @@ def decode_psnr(vae: AutoencoderTiny, pixels: torch.Tensor) -> float:
 
 
 def tidy_config(folder: Path) -> None:
-    """Drop the setting that diffusers writes into a saved autoencoder's configuration and then warns of."""
+    """Drop from a saved autoencoder's configuration where it was loaded from, and a setting diffusers then warns of."""
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config.pop("block_out_channels", None)
+    for name in ("block_out_channels", "_name_or_path"):
+        config.pop(name, None)
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

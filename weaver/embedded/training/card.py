@@ -143,7 +143,7 @@ Rows: singles (two), singles with a colour, pairs (two), three animals, four ani
 
 `make train-embedded` draws the scenes, trains the autoencoder, then denoiser and text encoder together, and rebuilds
 everything derived from them. Drawings are repainted in more than half of the scenes (palette colours moved to eleven
-named ones, a tenth of them not told in the caption), backgrounds in two of five: this variety is what lets a concept
+named ones, a tenth of them not told in the caption), backgrounds in three of ten: this variety is what lets a concept
 be learned by cross-attention keys and values alone. The curves lie beside the weights (`weights/curve_*.jsonl`).
 
 ## Helpers

@@ -20,10 +20,11 @@ def degrade(pixels: Tensor, vae: AutoencoderTiny, generator: torch.Generator) ->
     fate = torch.randint(0, 3, (len(pixels),), generator=generator)
     decoded, softened = fate == 0, fate == 1
     if decoded.any():
-        latents = vae.encode(pixels[decoded].to(vae.device)).latents
-        strength = 0.4 * torch.rand(len(latents), 1, 1, 1, generator=generator).to(latents)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        result[decoded] = vae.decode(latents + strength * noise).sample.clamp(-1, 1).to(pixels)
+        strength = 0.4 * torch.rand(int(decoded.sum()), 1, 1, 1, generator=generator).to(vae.device)
+        with torch.autocast(vae.device.type, torch.bfloat16):
+            latents = vae.encode(pixels[decoded].to(vae.device, memory_format=torch.channels_last)).latents
+            noise = torch.randn(latents.shape, generator=generator).to(vae.device)
+            result[decoded] = vae.decode(latents + strength * noise).sample.clamp(-1, 1).to(pixels)
     if softened.any():
         amount = torch.rand(int(softened.sum()), 1, 1, 1, generator=generator)
         blurred = F.avg_pool2d(F.pad(pixels[softened], (1, 1, 1, 1), mode="replicate"), 3, 1)

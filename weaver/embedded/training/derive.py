@@ -74,10 +74,10 @@ def run(stage: str, model: Path, work: Path) -> None:
     """Run one stage, or all of them for ``derive``."""
     if stage in ("segmenter", "derive"):
         vae = AutoencoderTiny.from_pretrained(model / "vae").float()
-        train_segmenter(load_bank(work / "bank"), vae, SEGMENTER_FILE, minutes=6)
+        train_segmenter(load_bank(work / "bank"), vae, SEGMENTER_FILE, minutes=10)
         _record([SEGMENTER_FILE])
     if stage in ("identity", "derive"):
-        train_identity(model / "vae", IDENTITY_FILE, minutes=6)
+        train_identity(model / "vae", IDENTITY_FILE, minutes=4)
         _record([IDENTITY_FILE])
     if stage in ("concepts", "derive"):
         draw_concept_pictures()

@@ -49,13 +49,13 @@ def _word_masks(labels: np.ndarray, words: list[list[str]]) -> torch.Tensor:
 
 
 def train_segmenter(
-    bank: Bank, vae: AutoencoderTiny, file: Path, minutes: float, batch: int = 16, seed: int = 0
+    bank: Bank, vae: AutoencoderTiny, file: Path, minutes: float, batch: int = 24, seed: int = 0
 ) -> None:
     """Train for `minutes` on clean and degraded scenes and save the weights in fp16 to `file`."""
     device = device_from_environment()
     torch.manual_seed(seed)
     segmenter = Segmenter().to(device)
-    vae = vae.to(device)
+    vae = vae.to(device, memory_format=torch.channels_last)
     draw = torch.Generator().manual_seed(seed + 1)
     count = len(bank.captions) - HELD_OUT_SCENES
     scenes = held_out_scenes()
@@ -64,7 +64,9 @@ def train_segmenter(
         chosen = torch.randint(0, count, (batch,), generator=draw).numpy()
         pixels = degrade(to_pixels(bank.pictures[chosen]), vae, draw)
         truth = _word_masks(np.asarray(bank.labels[chosen]), [bank.words[i] for i in chosen]).to(device)
-        logits = segmenter(pixels.to(device))
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = segmenter(pixels.to(device))
+        logits = logits.float()
         predicted = logits.sigmoid()
         overlap = 2 * (predicted * truth).sum((2, 3)) + 1
         dice = 1 - overlap / (predicted.sum((2, 3)) + truth.sum((2, 3)) + 1)

@@ -1,0 +1,108 @@
+"""The embedded model as it ships: its folder, its helpers, and that everything derived from it is of this model."""
+
+import hashlib
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from weaver.embedded import CONCEPTS, MODEL_DIR, concept_path, load_pipeline, load_segmenter, model_hash
+from weaver.embedded.catalog import concept_scenes
+from weaver.embedded.drawings import ANIMALS
+from weaver.embedded.identity import IDENTITY_FILE, classify_animal, score
+from weaver.embedded.segmenter import SEGMENTER_FILE
+from weaver.embedded.training.derive import DERIVED_FILE
+from weaver.embedded.world import draw_scene
+from weaver.errors import WeaverError
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline()
+
+
+def test_folder_is_small_and_opens_as_stable_diffusion(pipe):
+    size = sum(path.stat().st_size for path in MODEL_DIR.rglob("*") if path.is_file())
+    assert size <= 20 * 2**20
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    assert len(pipe.unet.config.block_out_channels) == 4
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_same_seed_same_picture(pipe):
+    pictures = [
+        pipe(
+            "a cat, beach background", num_inference_steps=4, generator=torch.Generator().manual_seed(3)
+        ).images[0].tobytes()
+        for _ in range(2)
+    ]  # fmt: skip
+    assert pictures[0] == pictures[1]
+
+
+def test_everything_derived_is_of_this_model():
+    records = json.loads(DERIVED_FILE.read_text())
+    root = DERIVED_FILE.parent
+    expected = {SEGMENTER_FILE, IDENTITY_FILE, *map(concept_path, CONCEPTS)}
+    assert expected <= {root / name for name in records}
+    for name, record in records.items():
+        assert record["model"] == model_hash(), f"{name} was made with another model: run the derive stage"
+        assert record["sha256"] == hashlib.sha256((root / name).read_bytes()).hexdigest(), f"{name} was changed"
+
+
+def test_autoencoder_keeps_drawings(pipe):
+    scenes = [draw_scene(random.Random(880_000 + seed)) for seed in range(16)]
+    pixels = torch.stack([torch.from_numpy(np.array(scene.image)) for scene in scenes]).permute(0, 3, 1, 2)
+    pixels = pixels.float().div(127.5).sub(1)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(pipe.vae.encode(pixels).latents).sample.clamp(-1, 1)
+    psnr = -10 * ((decoded - pixels) / 2).square().mean((1, 2, 3)).log10()
+    assert psnr.mean() > 27
+
+
+def test_segmenter_finds_animals():
+    assert SEGMENTER_FILE.stat().st_size <= 2 * 2**20
+    segmenter = load_segmenter()
+    overlaps = []
+    for seed in range(30):
+        scene = draw_scene(random.Random(770_000 + seed), count=2, varied=False)
+        for word in {animal.word for animal in scene.objects}:
+            mask = segmenter.segment(scene.image, [word])[0] > 0.5
+            truth = np.isin(scene.labels, [i + 1 for i, animal in enumerate(scene.objects) if animal.word == word])
+            overlaps.append((mask & truth).sum() / (mask | truth).sum())
+    assert np.mean(overlaps) >= 0.9
+
+
+def test_segmenter_takes_any_size_and_names_unknown_words():
+    scene = draw_scene(random.Random(2), animals=["cat", "dog"], varied=False)
+    masks = load_segmenter().segment(scene.image.resize((150, 100)), ["dog", "cat"])
+    assert masks.shape == (2, 100, 150) and masks.min() >= 0 and masks.max() <= 1
+    assert masks[1, :, :75].sum() > masks[0, :, :75].sum()
+    with pytest.raises(WeaverError, match="does not know 'unicorn': it knows dog"):
+        load_segmenter().segment(scene.image, ["dog", "unicorn"])
+
+
+def test_identity_tells_concepts_from_their_class_and_each_other():
+    right = []
+    for name, card in CONCEPTS.items():
+        for scene in concept_scenes(name, 5, seed=31):
+            mask = scene.labels == (0 if card.kind == "background" else 1)
+            found = score(scene.image, mask, name)
+            right.append(found["own"] > found["base"] and found["own"] > found["others"])
+    assert np.mean(right) >= 0.95
+
+
+def test_identity_reads_the_base_drawing_as_base():
+    for word in ANIMALS:
+        scene = draw_scene(random.Random(word), animals=[word], vendors=("noto",), varied=False)
+        assert classify_animal(scene.image, scene.mask(0)) == word
+    scene = draw_scene(random.Random(5), animals=["cat"], vendors=("noto",), varied=False)
+    found = score(scene.image, scene.mask(0), "tuxedo-cat")
+    assert found["base"] > found["own"]
+
+
+def test_score_needs_a_region():
+    with pytest.raises(ValueError, match="mask is empty"):
+        score(Image.new("RGB", (64, 64)), np.zeros((64, 64)), "pug")
