@@ -11,7 +11,16 @@ from pathlib import Path
 
 from PIL import Image
 
-__all__ = ["ANIMALS", "DRAWINGS", "HELD_OUT_VENDORS", "SPRITE_DIR", "TRAINING_VENDORS", "load_sprite", "vendors_of"]
+__all__ = [
+    "ANIMALS",
+    "DRAWINGS",
+    "HELD_OUT_VENDORS",
+    "HELPER_VENDORS",
+    "SPRITE_DIR",
+    "TRAINING_VENDORS",
+    "load_sprite",
+    "vendors_of",
+]
 
 ANIMALS = ("dog", "cat", "fox", "panda", "frog", "pig")
 
@@ -33,7 +42,8 @@ DRAWINGS: dict[str, dict[str, str]] = {
     "emojione": _PLAIN,
     "fluent-emoji-flat": _PLAIN,
 }
-TRAINING_VENDORS = ("noto", "noto-v1", "twemoji", "fxemoji", "streamline-emojis")
+TRAINING_VENDORS = ("noto", "noto-v1", "twemoji")  # what the model itself learns
+HELPER_VENDORS = (*TRAINING_VENDORS, "fxemoji", "streamline-emojis")  # what segmenter and classifier learn
 HELD_OUT_VENDORS = ("emojione", "fluent-emoji-flat")
 
 SPRITE_DIR = Path(__file__).parent / "sprites"

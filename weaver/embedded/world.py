@@ -7,6 +7,7 @@ embedded model is trained on, what its helpers learn their truth from, and what 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +69,7 @@ class Scene:
 
 def _draw_animal(word: str, vendor: str, rng: random.Random, varied: bool) -> tuple[Image.Image, SceneObject]:
     """The sprite of one animal, repainted at times, and what the scene says of it."""
-    if not varied or rng.random() > 0.6:
+    if not varied or rng.random() > 0.5:
         return load_sprite(vendor, word), SceneObject(word, None, vendor, repainted=False)
     main = rng.choice(list(PALETTE))
     second = rng.choice(list(PALETTE)) if rng.random() < 0.6 else None
@@ -79,7 +80,7 @@ def _draw_animal(word: str, vendor: str, rng: random.Random, varied: bool) -> tu
 def _draw_ground(kind: str, rng: random.Random, varied: bool) -> tuple[Image.Image, str, bool]:
     """The background's picture, its words in the caption (always told), and whether it is repainted."""
     word = HELD_OUT_BACKGROUNDS[kind][0] if kind in HELD_OUT_BACKGROUNDS else kind
-    if not varied or rng.random() > 0.3:
+    if not varied or rng.random() > 0.2:
         return draw_background(kind, rng, _CANVAS), word, False
     colour, sky, ground = (rng.choice(list(PALETTE)) for _ in range(3))
     repainted = (PALETTE[sky], PALETTE[ground]) if rng.random() < 0.5 else None
@@ -134,6 +135,7 @@ def draw_scene(
     background: str | None = None,
     vendors: tuple[str, ...] = TRAINING_VENDORS,
     varied: bool = True,
+    alter: Callable[[Image.Image, random.Random], Image.Image] | None = None,
 ) -> Scene:
     """Draw one scene.
 
@@ -146,6 +148,7 @@ def draw_scene(
     vendors : whose drawings to take.
     varied : repaint drawings and backgrounds. Captions tell it, but for a tenth of the animals: what a word alone
         means stays the usual drawing, and guidance does not drift to odd colours.
+    alter : changes every RGBA drawing before it is placed.
     """
     kind = background or rng.choice(list(BACKGROUNDS))
     if animals is None:
@@ -156,7 +159,7 @@ def draw_scene(
     for word in animals:
         vendor = rng.choice(vendors_of(word, vendors))
         sprite, animal = _draw_animal(word, vendor, rng, varied)
-        sprites.append(sprite)
+        sprites.append(sprite if alter is None else alter(sprite, rng))
         objects.append(animal)
     placed, labels = _compose(sprites, rng)
     for sprite, corner in placed:

@@ -28,7 +28,7 @@ def _distributed(stage: str, args: argparse.Namespace) -> None:
     command += ["-m", "weaver.embedded.training", stage, "--model", str(args.model), "--work", str(args.work)]
     command += ["--scenes", str(args.scenes), "--batch", str(args.batch), "--minutes", str(args.minutes)]
     command += ["--autoencoder-minutes", str(args.autoencoder_minutes), "--learning-rate", str(args.learning_rate)]
-    command += ["--seed", str(args.seed)]
+    command += ["--seed", str(args.seed)] + ["--compile"] * args.compile + ["--move-latents"] * args.move_latents
     subprocess.run(command, check=True)
 
 
@@ -47,7 +47,7 @@ def run(stage: str, args: argparse.Namespace) -> None:
         from weaver.embedded.training.autoencoder import train_autoencoder
 
         bank = load_bank(args.work / "bank")
-        learned = (args.model / "unet").exists()  # the denoiser knows these latents: keep them
+        learned = (args.model / "unet").exists() and not args.move_latents  # the denoiser knows these latents
         train_autoencoder(bank, args.model / "vae", args.autoencoder_minutes, seed=args.seed, decoder_only=learned)
         if not learned:
             (args.work / "bank" / "latents.npy").unlink(missing_ok=True)
@@ -56,7 +56,9 @@ def run(stage: str, args: argparse.Namespace) -> None:
 
         bank, latents = _encoded(args)
         rate = args.learning_rate
-        train_diffusion(bank, latents, args.model, args.minutes, args.batch, rate, seed=args.seed)
+        train_diffusion(
+            bank, latents, args.model, args.minutes, args.batch, rate, seed=args.seed, compiled=args.compile
+        )
     else:
         from weaver.embedded.training import derive
 
@@ -74,6 +76,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=20, help="samples a step of the diffusion training, per process")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak of the diffusion training")
     parser.add_argument("--processes", type=int, default=1, help="training processes of one thread each")
+    parser.add_argument(
+        "--move-latents",
+        action="store_true",
+        help="train the encoder too where a denoiser exists, which then has to follow",
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the diffusion training first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--from-scratch", action="store_true", help="remove the model first instead of going on from it"

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from weaver.embedded.drawings import HELPER_VENDORS
+from weaver.embedded.training.vary import vary_drawing
 from weaver.embedded.world import draw_scene
 
 __all__ = ["Bank", "HELD_OUT_SCENES", "load_bank", "make_bank", "to_pixels"]
@@ -35,9 +37,11 @@ def to_pixels(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def _draw_chunk(seed: int) -> tuple[np.ndarray, np.ndarray, list[str], list[list[str]]]:
+def _draw_chunk(seed: int, for_helpers: bool) -> tuple[np.ndarray, np.ndarray, list[str], list[list[str]]]:
     rng = random.Random(seed)
-    scenes = [draw_scene(rng) for _ in range(_CHUNK)]
+    torch.set_num_threads(1)
+    options = {"vendors": HELPER_VENDORS, "alter": vary_drawing} if for_helpers else {}
+    scenes = [draw_scene(rng, **options) for _ in range(_CHUNK)]
     return (
         np.stack([np.asarray(scene.image) for scene in scenes]),
         np.stack([scene.labels for scene in scenes]),
@@ -46,15 +50,19 @@ def _draw_chunk(seed: int) -> tuple[np.ndarray, np.ndarray, list[str], list[list
     )
 
 
-def make_bank(folder: Path, scenes: int, seed: int = 0) -> Path:
-    """Draw at least `scenes` scenes into `folder` and return it; an existing bank of that size and seed is kept."""
+def make_bank(folder: Path, scenes: int, seed: int = 0, *, for_helpers: bool = False) -> Path:
+    """Draw at least `scenes` scenes into `folder` and return it; an existing bank of that size and seed is kept.
+
+    `for_helpers` takes the drawings of more vendors, bent and marked anew, for the segmenter to learn shapes.
+    """
     chunks = -(-scenes // _CHUNK)
-    card = {"scenes": chunks * _CHUNK, "seed": seed}
+    card = {"scenes": chunks * _CHUNK, "seed": seed, "for_helpers": for_helpers}
     if (folder / "bank.json").exists() and json.loads((folder / "bank.json").read_text())["card"] == card:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        parts = pool.map(_draw_chunk, range(seed * 100_000, seed * 100_000 + chunks))
+        first = seed * 100_000
+        parts = pool.starmap(_draw_chunk, [(first + i, for_helpers) for i in range(chunks)])
     np.save(folder / "pictures.npy", np.concatenate([part[0] for part in parts]))
     np.save(folder / "labels.npy", np.concatenate([part[1] for part in parts]))
     captions = [caption for part in parts for caption in part[2]]

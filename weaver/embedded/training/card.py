@@ -71,6 +71,12 @@ def _verdict(gate: Gate) -> str:
     return "yes" if gate.passed else "**no**"
 
 
+def _use(vendor: str) -> str:
+    if vendor in HELD_OUT_VENDORS:
+        return "held out"
+    return "trained on" if vendor in TRAINING_VENDORS else "helpers trained on"
+
+
 def write_card(gates: list[Gate]) -> None:
     """Write the card and the picture of the curve."""
     points = _joined(MODEL_DIR / "curve_unet.jsonl")
@@ -80,7 +86,7 @@ def write_card(gates: list[Gate]) -> None:
         for gate in gates
     )
     source_rows = "\n".join(
-        f"| {vendor} | {'trained on' if vendor in TRAINING_VENDORS else 'held out'} | {author} | {licence} | {origin} |"
+        f"| {vendor} | {_use(vendor)} | {author} | {licence} | {origin} |"
         for vendor, (author, licence, origin) in SOURCES.items()
     )
     concept_rows = "\n".join(
@@ -142,13 +148,13 @@ Rows: singles (two), singles with a colour, pairs (two), three animals, four ani
 ## Training
 
 `make train-embedded` draws the scenes, trains the autoencoder, then denoiser and text encoder together, and rebuilds
-everything derived from them. Drawings are repainted in more than half of the scenes (palette colours moved to eleven
-named ones, a tenth of them not told in the caption), backgrounds in three of ten: this variety is what lets a concept
-be learned by cross-attention keys and values alone. The curves lie beside the weights (`weights/curve_*.jsonl`).
+everything derived from them. Half of the drawings are repainted (palette colours moved to eleven named ones, a tenth of
+them not told in the caption), and a fifth of the backgrounds: this variety is what lets a concept be learned by
+cross-attention keys and values alone. The curves lie beside the weights (`weights/curve_*.jsonl`).
 
 ## Helpers
 
-- `segmenter.py`: a word-conditioned U-Net trained on the generator's masks.
+- `segmenter.py`: a word-conditioned U-Net trained on the generator's masks, with drawings bent and marked anew.
 - `identity.py`: a classifier of drawings, the one measure of identity; similarities are cosines.
 
 ## Concepts held out

@@ -20,7 +20,7 @@ from weaver.embedded.identity import IDENTITY_FILE
 from weaver.embedded.model import load_pipeline, model_hash
 from weaver.embedded.prior import prior_scenes
 from weaver.embedded.segmenter import SEGMENTER_FILE, load_segmenter
-from weaver.embedded.training.bank import load_bank
+from weaver.embedded.training.bank import load_bank, make_bank
 from weaver.embedded.training.card import CARD_FILE, write_card
 from weaver.embedded.training.gates import measure_gates, sample_sheet
 from weaver.embedded.training.identity import measure_identity, train_identity
@@ -32,6 +32,7 @@ _ROOT = Path(__file__).parent.parent
 DERIVED_FILE = _ROOT / "derived.json"
 GATES_FILE = _ROOT / "gates.json"
 SHEET_FILE = _ROOT / "samples.png"
+_HELPER_SCENES = 20_000
 
 
 def draw_concept_pictures() -> None:
@@ -74,7 +75,8 @@ def run(stage: str, model: Path, work: Path) -> None:
     """Run one stage, or all of them for ``derive``."""
     if stage in ("segmenter", "derive"):
         vae = AutoencoderTiny.from_pretrained(model / "vae").float()
-        train_segmenter(load_bank(work / "bank"), vae, SEGMENTER_FILE, minutes=10)
+        bank = make_bank(work / "bank_helpers", _HELPER_SCENES, for_helpers=True)
+        train_segmenter(load_bank(bank), vae, SEGMENTER_FILE, minutes=10)
         _record([SEGMENTER_FILE])
     if stage in ("identity", "derive"):
         train_identity(model / "vae", IDENTITY_FILE, minutes=4)
