@@ -73,7 +73,7 @@ class ConceptSpec(BackgroundSpec):
 class TemplateSpec:
     """The template: a picture file, or made from a prompt by `model` (None: the model that fuses).
 
-    Where it does not show what the prompt names, the next seed is tried, up to `tries` pictures in all: where a word
+    Where it does not show what the prompt names, another seed is tried, up to `tries` pictures in all: where a word
     is not found, or, with the embedded model, where a region looks like another animal.
     """
 

@@ -26,6 +26,8 @@ from weaver.resolve import check_model, place_concepts, resolve_job
 
 __all__ = ["Run", "run_job"]
 
+_SEED_STRIDE = 1_000_003  # between the seeds of several templates, so that neighbouring seeds stay different pictures
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -61,7 +63,8 @@ def run_job(
     stages, folder = stages or Stages(bars=False), Path(folder)
     _check_folder(folder)
     inputs = read_inputs(job, source)
-    known = {spec.name: read_concept(spec) for spec in job.everyone if spec.file}
+    with stages.stage("bank"):
+        known = {spec.name: read_concept(spec) for spec in job.everyone if spec.file}
     prompts = resolve_prompts(job, known, source)
     with stages.step("loading the model"):
         device = _named("device", source, choose_device, job.device)
@@ -145,7 +148,7 @@ def _template(
             maker,
             spec.image or spec.prompt,
             size=job.size,
-            seed=(spec.seed or 0) + extra,
+            seed=(spec.seed or 0) + extra * _SEED_STRIDE,
             steps=spec.steps,
             guidance=spec.guidance,
             negative_prompt=job.negative_prompt,
@@ -171,7 +174,7 @@ def _template(
         raise MaskError(f"{failure}{tried}") from failure
     extra, template, found = best
     if not spec.image:
-        job = replace(job, template=replace(spec, seed=spec.seed + extra, tries=1))
+        job = replace(job, template=replace(spec, seed=spec.seed + extra * _SEED_STRIDE, tries=1))
     return job, template, found
 
 
