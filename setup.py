@@ -33,6 +33,7 @@ EXTRAS = {
 }
 
 PACKAGE_DATA = {
+    "weaver_kernels": ["configs/*.json", "*.md"],
     "weaver": ["jobs/*.yaml"],
     "weaver.embedded": ["**/*.safetensors", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.png", "**/*.md", "**/*.csv"],
 }

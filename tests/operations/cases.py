@@ -1,0 +1,93 @@
+"""Inputs of `context_attention`, its truth in float64, and how far from it eager attention is."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from weaver_kernels import context_attention_reference
+
+
+def hard_weights(b, s, t, rng, suppression=0.5):
+    """One concept a token, and base everywhere with `-suppression`; rows after the first attend to one context."""
+    weights = torch.zeros(b, s, t)
+    weights[1:, -1] = 1
+    label = torch.randint(0, max(s - 1, 1), (t,), generator=rng)
+    weights[0] = (label == torch.arange(s)[:, None]) * (1 + suppression)
+    weights[0, -1] = -suppression if s > 1 else 1.0
+    return weights
+
+
+def soft_weights(b, s, t, rng):
+    """Any sign and size, a third of them zero."""
+    weights = torch.randn(b, s, t, generator=rng)
+    return weights * (torch.rand(b, s, t, generator=rng) > 1 / 3)
+
+
+def make_case(
+    *, b=1, t=40, h=1, d=16, s=3, length=20, contexts=None, dtype=torch.float32, q_each=False, ragged=False,
+    weights=hard_weights, indexed=None, strided=False, amplitude=1.0, seed=0,
+):  # fmt: skip
+    """Keyword arguments of `context_attention`. `strided`: q, k, v are parts of wider tensors that are NaN beside."""
+    rng = torch.Generator().manual_seed(seed)
+    contexts = contexts or s
+    shapes = {"q": (b, s, t, h, d) if q_each else (b, t, h, d), "k": (contexts, length, h, d)}
+    shapes["v"] = shapes["k"]
+    case = {name: torch.randn(shape, generator=rng) * amplitude for name, shape in shapes.items()}
+    case = {name: (part(x) if strided else x).to(dtype) for name, x in case.items()}
+    if strided:
+        case = {name: part(x) for name, x in case.items()}
+    case["weights"] = weights(b, s, t, rng)
+    if contexts != s or indexed:
+        case["context_index"] = torch.randint(0, contexts, (b, s), generator=rng)
+    if ragged:
+        lengths = torch.randint(0, length + 1, (contexts,), generator=rng)
+        lengths[0] = 0
+        case["key_lengths"] = lengths
+    return case
+
+
+def part(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers as a slice of a tensor that is wider in every head and token, NaN around them."""
+    *front, heads, dim = x.shape
+    wide = torch.full((*front, heads + 1, dim + 8), torch.nan, dtype=x.dtype)
+    wide[..., :heads, :dim] = x
+    return wide[..., :heads, :dim]
+
+
+def truth(case: dict) -> torch.Tensor:
+    """The reference in float64, on the numbers that the case has in its own type."""
+    doubles = {name: case[name].double() for name in ("q", "k", "v", "weights")}
+    return context_attention_reference(**case | doubles)
+
+
+def eager(case: dict) -> torch.Tensor:
+    """What a loop over contexts gives in the case's own type: one attention each, weighted and added."""
+    q, k, v, weights = (case[name] for name in ("q", "k", "v", "weights"))
+    b, s, t = weights.shape
+    index = case.get("context_index", torch.arange(s).expand(b, s))
+    lengths = case.get("key_lengths", torch.full((len(k),), k.shape[1]))
+    out = torch.zeros(b, t, *q.shape[-2:], dtype=q.dtype)
+    for row, slot in torch.cartesian_prod(torch.arange(b), torch.arange(s)).tolist():
+        context = int(index[row, slot])
+        length = int(lengths[context])
+        if length:
+            query = q[row] if q.ndim == 4 else q[row, slot]
+            one = (x.transpose(0, 1)[None] for x in (query, k[context, :length], v[context, :length]))
+            attended = F.scaled_dot_product_attention(*one, scale=case.get("scale"))[0].transpose(0, 1)
+            out[row] += weights[row, slot, :, None, None].to(q.dtype) * attended
+    return out
+
+
+def assert_within_twice_eager(out: torch.Tensor, case: dict) -> None:
+    """The error against float64 is at most twice that of the eager loop, in the largest and in the mean.
+
+    Where eager happens to be exact, a rounding of the result itself is allowed.
+    """
+    true = truth(case)
+    ours, theirs = ((x.double() - true).abs() for x in (out, eager(case)))
+    rounding = torch.finfo(out.dtype).eps * true.abs().max()
+    assert out.dtype == case["q"].dtype and out.shape == true.shape
+    assert torch.isfinite(out).all()
+    assert ours.max() <= 2 * theirs.max() + rounding, (float(ours.max()), float(theirs.max()))
+    assert ours.mean() <= 2 * theirs.mean() + rounding / 4, (float(ours.mean()), float(theirs.mean()))

@@ -1,0 +1,117 @@
+"""The Triton kernel, interpreted on the CPU, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from operations.cases import assert_within_twice_eager, make_case, soft_weights
+from operations.interpreted import run_interpreted
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+
+
+def check(tile=16, **shape):
+    case = make_case(**shape)
+    assert_within_twice_eager(run_interpreted(case, tile), case)
+
+
+@DTYPES
+@pytest.mark.parametrize("d", [8, 24, 40, 64, 80, 160, 256])
+def test_head_dims(d, dtype):
+    check(d=d, t=19, length=77, dtype=dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("length", [1, 16, 33, 77, 100, 128, 130, 154])
+def test_text_lengths(length, dtype):
+    check(length=length, t=17, s=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("length", [20, 77, 150], ids="of-{}".format)
+@pytest.mark.parametrize("weights", [None, soft_weights], ids=["hard", "soft"])
+def test_ragged_contexts_one_of_them_empty(length, weights):
+    check(length=length, ragged=True, b=2, t=17, **({"weights": weights} if weights else {}))
+
+
+@pytest.mark.parametrize("s", [1, 2, 7, 63, 70])
+def test_numbers_of_contexts(s):
+    check(s=s, t=16, length=5, weights=soft_weights if s < 10 else sparse)
+
+
+def sparse(b, s, t, rng):
+    """Two contexts a token, out of many, the last among them."""
+    weights = torch.zeros(b, s, t)
+    weights.scatter_(1, torch.tensor([0, s - 1])[None, :, None].expand(b, 2, t), torch.randn(b, 2, t, generator=rng))
+    return weights
+
+
+@pytest.mark.parametrize("t", [1, 15, 16, 33])
+@pytest.mark.parametrize("b", [1, 3], ids="rows-{}".format)
+def test_token_counts(t, b):
+    check(t=t, b=b, s=2, length=9)
+
+
+@DTYPES
+@pytest.mark.parametrize("q_each", [False, True], ids=["shared-q", "q-each"])
+def test_sliced_views_and_an_index(q_each, dtype):
+    check(q_each=q_each, strided=True, contexts=5, b=2, h=2, d=40, t=17, length=18, dtype=dtype)
+
+
+def test_views_of_the_layout_of_a_unet():
+    """[B, T, H * D] projections as heads, keys and values as two halves of one product."""
+    case = make_case(h=3, d=8, t=20)
+    both = torch.stack([case["k"], case["v"]], dim=2)  # [S', L, 2, H, D]
+    case |= {"k": both[:, :, 0], "v": both[:, :, 1], "q": case["q"].flatten(-2).unflatten(-1, (3, 8))}
+    assert_within_twice_eager(run_interpreted(case), case)
+
+
+def test_all_weights_zero_is_zero():
+    case = make_case(b=2)
+    case["weights"].zero_()
+    assert torch.equal(run_interpreted(case), torch.zeros_like(case["q"]))
+
+
+def test_contexts_that_are_alive_nowhere_are_not_read():
+    case = make_case(s=4)
+    whole = run_interpreted(case)
+    case["weights"][:, 1] = 0
+    case["k"][1] = case["v"][1] = torch.nan
+    rest = run_interpreted(case)
+    assert torch.isfinite(rest).all() and not torch.equal(whole, rest)
+
+
+@pytest.mark.parametrize("tile", [32, 64], ids="of-{}".format)
+def test_tile_sizes_agree(tile):
+    case = make_case(t=40, s=2, length=12, weights=soft_weights, b=2)
+    torch.testing.assert_close(run_interpreted(case, tile), run_interpreted(case, 16), rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_in_another_order_give_the_same():
+    case = make_case(t=45, s=5, length=12)
+    shuffle = torch.randperm(45, generator=torch.Generator().manual_seed(1))
+    moved = case | {"q": case["q"][:, shuffle], "weights": case["weights"][:, :, shuffle]}
+    torch.testing.assert_close(run_interpreted(moved), run_interpreted(case)[:, shuffle], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [77, 150], ids=["one-pass", "two-passes"])
+def test_logits_beyond_the_range_of_fp16(length):
+    case = make_case(length=length, t=17, d=64, amplitude=60.0, dtype=torch.float16) | {"scale": 1.0}
+    logits = torch.einsum("bthd,slhd->bshtl", case["q"].double(), case["k"].double())
+    assert logits.abs().max() > torch.finfo(torch.float16).max
+    assert_within_twice_eager(run_interpreted(case), case)
+
+
+@pytest.mark.parametrize("scale", [0.01, 3.0])
+def test_scale(scale):
+    case = make_case() | {"scale": scale}
+    assert_within_twice_eager(run_interpreted(case), case)
+
+
+def test_offsets_of_tokens_as_64_bits(monkeypatch):
+    """The variant for rows past 2**31 elements, on a small row."""
+    from weaver_kernels.context_attention import kernel
+
+    arguments = kernel.kernel_arguments
+    monkeypatch.setattr(kernel, "kernel_arguments", lambda *args: arguments(*args) | {"WIDE": True})
+    check(b=2, d=40)

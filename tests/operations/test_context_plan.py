@@ -1,0 +1,132 @@
+"""The live-context plan: sorted tokens, lists, merging, and updates in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from operations.cases import hard_weights, make_case, soft_weights, truth
+from weaver_kernels import ContextPlan, context_attention
+from weaver_kernels.context_attention.blocks import key_blocks, split
+from weaver_kernels.context_attention.plan import live_order, live_tokens, merge_equal, tile_lists
+
+
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("s", [1, 3, 62, 63, 130])
+def test_order_puts_equal_live_sets_side_by_side(s):
+    alive = torch.rand(2, s, 1, generator=rng()).expand(-1, -1, 60) > 0.5
+    alive = torch.where(torch.rand(2, 1, 60, generator=rng()) > 0.5, alive, ~alive)
+    alive[:, :, ::7] = alive[:, :, ::7].roll(1, dims=1)
+    order = live_order(alive)
+    for row, tokens in zip(alive, order, strict=True):
+        assert sorted(tokens.tolist()) == list(range(60))
+        sets = [tuple(row[:, token].tolist()) for token in tokens.tolist()]
+        runs = 1 + sum(a != b for a, b in zip(sets, sets[1:], strict=False))
+        assert runs == len(set(sets))
+
+
+def test_tokens_of_one_set_keep_their_order():
+    alive = hard_weights(1, 4, 50, rng()) != 0
+    order = live_order(alive)[0].tolist()
+    for label in range(3):
+        tokens = [token for token in order if alive[0, label, token]]
+        assert tokens == sorted(tokens)
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_tile_lists_hold_what_is_alive_on_the_tile_and_nothing_else(size):
+    alive = soft_weights(2, 5, 75, rng()) > 1
+    order = live_order(alive)
+    counts, contexts = tile_lists(alive, order, size)
+    assert counts.shape == (2, -(-75 // size)) and contexts.shape == (*counts.shape, 5)
+    for b in range(2):
+        for tile in range(counts.shape[1]):
+            tokens = order[b, tile * size : (tile + 1) * size].long()
+            expected = alive[b][:, tokens].any(1).nonzero()[:, 0].tolist()
+            assert contexts[b, tile, : counts[b, tile]].tolist() == expected
+
+
+def test_hard_masks_leave_about_two_contexts_a_tile():
+    """Own concept and base, and a third where a tile lies on the border of two sets."""
+    alive = hard_weights(1, 9, 64 * 64, rng()) != 0
+    counts, _ = tile_lists(alive, live_order(alive), 64)
+    assert counts.sum() <= 2 * counts.numel() + 7
+
+
+def test_live_tokens():
+    alive = soft_weights(2, 4, 30, rng()) > 0.5
+    tokens, counts = live_tokens(alive)
+    for b in range(2):
+        for s in range(4):
+            assert tokens[b, s, : counts[b, s]].tolist() == alive[b, s].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("same_as", [None, torch.tensor([0, 1, 1, 3])], ids=["by-number", "by-content"])
+def test_equal_contexts_are_summed_in_the_first(same_as):
+    weights = torch.randn(1, 4, 6, generator=rng())
+    index = torch.tensor([[1, 2, 1, 3]])
+    merged = merge_equal(weights, index, same_as)
+    equal = [0, 2] if same_as is None else [0, 1, 2]
+    torch.testing.assert_close(merged[:, 0], weights[:, equal].sum(1))
+    assert all((merged[0, s] == 0).all() for s in equal[1:])
+    assert torch.equal(merged[:, 3], weights[:, 3])
+
+
+@pytest.mark.parametrize("tile_sizes", [(), (16,)], ids=["live-tokens", "tiles"])
+def test_merging_changes_nothing_but_the_work(tile_sizes):
+    case = make_case(b=2, s=6, contexts=3, weights=soft_weights, dtype=torch.float64)
+    plan = ContextPlan(case["weights"], case["context_index"], tile_sizes=tile_sizes)
+    assert (plan.weights != 0).sum() < (case["weights"] != 0).sum()
+    out = context_attention(case["q"], case["k"], case["v"], plan.weights, plan.context_index, plan=plan)
+    torch.testing.assert_close(out, truth(case), rtol=1e-6, atol=1e-6)  # weights are summed in float32
+
+
+@pytest.mark.parametrize("tile_sizes", [(), (16, 32)], ids=["live-tokens", "tiles"])
+def test_updates_are_in_place_and_the_same_as_a_new_plan(tile_sizes):
+    plan = ContextPlan(soft_weights(2, 3, 40, rng()), capacity=8, tile_sizes=tile_sizes)
+    buffers = (plan.weights, plan.context_index, *plan.lists)
+    addresses = [buffer.data_ptr() for buffer in buffers]
+    for n_contexts in (8, 1, 5):
+        weights = hard_weights(2, n_contexts, 40, rng())
+        index = torch.randint(0, 9, (2, n_contexts), generator=rng())
+        plan.update(weights, index)
+        fresh = ContextPlan(weights, index, capacity=8, tile_sizes=tile_sizes)
+        for buffer, expected in zip(buffers, (fresh.weights, fresh.context_index, *fresh.lists), strict=True):
+            assert torch.equal(buffer, expected)
+        assert [buffer.data_ptr() for buffer in (plan.weights, plan.context_index, *plan.lists)] == addresses
+
+
+@pytest.mark.parametrize(
+    ("weights", "index", "message"),
+    [
+        (torch.zeros(2, 9, 40), None, r"weights must be \[2, S <= 8, 40\], got \(2, 9, 40\)"),
+        (torch.zeros(2, 3, 41), None, "got \\(2, 3, 41\\)"),
+        (torch.zeros(6, 40), None, "got \\(6, 40\\)"),
+        (torch.zeros(2, 3, 40), torch.zeros(2, 4, dtype=torch.int32), r"context_index must be \(2, 3\)"),
+    ],
+    ids=["capacity", "tokens", "axes", "index"],
+)
+def test_bad_updates(weights, index, message):
+    plan = ContextPlan(torch.ones(2, 3, 40), capacity=8)
+    with pytest.raises(ValueError, match=message):
+        plan.update(weights, index)
+
+
+def test_bad_weights():
+    with pytest.raises(ValueError, match=r"weights must be \[B, S, T\]"):
+        ContextPlan(torch.zeros(3, 40))
+
+
+def test_blocks_hold_every_length_with_less_waste_than_one():
+    for n in range(1, 257):
+        first, second = split(n)
+        smallest = max(16, 1 << (n - 1).bit_length())
+        assert n <= first + second <= smallest
+        assert all(block == 0 or (block >= 16 and block & (block - 1) == 0) for block in (first, second))
+    for n in range(1, 400):
+        at_a_time, first, second = key_blocks(n)
+        assert at_a_time <= first + second <= 128
+    assert key_blocks(77) == (77, 64, 16) == key_blocks(154)

@@ -1,0 +1,286 @@
+"""The Triton kernel of `context_attention`: a program computes one tile of tokens of one head of one row.
+
+It walks the list of the contexts alive on its tile with one accumulator for all of them: a context's softmax is
+finished before its values are added, so its weight goes into the probabilities, `O += (w p / l) V`. Names: `i_` which
+program, `o_` offsets, `b_` a block in registers, `p_` a pointer to where a block begins.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from weaver_kernels.context_attention.blocks import key_blocks, split
+from weaver_kernels.tuning import KernelConfig
+
+__all__ = ["context_attention_kernel", "kernel_arguments", "launch"]
+
+LOG2_E = 1 / math.log(2)
+
+
+@triton.jit
+def _base(pointer, i, stride, ALIGN: tl.constexpr):
+    """Where item i begins. Without the hint D = 40 loses its wide copies and spills: 40 is no multiple of 16."""
+    return pointer + tl.multiple_of(i.to(tl.int64) * stride, ALIGN)
+
+
+@triton.jit
+def _load(p_x, o_row, stride_row, row_ok, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Columns FIRST .. FIRST + WIDTH of the rows `o_row`, zero where a row is not ok and past column D."""
+    o_d = FIRST + tl.arange(0, WIDTH)
+    ok = row_ok[:, None]
+    if FIRST + WIDTH > D:
+        ok = ok & (o_d < D)[None, :]
+    return tl.load(p_x + o_row[:, None] * stride_row + o_d[None, :], mask=ok, other=0.0)  # [rows, WIDTH]
+
+
+@triton.jit
+def _scores(
+    b_q1, b_q2, p_k, o_l, n_keys, stride_l,
+    WHOLE: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q K^T, not yet scaled, float32 [BT, BL], -inf for keys from n_keys on; WHOLE: there are none."""
+    l_ok = o_l < n_keys
+    b_k1 = _load(p_k, o_l, stride_l, l_ok, 0, D1, D)
+    b_s = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
+    if D2 > 0:
+        b_k2 = _load(p_k, o_l, stride_l, l_ok, D1, D2, D)
+        b_s = tl.dot(b_q2, tl.trans(b_k2), b_s, input_precision=PRECISION)
+    if not WHOLE:
+        b_s = tl.where(l_ok[None, :], b_s, float("-inf"))
+    return b_s
+
+
+@triton.jit
+def _add_values(
+    b_o1, b_o2, b_p, p_v, o_l, n_keys, stride_l,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """O + P V, with P [BT, BL] in V's type."""
+    l_ok = o_l < n_keys
+    b_v1 = _load(p_v, o_l, stride_l, l_ok, 0, D1, D)
+    b_p = b_p.to(b_v1.dtype)
+    b_o1 = tl.dot(b_p, b_v1, b_o1, input_precision=PRECISION)
+    if D2 > 0:
+        b_v2 = _load(p_v, o_l, stride_l, l_ok, D1, D2, D)
+        b_o2 = tl.dot(b_p, b_v2, b_o2, input_precision=PRECISION)
+    return b_o1, b_o2
+
+
+@triton.jit
+def _attend_once(
+    b_o1, b_o2, b_q1, b_q2, b_w, p_k, p_v, n_keys, stride_kl, stride_vl, scale,
+    L: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr, RAGGED: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add a context whose keys fit in registers, as blocks of L1 and L2: their scores are computed once."""
+    o_l1 = tl.arange(0, L1)
+    b_s1 = _scores(b_q1, b_q2, p_k, o_l1, n_keys, stride_kl, not RAGGED and L1 <= L, D, D1, D2, PRECISION)
+    b_m = tl.max(b_s1, 1)
+    if L2 > 0:
+        o_l2 = L1 + tl.arange(0, L2)
+        b_s2 = _scores(b_q1, b_q2, p_k, o_l2, n_keys, stride_kl, not RAGGED and L1 + L2 <= L, D, D1, D2, PRECISION)
+        b_m = tl.maximum(b_m, tl.max(b_s2, 1))
+    b_m = tl.maximum(b_m * scale, -1e30)  # no key at all: exp2(-inf - m) is then 0, not NaN
+    b_p1 = tl.exp2(b_s1 * scale - b_m[:, None])
+    b_l = tl.sum(b_p1, 1)
+    if L2 > 0:
+        b_p2 = tl.exp2(b_s2 * scale - b_m[:, None])
+        b_l += tl.sum(b_p2, 1)
+    b_g = (b_w / tl.where(b_l > 0, b_l, 1.0))[:, None]
+    b_o1, b_o2 = _add_values(b_o1, b_o2, b_p1 * b_g, p_v, o_l1, n_keys, stride_vl, D, D1, D2, PRECISION)
+    if L2 > 0:
+        b_o1, b_o2 = _add_values(b_o1, b_o2, b_p2 * b_g, p_v, o_l2, n_keys, stride_vl, D, D1, D2, PRECISION)
+    return b_o1, b_o2
+
+
+@triton.jit
+def _attend_twice(
+    b_o1, b_o2, b_q1, b_q2, b_w, p_k, p_v, n_keys, stride_kl, stride_vl, scale,
+    LC: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add a context of many keys, LC at a time: maxima and sums first, then the scores again and the values.
+
+    Computing scores twice is what leaves one accumulator for all contexts.
+    """
+    b_m = tl.full([BT], -1e30, tl.float32)
+    b_l = tl.full([BT], 0.0, tl.float32)
+    for i_c in range(tl.cdiv(n_keys, LC)):
+        end = tl.minimum(i_c * LC + LC, n_keys)
+        o_l1 = i_c * LC + tl.arange(0, L1)
+        b_s1 = _scores(b_q1, b_q2, p_k, o_l1, end, stride_kl, False, D, D1, D2, PRECISION)
+        b_new = tl.maximum(b_m, tl.max(b_s1, 1) * scale)
+        if L2 > 0:
+            o_l2 = i_c * LC + L1 + tl.arange(0, L2)
+            b_s2 = _scores(b_q1, b_q2, p_k, o_l2, end, stride_kl, False, D, D1, D2, PRECISION)
+            b_new = tl.maximum(b_new, tl.max(b_s2, 1) * scale)
+        b_l = b_l * tl.exp2(b_m - b_new) + tl.sum(tl.exp2(b_s1 * scale - b_new[:, None]), 1)
+        if L2 > 0:
+            b_l += tl.sum(tl.exp2(b_s2 * scale - b_new[:, None]), 1)
+        b_m = b_new
+    b_g = (b_w / tl.where(b_l > 0, b_l, 1.0))[:, None]
+    for i_c in range(tl.cdiv(n_keys, LC)):
+        end = tl.minimum(i_c * LC + LC, n_keys)
+        o_l1 = i_c * LC + tl.arange(0, L1)
+        b_s1 = _scores(b_q1, b_q2, p_k, o_l1, end, stride_kl, False, D, D1, D2, PRECISION)
+        b_p1 = tl.exp2(b_s1 * scale - b_m[:, None]) * b_g
+        b_o1, b_o2 = _add_values(b_o1, b_o2, b_p1, p_v, o_l1, end, stride_vl, D, D1, D2, PRECISION)
+        if L2 > 0:
+            o_l2 = i_c * LC + L1 + tl.arange(0, L2)
+            b_s2 = _scores(b_q1, b_q2, p_k, o_l2, end, stride_kl, False, D, D1, D2, PRECISION)
+            b_p2 = tl.exp2(b_s2 * scale - b_m[:, None]) * b_g
+            b_o1, b_o2 = _add_values(b_o1, b_o2, b_p2, p_v, o_l2, end, stride_vl, D, D1, D2, PRECISION)
+    return b_o1, b_o2
+
+
+# Sizes that follow the number of contexts and tokens are not specialised: one binary serves them all.
+@triton.jit(do_not_specialize=["n_tokens", "n_contexts", "n_tiles", "stride_wb", "stride_ws"])
+def context_attention_kernel(
+    q, k, v, weights, out,  # [B, (S,) T, H, D], [S', L, H, D] twice, [B, S, T], [B, T, H, D]
+    context_index, key_lengths,  # [B, S], [S']
+    order, tile_counts, tile_contexts,  # [B, T], [B, tiles], [B, tiles, S]
+    scale,  # positive, times log2(e)
+    n_tokens, n_contexts, n_tiles,
+    stride_qb, stride_qs, stride_qt, stride_qh,
+    stride_kc, stride_kl, stride_kh,
+    stride_vc, stride_vl, stride_vh,
+    stride_wb, stride_ws,
+    stride_ob, stride_ot, stride_oh,
+    L: tl.constexpr,
+    LC: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr,  # keys at a time, as blocks of L1 and L2 (0: one block)
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,  # the head dimension, as blocks of D1 and D2
+    BT: tl.constexpr,  # tokens of a tile
+    Q_EACH: tl.constexpr,  # a query for each context
+    INDEXED: tl.constexpr, RAGGED: tl.constexpr,  # there is a context_index, there are key_lengths
+    WIDE: tl.constexpr,  # a row of q or out is past 2**31 elements: offsets of tokens are int64
+    ALIGN: tl.constexpr,  # every stride and address of q, k, v and out is a multiple of so many elements
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (H, tiles, B): it does not depend on what is alive, so a CUDA graph holds for all masks."""
+    i_h, i_tile, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_sorted = i_tile * BT + tl.arange(0, BT)
+    t_ok = o_sorted < n_tokens
+    o_t = tl.load(order + i_b * n_tokens + o_sorted, mask=t_ok, other=0)  # [BT]
+    o_row = o_t
+    if WIDE:
+        o_row = o_t.to(tl.int64)
+
+    p_q = _base(_base(q, i_b, stride_qb, ALIGN), i_h, stride_qh, ALIGN)
+    if not Q_EACH:
+        b_q1 = _load(p_q, o_row, stride_qt, t_ok, 0, D1, D)  # [BT, D1]
+        b_q2 = b_q1
+        if D2 > 0:
+            b_q2 = _load(p_q, o_row, stride_qt, t_ok, D1, D2, D)  # [BT, D2]
+    b_o1 = tl.full([BT, D1], 0.0, tl.float32)
+    b_o2 = tl.full([BT, D2 if D2 > 0 else D1], 0.0, tl.float32)
+
+    for j in tl.range(0, tl.load(tile_counts + i_b * n_tiles + i_tile)):
+        i_s = tl.load(tile_contexts + (i_b * n_tiles + i_tile).to(tl.int64) * n_contexts + j)
+        i_c = i_s
+        if INDEXED:
+            i_c = tl.load(context_index + i_b * n_contexts + i_s)
+        n_keys = L
+        if RAGGED:
+            n_keys = tl.load(key_lengths + i_c).to(tl.int32)
+        p_w = weights + i_b.to(tl.int64) * stride_wb + i_s.to(tl.int64) * stride_ws
+        b_w = tl.load(p_w + o_t, mask=t_ok, other=0.0).to(tl.float32)  # [BT]
+        if Q_EACH:
+            p_qs = _base(p_q, i_s, stride_qs, ALIGN)
+            b_q1 = _load(p_qs, o_row, stride_qt, t_ok, 0, D1, D)
+            b_q2 = b_q1
+            if D2 > 0:
+                b_q2 = _load(p_qs, o_row, stride_qt, t_ok, D1, D2, D)
+        p_k = _base(_base(k, i_c, stride_kc, ALIGN), i_h, stride_kh, ALIGN)
+        p_v = _base(_base(v, i_c, stride_vc, ALIGN), i_h, stride_vh, ALIGN)
+        if L <= LC:
+            b_o1, b_o2 = _attend_once(
+                b_o1, b_o2, b_q1, b_q2, b_w, p_k, p_v, n_keys, stride_kl, stride_vl, scale,
+                L, L1, L2, RAGGED, D, D1, D2, PRECISION,
+            )  # fmt: skip
+        else:
+            b_o1, b_o2 = _attend_twice(
+                b_o1, b_o2, b_q1, b_q2, b_w, p_k, p_v, n_keys, stride_kl, stride_vl, scale,
+                LC, L1, L2, BT, D, D1, D2, PRECISION,
+            )  # fmt: skip
+
+    # The order is read again: cheaper than holding it in registers over the loop, and volatile keeps it so.
+    o_row = tl.load(order + i_b * n_tokens + o_sorted, mask=t_ok, other=0, volatile=True)
+    if WIDE:
+        o_row = o_row.to(tl.int64)
+    p_o = _base(_base(out, i_b, stride_ob, ALIGN), i_h, stride_oh, ALIGN) + o_row[:, None] * stride_ot
+    o_d1 = tl.arange(0, D1)
+    tl.store(p_o + o_d1[None, :], b_o1.to(out.dtype.element_ty), mask=t_ok[:, None] & (o_d1 < D)[None, :])
+    if D2 > 0:
+        o_d2 = D1 + tl.arange(0, D2)
+        tl.store(p_o + o_d2[None, :], b_o2.to(out.dtype.element_ty), mask=t_ok[:, None] & (o_d2 < D)[None, :])
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weights: torch.Tensor,
+    context_index: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    scale: float,
+    order: torch.Tensor,
+    tile_counts: torch.Tensor,
+    tile_contexts: torch.Tensor,
+    config: KernelConfig,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One launch for all rows; arguments of `context_attention`, the lists of its plan and a configuration.
+
+    The lists are made for tiles of `config.tile`. `out` [B, T, H, D] is written where it is given.
+    """
+    rows, _, n_tokens = weights.shape
+    heads, dim = q.shape[-2:]
+    if out is None:
+        out = q.new_empty(rows, n_tokens, heads, dim)
+    arguments = kernel_arguments(
+        q, k, v, weights, context_index, key_lengths, scale, order, tile_counts, tile_contexts, out, config.tile
+    )
+    grid = (heads, tile_counts.shape[1], rows)
+    context_attention_kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)
+    return out
+
+
+def kernel_arguments(
+    q, k, v, weights, context_index, key_lengths, scale, order, tile_counts, tile_contexts, out, tile
+) -> dict:
+    """Every argument of the kernel by name; tensors without storage will do, so it can be compiled anywhere."""
+    n_keys, dim = k.shape[1], q.shape[-1]
+    keys_at_a_time, l1, l2 = key_blocks(n_keys)
+    d1, d2 = split(dim)
+    q_each = q.ndim == 5
+    stride_qb, stride_qs, stride_qt, stride_qh, _ = q.stride() if q_each else (q.stride(0), 0, *q.stride()[1:])
+    stride_kc, stride_kl, stride_kh, _ = k.stride()
+    stride_vc, stride_vl, stride_vh, _ = v.stride()
+    stride_ob, stride_ot, stride_oh, _ = out.stride()
+    strides = {
+        "stride_qb": stride_qb, "stride_qs": stride_qs, "stride_qt": stride_qt, "stride_qh": stride_qh,
+        "stride_kc": stride_kc, "stride_kl": stride_kl, "stride_kh": stride_kh,
+        "stride_vc": stride_vc, "stride_vl": stride_vl, "stride_vh": stride_vh,
+        "stride_ob": stride_ob, "stride_ot": stride_ot, "stride_oh": stride_oh,
+    }  # fmt: skip
+    addresses = (x.data_ptr() // x.element_size() for x in (q, k, v, out))
+    return {
+        "q": q, "k": k, "v": v, "weights": weights, "out": out,
+        # A tensor that is not there is not read; any pointer stands for it.
+        "context_index": order if context_index is None else context_index,
+        "key_lengths": order if key_lengths is None else key_lengths,
+        "order": order, "tile_counts": tile_counts, "tile_contexts": tile_contexts,
+        "scale": scale * LOG2_E,
+        "n_tokens": weights.shape[2], "n_contexts": weights.shape[1], "n_tiles": tile_counts.shape[1],
+        "stride_wb": weights.stride(0), "stride_ws": weights.stride(1),
+        **strides,
+        "L": n_keys, "LC": keys_at_a_time, "L1": l1, "L2": l2, "D": dim, "D1": d1, "D2": d2, "BT": tile,
+        "Q_EACH": q_each, "INDEXED": context_index is not None, "RAGGED": key_lengths is not None,
+        "WIDE": weights.shape[2] * max(stride_qt, stride_ot) >= 2**31,
+        "ALIGN": math.gcd(16, *strides.values(), *addresses),
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
