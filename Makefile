@@ -1,10 +1,10 @@
-# make demo | test | style | sprites | train-embedded        make <target> PYTHON=python3   uses that interpreter as it is
+# make demo | test | style | sprites | train-embedded | compile-check | fuzz | test-gpu        make <target> PYTHON=python3   uses that interpreter as it is
 #
 # Without PYTHON the targets set up .venv once and reuse it until setup.py or constraints.txt change.
 # With PYTHON nothing is installed, and the package runs from this folder.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style sprites train-embedded
+.PHONY: help demo test style sprites train-embedded compile-check fuzz test-gpu
 SHELL := /bin/sh
 ARGS ?=
 VENV := .venv
@@ -30,6 +30,9 @@ help:
 	@echo "make style            ruff"
 	@echo "make sprites          render the drawings of the embedded world again (needs npm)"
 	@echo "make train-embedded   train the embedded model on, and all derived from it            (ARGS=--help)"
+	@echo "make compile-check    compile the kernels for every GPU of the table, without one              (ARGS='--arch 90')"
+	@echo "make fuzz             random cases of the operations against float64 (N=2000 INTERPRETED=200; ARGS='--replay live:7')"
+	@echo "make test-gpu         the tests that need an NVIDIA GPU"
 	@echo "Add PYTHON=<interpreter> to use one that already has the dependencies; nothing is installed then."
 
 demo: $(READY)
@@ -40,6 +43,17 @@ test: $(READY)
 
 style: $(READY)
 	@$(PY) -m ruff check .
+
+compile-check: $(READY)
+	@$(PY) -m weaver_kernels.compile_check $(ARGS)
+
+N ?= 100
+INTERPRETED ?= 10
+fuzz: $(READY)
+	@TRITON_INTERPRET=1 PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(PY) -m operations.fuzz --live $(N) --interpreted $(INTERPRETED) $(ARGS)
+
+test-gpu: $(READY)
+	@TRITON_INTERPRET=0 $(PY) -m pytest -m gpu $(ARGS)
 
 DRAWINGS := noto@1.2.9 noto-v1@1.2.5 twemoji@1.2.5 fxemoji@1.2.2 streamline-emojis@1.2.4 emojione@1.2.3 fluent-emoji-flat@1.2.6
 sprites: $(READY_TRAIN)

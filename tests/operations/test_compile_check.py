@@ -1,0 +1,78 @@
+"""The kernel compiles for every generation of GPU in the table, without one: a subset of `make compile-check`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from weaver_kernels.compile_check import ARCHS, HEAD_DIMS, SHARED_KIB, Case, Compiled, cases, failures, main
+from weaver_kernels.tuning import config_table, kernel_config, tile_sizes
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_subset_may_be_shipped():
+    """In a process of its own: this one has the kernel interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "weaver_kernels.compile_check", "--quick"]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    instructions = re.findall(r"\| (\d+) \| 16 \|.*\| ([\w.]+) \|$", ran.stdout, re.MULTILINE)
+    assert {arch: name for arch, name in instructions} == {
+        "80": "mma.sync",
+        "86": "mma.sync",
+        "90": "wgmma",
+        "100": "tcgen05.mma",
+        "120": "mma.sync",
+    }
+
+
+def test_an_interpreted_kernel_is_not_taken_for_a_compiled_one():
+    with pytest.raises(SystemExit, match="TRITON_INTERPRET"):
+        main(["--quick"])
+
+
+def test_every_row_of_the_table_is_compiled():
+    compiled = {(case.arch, case.bits, case.config) for case in cases()}
+    for row in config_table("context_attention")["rows"]:
+        for arch in row["arch"]:
+            assert (arch, row["bits"], (row["tile"], row["warps"], row["stages"])) in compiled
+    assert {case.head_dim for case in cases() if case.n_keys == 77} >= set(HEAD_DIMS)
+
+
+@pytest.mark.parametrize(
+    ("case", "measured", "message"),
+    [
+        (Case(64, 90, 16), (128, 8, 1024, "wgmma"), "spills 8 bytes"),
+        (Case(160, 90, 16), (255, 8, 1024, "wgmma"), None),
+        (Case(64, 86, 16), (128, 0, 99 * 1024 + 1, "mma.sync"), "shared memory of 99 KiB"),
+        (Case(64, 86, 16), (128, 0, 99 * 1024, "mma.sync"), None),
+        (Case(64, 86, 16), (128, 0, 1024, "none"), "no tensor-core instruction"),
+        (Case(64, 86, 32), (128, 0, 1024, "none"), None),
+    ],
+    ids=["spill", "spill-of-160", "shared", "shared-fits", "no-tensor-core", "fp32"],
+)
+def test_what_fails(case, measured, message):
+    reasons = failures(Compiled(case, *measured))
+    assert reasons == [] if message is None else len(reasons) == 1 and message in reasons[0]
+
+
+def test_the_table_serves_every_device_and_head_dimension_it_promises(recwarn):
+    assert set(ARCHS) == set(SHARED_KIB)
+    for arch in ARCHS:
+        for bits in (16, 32):
+            for dim in (8, 40, 64, 65, 80, 160, 256):
+                assert kernel_config("context_attention", dim, bits, arch).tile in tile_sizes("context_attention")
+    assert not recwarn
+
+
+def test_another_device_gets_a_safe_configuration_and_a_warning():
+    kernel_config.cache_clear()
+    with pytest.warns(UserWarning, match="compute capability 7.5.*make tune"):
+        config = kernel_config("context_attention", 64, 16, 75)
+    assert config._asdict() == config_table("context_attention")["default"]
