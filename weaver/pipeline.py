@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from weaver.concepts.concept import Concept
-from weaver.concepts.own_prompts import own_prompts
+from weaver.concepts.own_prompts import own_prompts, token_reasons
 from weaver.defaults import default_dilation, defaults_for, model_size, setting_reasons
 from weaver.errors import WeaverError, raise_if
 from weaver.features import collect_features, reconstruction_psnr
@@ -128,6 +128,8 @@ def weave(
     everyone = [*uses, *([ground] if ground else [])]
     reasons = setting_reasons(pipe, size, steps) + use_reasons(pipe, everyone)
     reasons += [] if everyone else ["there is no concept to draw"]
+    texts = {"prompt": prompt, "negative_prompt": negative_prompt, "source_prompt": source_prompt}
+    reasons += token_reasons(texts, [use.concept for use in everyone if use.concept])
     raise_if(reasons + encode_contexts(pipe, prompt, negative_prompt, everyone)[2], "Cannot weave")
     places = _places(pipe, uses, places, masks, mask_source, size)
 

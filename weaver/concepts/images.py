@@ -9,10 +9,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from weaver.concepts.prompts import names_token
 from weaver.errors import WeaverError
 from weaver.pictures import open_rgb
 
-__all__ = ["TrainingSet", "load_images", "picture_files"]
+__all__ = ["TrainingSet", "caption_of", "load_images", "picture_files"]
 
 _KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -49,18 +50,20 @@ def load_images(
     Raises `WeaverError` for a folder without pictures and for captions without the token, `PictureError` naming the
     first file that can't be read.
     """
-    template = template or "a {token} {word}"
     paths = picture_files(Path(source)) if isinstance(source, str | os.PathLike) else [Path(path) for path in source]
-    captions = []
-    for path in paths:
-        beside = path.with_suffix(".txt")
-        text = _read_caption(beside) if beside.is_file() else template
-        caption = text.replace("{token}", token).replace("{word}", word)
-        if token not in caption:
-            origin = f"{beside}: " if beside.is_file() else ""
-            raise WeaverError(f"{origin}caption {text!r} lacks the token {token!r}: write {{token}} where it goes")
-        captions.append(caption)
-    return TrainingSet(tuple(open_rgb(path) for path in paths), tuple(captions))
+    captions = tuple(caption_of(path, token, word, template=template) for path in paths)
+    return TrainingSet(tuple(open_rgb(path) for path in paths), captions)
+
+
+def caption_of(picture: Path, token: str, word: str, *, template: str | None = None) -> str:
+    """The caption of one picture file, which is not opened; everything else as in `load_images`."""
+    beside = picture.with_suffix(".txt")
+    text = _read_caption(beside) if beside.is_file() else template or "a {token} {word}"
+    caption = text.replace("{token}", token).replace("{word}", word)
+    if not names_token(caption, token):
+        origin = f"{beside}: " if beside.is_file() else ""
+        raise WeaverError(f"{origin}caption {text!r} lacks the token {token!r}: write {{token}} where it goes")
+    return caption
 
 
 def _read_caption(path: Path) -> str:

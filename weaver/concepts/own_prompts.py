@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from weaver.concepts.concept import Concept
-from weaver.concepts.prompts import derive_prompt
+from weaver.concepts.prompts import derive_prompt, names_token
 from weaver.errors import WeaverError
 
-__all__ = ["own_prompts"]
+__all__ = ["own_prompts", "token_reasons"]
 
 
 def own_prompts(prompt: str, concepts: Sequence[Concept], background: Concept | None = None) -> list[str | WeaverError]:
@@ -34,3 +34,20 @@ def own_prompts(prompt: str, concepts: Sequence[Concept], background: Concept | 
         except WeaverError as error:
             found.append(error)
     return found
+
+
+def token_reasons(texts: Mapping[str, str | None], concepts: Sequence[Concept]) -> list[str]:
+    """What is wrong with texts that no concept's token may stand in; empty when nothing is.
+
+    Parameters
+    ----------
+    texts : by the name of the field they come from; the base model reads them, to which a token is a few letters
+    concepts : anything with a name, a token and a class word
+    """
+    return [
+        f"{field}: {text!r} holds {concept.token!r}, the token of {concept.name}; write {concept.word!r} alone, "
+        "tokens belong into the concepts' own prompts"
+        for field, text in texts.items()
+        for concept in concepts
+        if text and names_token(text, concept.token)
+    ]

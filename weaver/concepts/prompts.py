@@ -12,7 +12,7 @@ import torch
 from weaver.concepts.concept import Concept
 from weaver.errors import WeaverError
 
-__all__ = ["PromptError", "derive_prompt", "encode_prompt", "encode_text", "tokenize"]
+__all__ = ["PromptError", "derive_prompt", "encode_prompt", "encode_text", "names_token", "tokenize"]
 
 _log = logging.getLogger(__name__)
 _STAND_IN = 0  # any ordinary id: its embedding is replaced, and it can't be taken for the end of the text
@@ -71,6 +71,11 @@ def _left_out(text: str, word: str, *, before: bool) -> str:
     for form in forms if before else forms[:1]:
         text = re.sub(form, "", text, flags=re.IGNORECASE)
     return text
+
+
+def names_token(text: str, token: str) -> bool:
+    """Whether a token stands in a text as `tokenize` finds it, not as a part of a longer word."""
+    return _whole(token).search(text) is not None
 
 
 def tokenize(pipe, prompt: str, token: str | None = None, vectors: int = 1) -> tuple[torch.Tensor, list[int], int]:

@@ -21,6 +21,7 @@ from weaver.concepts.concept import Concept, ConceptError, attn2_hash, attn2_pro
 from weaver.concepts.examples import Examples, encode_captions, encode_fixed_captions, pick, prepare
 from weaver.concepts.images import TrainingSet
 from weaver.concepts.prior import class_pictures
+from weaver.concepts.prompts import names_token
 from weaver.concepts.settings import TrainSettings
 from weaver.errors import WeaverError
 from weaver.version import __version__
@@ -152,7 +153,7 @@ def _check(pipe, prior: TrainingSet | None, token: str) -> None:
         reasons.append(f"the scheduler predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
     if getattr(pipe, "text_encoder_2", None) is not None:
         reasons.append(f"{type(pipe).__name__} has two text encoders; training knows Stable Diffusion's one")
-    if prior is not None and (named := [caption for caption in prior.captions if token in caption]):
+    if prior is not None and (named := [caption for caption in prior.captions if names_token(caption, token)]):
         reasons.append(f"prior caption {named[0]!r} holds the token {token!r}; prior pictures show others")
     if reasons:
         raise WeaverError("cannot train a concept: " + "; ".join(reasons))

@@ -18,7 +18,8 @@ def crop_region(image: Image.Image, mask: np.ndarray, *, whole: bool = False) ->
     Parameters
     ----------
     image : RGB picture of h x w pixels.
-    mask : [h, w] bool, or a soft mask that is taken at one half.
+    mask : [h, w] bool, or a soft mask that is taken above one half; where none of it is above, as in a region shared
+        with another, above 0.
     whole : keep the whole frame instead of the mask's bounding box (backgrounds).
 
     Returns
@@ -31,7 +32,8 @@ def crop_region(image: Image.Image, mask: np.ndarray, *, whole: bool = False) ->
     ValueError
         If the mask is empty or has another size than the picture.
     """
-    mask = np.asarray(mask, np.float32) > 0.5
+    mask = np.asarray(mask, np.float32)
+    mask = mask > (0.5 if (mask > 0.5).any() else 0)
     if mask.shape != (image.height, image.width):
         raise ValueError(f"the mask is {mask.shape}, the picture {(image.height, image.width)}: give both one size")
     if not mask.any():
