@@ -19,7 +19,8 @@ import torch
 from weaver.embedded.model import MODEL_DIR
 from weaver.embedded.training.bank import load_bank, make_bank
 
-STAGES = ("bank", "autoencoder", "diffusion", "segmenter", "identity", "concepts", "gates", "derive", "all")
+TRAINING_STAGES = ("bank", "autoencoder", "diffusion")
+STAGES = (*TRAINING_STAGES, "segmenter", "identity", "concepts", "gates", "derive", "all")
 
 
 def _distributed(stage: str, args: argparse.Namespace) -> None:
@@ -62,7 +63,7 @@ def run(stage: str, args: argparse.Namespace) -> None:
     else:
         from weaver.embedded.training import derive
 
-        derive.run(stage, args.model, args.work)
+        derive.run(stage, args.work)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,11 +72,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="folder of the pipeline (default: the package's)")
     parser.add_argument("--work", type=Path, default=Path("build/embedded"), help="scratch folder")
     parser.add_argument("--scenes", type=int, default=32000, help="scenes in the bank")
-    parser.add_argument("--minutes", type=float, default=90.0, help="budget of the diffusion training")
-    parser.add_argument("--autoencoder-minutes", type=float, default=15.0)
-    parser.add_argument("--batch", type=int, default=20, help="samples a step of the diffusion training, per process")
+    parser.add_argument("--minutes", type=float, default=80.0, help="budget of the diffusion training")
+    parser.add_argument("--autoencoder-minutes", type=float, default=12.0)
+    parser.add_argument("--batch", type=int, default=24, help="samples a step of the diffusion training, per process")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak of the diffusion training")
-    parser.add_argument("--processes", type=int, default=1, help="training processes of one thread each")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1 if torch.cuda.is_available() else 2,
+        help="training processes of one thread each (default: 2 on CPUs, 1 on a GPU)",
+    )
     parser.add_argument(
         "--move-latents",
         action="store_true",
@@ -87,10 +93,15 @@ def main(argv: list[str] | None = None) -> None:
         "--from-scratch", action="store_true", help="remove the model first instead of going on from it"
     )
     args = parser.parse_args(argv)
+    if args.model.resolve() != MODEL_DIR.resolve() and args.stage not in TRAINING_STAGES:
+        parser.error(
+            f"{args.stage} works on the package's own model ({MODEL_DIR}), not on {args.model}: "
+            f"train there by the stages {', '.join(TRAINING_STAGES)}, then copy the folder over the package's"
+        )
     torch.set_num_threads(1)
     if args.from_scratch and args.stage in ("autoencoder", "all"):
         shutil.rmtree(args.model, ignore_errors=True)
-    stages = ("bank", "autoencoder", "diffusion", "derive") if args.stage == "all" else (args.stage,)
+    stages = (*TRAINING_STAGES, "derive") if args.stage == "all" else (args.stage,)
     for stage in stages:
         if args.processes > 1 and stage in ("autoencoder", "diffusion"):
             if stage == "diffusion":

@@ -60,6 +60,7 @@ def make_bank(folder: Path, scenes: int, seed: int = 0, *, for_helpers: bool = F
     if (folder / "bank.json").exists() and json.loads((folder / "bank.json").read_text())["card"] == card:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "latents.npy").unlink(missing_ok=True)  # of other pictures
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         first = seed * 100_000
         parts = pool.starmap(_draw_chunk, [(first + i, for_helpers) for i in range(chunks)])

@@ -39,6 +39,8 @@ def _joined(file: Path) -> list[tuple[int, float]]:
     """(samples seen in all trainings so far, held-out loss) of a curve to which several trainings were appended."""
     points, before, last = [], 0, 0
     for row in _rows(file):
+        if "settings" in row:
+            continue
         if row["samples"] <= last:
             before += last
         last = row["samples"]
@@ -67,6 +69,25 @@ def draw_curve(points: list[tuple[int, float]], size: tuple[int, int] = (640, 32
     return image
 
 
+def _trainings(file: Path, figure: str) -> list[str]:
+    """A table row for each training recorded in a curve: its settings, samples seen and last figure."""
+    lines, settings = [], None
+    rows = _rows(file)
+    for row, following in zip(rows, [*rows[1:], {"settings": None}], strict=True):
+        if "settings" in row:
+            settings = row["settings"]
+        elif "settings" in following:
+            cells = (
+                f"{settings['minutes']:g}",
+                f"{settings['processes']} x {settings['batch']}",
+                f"{settings['learning_rate']:g}",
+                f"{row['samples']:,}",
+                f"{row[figure]:.4g}",
+            )
+            lines.append(f"| {file.stem.removeprefix('curve_')} | {settings['device']} | {' | '.join(cells)} |")
+    return lines
+
+
 def _verdict(gate: Gate) -> str:
     return "yes" if gate.passed else "**no**"
 
@@ -89,6 +110,8 @@ def write_card(gates: list[Gate]) -> None:
         f"| {vendor} | {_use(vendor)} | {author} | {licence} | {origin} |"
         for vendor, (author, licence, origin) in SOURCES.items()
     )
+    trainings = _trainings(MODEL_DIR / "curve_vae.jsonl", "psnr")
+    trainings += _trainings(MODEL_DIR / "curve_unet.jsonl", "held_out")
     concept_rows = "\n".join(
         f"| `{card.name}` | {card.word} | {card.kind} | {card.source} |" for card in CONCEPTS.values()
     )
@@ -106,6 +129,7 @@ def write_card(gates: list[Gate]) -> None:
             gates=gate_rows,
             sources=source_rows,
             concepts=concept_rows,
+            trainings="\n".join(trainings),
         ),
         encoding="utf-8",
     )
@@ -151,6 +175,11 @@ Rows: singles (two), singles with a colour, pairs (two), three animals, four ani
 everything derived from them. Half of the drawings are repainted (palette colours moved to eleven named ones, a tenth of
 them not told in the caption), and a fifth of the backgrounds: this variety is what lets a concept be learned by
 cross-attention keys and values alone. The curves lie beside the weights (`weights/curve_*.jsonl`).
+These trainings, each from where the one before ended, made the weights:
+
+| part | device | minutes | processes x batch | peak learning rate | samples | PSNR in dB, or held-out loss |
+|---|---|---|---|---|---|---|
+{trainings}
 
 ## Helpers
 
@@ -168,7 +197,8 @@ Never seen in training: the drawings of {held_out_vendors} and the backgrounds {
 ## Drawings and licences
 
 Rendered from Iconify's npm packages `@iconify-json/<set>`; sprites in `sprites/`, pictures in `concepts/pictures/`.
-Changes made: rendered to pixels, cropped, scaled, tilted, mirrored, and in training recoloured.
+Changes made: rendered to pixels, cropped, scaled, tilted, mirrored, and in training recoloured. The licences' texts and
+notices are in [sprites/LICENSES](sprites/LICENSES/NOTICE.md).
 
 | set | use | author | licence | origin |
 |---|---|---|---|---|

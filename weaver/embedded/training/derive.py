@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderTiny
 
 from weaver.concepts.images import load_images
 from weaver.concepts.train import TrainSettings, train_concept
 from weaver.embedded.catalog import CONCEPTS, concept_images, concept_path, concept_scenes
 from weaver.embedded.identity import IDENTITY_FILE
-from weaver.embedded.model import load_pipeline, model_hash
+from weaver.embedded.model import MODEL_DIR, load_pipeline, model_hash
 from weaver.embedded.prior import prior_scenes
 from weaver.embedded.segmenter import SEGMENTER_FILE, load_segmenter
 from weaver.embedded.training.bank import load_bank, make_bank
-from weaver.embedded.training.card import CARD_FILE, write_card
+from weaver.embedded.training.card import CARD_FILE, CURVE_FILE, write_card
 from weaver.embedded.training.gates import measure_gates, sample_sheet
 from weaver.embedded.training.identity import measure_identity, train_identity
 from weaver.embedded.training.segmenter import train_segmenter
@@ -46,40 +49,46 @@ def draw_concept_pictures() -> None:
             (folder / f"{index}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
+def _train_one_concept(name: str) -> None:
+    torch.set_num_threads(1)
+    card = CONCEPTS[name]
+    concept = train_concept(
+        load_pipeline(),
+        load_images(concept_images(name), card.token, card.word),
+        token=card.token,
+        word=card.word,
+        name=name,
+        prior=prior_scenes(),
+        settings=TrainSettings.embedded(),
+    )
+    concept.save(concept_path(name))
+
+
 def train_concepts() -> None:
     """Train the file of every shipped concept from its pictures, as the demonstration does."""
-    pipe = load_pipeline()
-    for name, card in CONCEPTS.items():
-        concept = train_concept(
-            pipe,
-            load_images(concept_images(name), card.token, card.word),
-            token=card.token,
-            word=card.word,
-            name=name,
-            prior=prior_scenes(),
-            settings=TrainSettings.embedded(),
-        )
-        concept.save(concept_path(name))
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        pool.map(_train_one_concept, CONCEPTS, chunksize=1)
 
 
 def _record(files: Iterable[Path]) -> None:
     """Note in ``derived.json`` which model the files were made with."""
     records = json.loads(DERIVED_FILE.read_text(encoding="utf-8")) if DERIVED_FILE.exists() else {}
     for file in files:
+        file.chmod(0o644)  # safetensors leaves files that only their owner can read
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         records[file.relative_to(_ROOT).as_posix()] = {"sha256": digest, "model": model_hash()}
     DERIVED_FILE.write_text(json.dumps(dict(sorted(records.items())), indent=2) + "\n", encoding="utf-8")
 
 
-def run(stage: str, model: Path, work: Path) -> None:
-    """Run one stage, or all of them for ``derive``."""
+def run(stage: str, work: Path) -> None:
+    """Run one stage on the package's own model, or all of them for ``derive``; `work` is a scratch folder."""
     if stage in ("segmenter", "derive"):
-        vae = AutoencoderTiny.from_pretrained(model / "vae").float()
+        vae = AutoencoderTiny.from_pretrained(MODEL_DIR / "vae").float()
         bank = make_bank(work / "bank_helpers", _HELPER_SCENES, for_helpers=True)
         train_segmenter(load_bank(bank), vae, SEGMENTER_FILE, minutes=10)
         _record([SEGMENTER_FILE])
     if stage in ("identity", "derive"):
-        train_identity(model / "vae", IDENTITY_FILE, minutes=4)
+        train_identity(MODEL_DIR / "vae", IDENTITY_FILE, minutes=4)
         _record([IDENTITY_FILE])
     if stage in ("concepts", "derive"):
         draw_concept_pictures()
@@ -96,4 +105,4 @@ def run(stage: str, model: Path, work: Path) -> None:
         GATES_FILE.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         sample_sheet(pipe).save(SHEET_FILE, optimize=True)
         write_card(gates)
-        _record([GATES_FILE, SHEET_FILE, CARD_FILE])
+        _record([GATES_FILE, SHEET_FILE, CARD_FILE, CURVE_FILE])

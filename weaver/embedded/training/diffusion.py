@@ -167,6 +167,8 @@ def train_diffusion(
             vae, text_half.half(), tokenizer, unet_half.half(), scheduler, None, None, requires_safety_checker=False
         ).save_pretrained(folder)
         tidy_config(folder / "vae")
+        for file in folder.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors leaves files that only their owner can read
 
     curve = folder / "curve_unet.jsonl"
     parameters = [*unet.parameters(), *text_encoder.parameters()]

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -80,6 +80,13 @@ def _agree(value: float, device: torch.device) -> float:
     return shared.item()
 
 
+def _append(curve: Path | None, row: dict) -> None:
+    """Add one row to the recorded curve, in the main process."""
+    if curve is not None and is_main_process():
+        with curve.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 @contextmanager
 def _swapped(parameters: list[torch.nn.Parameter], average: list[torch.Tensor]) -> Iterator[None]:
     """Inside the block the parameters hold their averages."""
@@ -105,10 +112,13 @@ def train(
 
     Those of `parameters` that are also in `matrices` are moved by Muon, the others by AdamW.
 
-    `save` and `evaluate` are called with the averaged weights in place, in the main process only. Rows
-    ``{"minutes", "step", "samples", "loss", ...}`` are appended to `curve`, one JSON object a line.
+    `save` and `evaluate` are called with the averaged weights in place, in the main process only. A row
+    ``{"settings": {...}}`` and rows ``{"minutes", "step", "samples", "loss", ...}`` are appended to `curve`, one JSON
+    object a line.
     """
     device = parameters[0].device
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    _append(curve, {"settings": asdict(settings) | {"processes": processes, "device": device.type}})
     by_muon = {id(p) for p in matrices}
     rest = [p for p in parameters if id(p) not in by_muon]
     # torch's Muon takes matrices only: convolutions are given as views [out, in * h * w] of the same memory.
@@ -124,15 +134,13 @@ def train(
         done = minutes >= settings.minutes
         if step and (done or step % settings.report_every == 0) and is_main_process():
             with _swapped(parameters, average):
-                samples = step * settings.batch * int(os.environ.get("WORLD_SIZE", 1))
+                samples = step * settings.batch * processes
                 loss = sum(recent) / max(len(recent), 1)
                 row = {"minutes": round(minutes, 2), "step": step, "samples": samples, "loss": loss}
                 row.update(evaluate() if evaluate else {})
                 recent.clear()
                 print(json.dumps(row), flush=True)
-                if curve is not None:
-                    with curve.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                _append(curve, row)
                 if done or minutes > next_checkpoint:
                     next_checkpoint = minutes + settings.checkpoint_minutes
                     save()
