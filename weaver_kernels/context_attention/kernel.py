@@ -40,17 +40,17 @@ def _load(p_x, o_row, stride_row, row_ok, FIRST: tl.constexpr, WIDTH: tl.constex
 @triton.jit
 def _scores(
     b_q1, b_q2, p_k, o_l, n_keys, stride_l,
-    WHOLE: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, L: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q K^T, not yet scaled, float32 [BT, BL], -inf for keys from n_keys on; WHOLE: there are none."""
-    l_ok = o_l < n_keys
+    l_ok = o_l < L  # keys past n_keys are there and may be read: a mask known in advance takes fewer registers
     b_k1 = _load(p_k, o_l, stride_l, l_ok, 0, D1, D)
     b_s = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
     if D2 > 0:
         b_k2 = _load(p_k, o_l, stride_l, l_ok, D1, D2, D)
         b_s = tl.dot(b_q2, tl.trans(b_k2), b_s, input_precision=PRECISION)
     if not WHOLE:
-        b_s = tl.where(l_ok[None, :], b_s, float("-inf"))
+        b_s = tl.where((o_l < n_keys)[None, :], b_s, float("-inf"))
     return b_s
 
 
@@ -78,11 +78,11 @@ def _attend_once(
 ):  # fmt: skip
     """Add a context whose keys fit in registers, as blocks of L1 and L2: their scores are computed once."""
     o_l1 = tl.arange(0, L1)
-    b_s1 = _scores(b_q1, b_q2, p_k, o_l1, n_keys, stride_kl, not RAGGED and L1 <= L, D, D1, D2, PRECISION)
+    b_s1 = _scores(b_q1, b_q2, p_k, o_l1, n_keys, stride_kl, not RAGGED and L1 <= L, L, D, D1, D2, PRECISION)
     b_m = tl.max(b_s1, 1)
     if L2 > 0:
         o_l2 = L1 + tl.arange(0, L2)
-        b_s2 = _scores(b_q1, b_q2, p_k, o_l2, n_keys, stride_kl, not RAGGED and L1 + L2 <= L, D, D1, D2, PRECISION)
+        b_s2 = _scores(b_q1, b_q2, p_k, o_l2, n_keys, stride_kl, not RAGGED and L1 + L2 <= L, L, D, D1, D2, PRECISION)
         b_m = tl.maximum(b_m, tl.max(b_s2, 1))
     b_m = tl.maximum(b_m * scale, -1e30)  # no key at all: exp2(-inf - m) is then 0, not NaN
     b_p1 = tl.exp2(b_s1 * scale - b_m[:, None])
@@ -100,7 +100,7 @@ def _attend_once(
 @triton.jit
 def _attend_twice(
     b_o1, b_o2, b_q1, b_q2, b_w, p_k, p_v, n_keys, stride_kl, stride_vl, scale,
-    LC: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr, BT: tl.constexpr,
+    L: tl.constexpr, LC: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr, BT: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add a context of many keys, LC at a time: maxima and sums first, then the scores again and the values.
@@ -112,11 +112,11 @@ def _attend_twice(
     for i_c in range(tl.cdiv(n_keys, LC)):
         end = tl.minimum(i_c * LC + LC, n_keys)
         o_l1 = i_c * LC + tl.arange(0, L1)
-        b_s1 = _scores(b_q1, b_q2, p_k, o_l1, end, stride_kl, False, D, D1, D2, PRECISION)
+        b_s1 = _scores(b_q1, b_q2, p_k, o_l1, end, stride_kl, False, L, D, D1, D2, PRECISION)
         b_new = tl.maximum(b_m, tl.max(b_s1, 1) * scale)
         if L2 > 0:
             o_l2 = i_c * LC + L1 + tl.arange(0, L2)
-            b_s2 = _scores(b_q1, b_q2, p_k, o_l2, end, stride_kl, False, D, D1, D2, PRECISION)
+            b_s2 = _scores(b_q1, b_q2, p_k, o_l2, end, stride_kl, False, L, D, D1, D2, PRECISION)
             b_new = tl.maximum(b_new, tl.max(b_s2, 1) * scale)
         b_l = b_l * tl.exp2(b_m - b_new) + tl.sum(tl.exp2(b_s1 * scale - b_new[:, None]), 1)
         if L2 > 0:
@@ -126,12 +126,12 @@ def _attend_twice(
     for i_c in range(tl.cdiv(n_keys, LC)):
         end = tl.minimum(i_c * LC + LC, n_keys)
         o_l1 = i_c * LC + tl.arange(0, L1)
-        b_s1 = _scores(b_q1, b_q2, p_k, o_l1, end, stride_kl, False, D, D1, D2, PRECISION)
+        b_s1 = _scores(b_q1, b_q2, p_k, o_l1, end, stride_kl, False, L, D, D1, D2, PRECISION)
         b_p1 = tl.exp2(b_s1 * scale - b_m[:, None]) * b_g
         b_o1, b_o2 = _add_values(b_o1, b_o2, b_p1, p_v, o_l1, end, stride_vl, D, D1, D2, PRECISION)
         if L2 > 0:
             o_l2 = i_c * LC + L1 + tl.arange(0, L2)
-            b_s2 = _scores(b_q1, b_q2, p_k, o_l2, end, stride_kl, False, D, D1, D2, PRECISION)
+            b_s2 = _scores(b_q1, b_q2, p_k, o_l2, end, stride_kl, False, L, D, D1, D2, PRECISION)
             b_p2 = tl.exp2(b_s2 * scale - b_m[:, None]) * b_g
             b_o1, b_o2 = _add_values(b_o1, b_o2, b_p2, p_v, o_l2, end, stride_vl, D, D1, D2, PRECISION)
     return b_o1, b_o2
@@ -204,7 +204,7 @@ def context_attention_kernel(
         else:
             b_o1, b_o2 = _attend_twice(
                 b_o1, b_o2, b_q1, b_q2, b_w, p_k, p_v, n_keys, stride_kl, stride_vl, scale,
-                LC, L1, L2, BT, D, D1, D2, PRECISION,
+                L, LC, L1, L2, BT, D, D1, D2, PRECISION,
             )  # fmt: skip
 
     # The order is read again: cheaper than holding it in registers over the loop, and volatile keeps it so.
