@@ -80,8 +80,9 @@ def measure(pipe, arm: Arm, templates: list, steps: int) -> tuple[dict, list[Ima
     won, margins, kept, pictures = [], [], [], []
     for scene, uses, masks, inversion in templates:
         features = collect_features(pipe, inversion, arm.sites, reconstruct=False)
-        plan = FusionPlan.build(pipe, uses, masks, prompt=scene.caption, features=features, suppression=arm.suppression)
-        z = sample_fusion(pipe.unet, features.z_T, ddim_scheduler(pipe.scheduler), plan, guidance_scale=arm.guidance)
+        amounts = {"suppression": arm.suppression, "guidance": arm.guidance}
+        plan = FusionPlan.build(pipe, uses, masks, prompt=scene.caption, features=features, **amounts)
+        z = sample_fusion(pipe.unet, features.z_T, ddim_scheduler(pipe.scheduler), plan)
         image = tensor_to_images(decode_latents(pipe.vae, z))[0]
         pictures.append(image)
         for index, use in enumerate(uses):

@@ -165,12 +165,14 @@ def test_two_runs_under_one_attach_are_equal(tiny_pipe, plan_from_noise):
     ("arguments", "message"),
     [
         ({"prompt_embeds": None, "prompt": "a fox, night"}, "other prompts"),
+        ({"prompt_embeds": None, "prompt": "a dog and the cat, mountain"}, "other prompts"),
+        ({"prompt_embeds": None, "prompt": "a dog and a cat, beach"}, "other prompts"),
         ({"negative_prompt_embeds": None, "negative_prompt": "ugly"}, "other prompts"),
         ({"prompt_embeds": None, "negative_prompt_embeds": None, "prompt": [PROMPT, "a fox"]}, "other prompts"),
         ({"height": 48, "latents": None}, "24 x 16, the plan is for 16 x 16"),
         ({"num_inference_steps": 4}, "num_inference_steps=3"),
     ],
-    ids=["prompt", "negative", "several-prompts", "size", "steps"],
+    ids=["prompt", "article", "last-word", "negative", "several-prompts", "size", "steps"],
 )
 def test_a_call_that_is_not_the_plans_is_an_error(tiny_pipe, plan, arguments, message):
     if isinstance(arguments.get("prompt"), list):

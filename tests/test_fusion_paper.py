@@ -71,7 +71,7 @@ SITES = [
 def prompts_of(case: Case) -> tuple[str, list[str]]:
     animals = [f"a {word}" for word in WORDS[: case.n]]
     base = ", ".join([" and ".join(animals) or "a photo", "mountain"])
-    own = [base.replace(f"a {word}", f"a <v{i + 1}> {word}") for i, word in enumerate(WORDS[: case.n])]
+    own = [f"a <v{i + 1}> {word}, mountain" for i, word in enumerate(WORDS[: case.n])]
     return base, own + ([base.replace("mountain", "<v5> mountain")] if case.background else [])
 
 
@@ -250,6 +250,7 @@ def compare(case, pipe, concepts, templates):
         negative_prompt=case.negative,
         background=uses[case.n] if case.background else None,
         suppression=case.lam,
+        guidance=case.omega,
         features=features,
         steps=STEPS,
         height=case.pixels[0],
@@ -260,7 +261,7 @@ def compare(case, pipe, concepts, templates):
         ours = pipe(
             base,
             negative_prompt=case.negative,
-            guidance_scale=case.omega,
+            guidance_scale=plan.guidance,
             num_inference_steps=STEPS,
             height=case.pixels[0],
             width=case.pixels[1],

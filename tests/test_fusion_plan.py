@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from weaver import WeaverError
+from weaver.concepts import concept as concept_module
 from weaver.features import collect_features
-from weaver.fusion import ConceptUse, FusionPlan, attach
+from weaver.fusion import ConceptUse, FusionPlan, attach, contexts
 from weaver.inversion import invert
 from weaver.layers import PAPER
 
@@ -45,9 +46,13 @@ def build(pipe, uses, masks, **arguments):
         ({"masks": None}, "no masks for the 2 concepts"),
         ({"masks": torch.zeros(1, 32, 32)}, r"expected \[2 or 3, height, width\]"),
         ({"masks": torch.ones(2, 40, 32)}, "masks are 40 x 32, expected the picture's 32 x 32 or the latents' 16 x 16"),
-        ({"masks": torch.ones(2, 32, 32)}, "sum to"),
+        ({"guidance": float("nan")}, "guidance is nan, expected a finite number, 0 or more"),
+        ({"guidance": "7"}, "guidance is '7'"),
+        ({"masks": torch.ones(2, 32, 32)}, "the masks of c1 and c2 overlap in 1024 pixels: use compose_masks"),
+        ({"masks": torch.tensor([0.6, 0.6, 0.0])[:, None, None].expand(3, 32, 32)}, "masks of c1 and c2 overlap"),
+        ({"masks": torch.full((2, 32, 32), -1.0)}, "mask of c1 has values outside 0..1; the mask of c2 has"),
         ({"masks": torch.full((3, 32, 32), 0.3)}, "sum to 0.9"),
-        ({"masks": torch.full((2, 32, 32), float("nan"))}, "sum to"),
+        ({"masks": torch.full((2, 32, 32), float("nan"))}, "mask of c1 has values outside 0..1"),
         ({"prompt": "a cat, mountain"}, "names 'dog' 0 times"),
         ({"first": {"prompt": "a dog"}}, "token '<v1>' is not in its prompt 'a dog'"),
         ({"first": {"strength": -1.0}}, "strength of c1 is -1.0"),
@@ -101,6 +106,15 @@ def test_all_reasons_come_at_once(tiny_pipe, concepts, concepts_v):
     assert "\n" not in message
 
 
+def test_a_model_that_is_moved_to_its_device_at_each_call_is_an_error(tiny_pipe):
+    tiny_pipe.unet.conv_in._hf_hook = object()
+    try:
+        with pytest.raises(WeaverError, match=r"CPU offload.*remove_all_hooks"):
+            build(tiny_pipe, [], None)
+    finally:
+        del tiny_pipe.unet.conv_in._hf_hook
+
+
 def test_other_models_are_an_error(tiny_pipe):
     config = tiny_pipe.unet.config["addition_embed_type"]
     tiny_pipe.unet.register_to_config(addition_embed_type="text_time")
@@ -115,6 +129,43 @@ def test_two_concepts_of_one_class_word_take_one_word_each(tiny_pipe, concepts, 
     other = dataclasses.replace(concepts[1], word="dog")
     plan = build(tiny_pipe, [ConceptUse(concepts[0]), ConceptUse(other)], masks, prompt="a dog and a dog")
     assert plan.prompts[2:] == ("a <v1> dog and a dog", "a dog and a <v2> dog")
+
+
+def test_a_prompt_names_its_own_concept_alone(tiny_pipe, concepts, masks):
+    """The paper's prompts (section 3.5), whoever stands last and whatever is written by hand."""
+    ball = "a dog and a cat playing with a ball, mountain background"
+    uses = [ConceptUse(concepts[0]), ConceptUse(concepts[1])]
+    plan = build(tiny_pipe, uses, masks, prompt=ball, background=ConceptUse(concepts[4]))
+    own = (
+        "a <v1> dog playing with a ball, mountain background",
+        "a <v2> cat playing with a ball, mountain background",
+        "a dog and a cat playing with a ball, <v5> mountain background",
+    )
+    assert plan.prompts == ("", ball, *own)
+    written = [ConceptUse(concepts[0], "a <v1> dog"), ConceptUse(None, "a fox")]
+    assert build(tiny_pipe, written, masks, prompt=ball).prompts[2:] == ("a <v1> dog", "a fox")
+
+
+def test_nothing_in_a_plan_can_be_changed(tiny_pipe, concepts, masks, features):
+    plan = build(tiny_pipe, [ConceptUse(c) for c in concepts[:2]], masks, features=features)
+    for mapping in (plan.keys_values, plan.weights, plan.sizes, plan.features.tensors[0]):
+        with pytest.raises(TypeError):
+            mapping[next(iter(mapping))] = None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.guidance = 1.0
+
+
+def test_the_base_is_hashed_once_and_not_when_its_hash_is_known(tiny_pipe, concepts, masks, monkeypatch):
+    hashed = []
+    for module in (contexts, concept_module):
+        monkeypatch.setattr(module, "attn2_hash", lambda unet: hashed.append(1) or concepts[0].base_hash)
+    uses = [ConceptUse(c) for c in concepts[:2]]
+    build(tiny_pipe, uses, masks)
+    assert len(hashed) == 1
+    build(tiny_pipe, uses, masks, base_hash=concepts[0].base_hash)
+    assert len(hashed) == 1
+    with pytest.raises(WeaverError, match="'c1' belongs to another base model"):
+        build(tiny_pipe, uses, masks, base_hash="0" * 64)
 
 
 def test_masks_may_come_in_latent_cells_and_with_their_background(tiny_pipe, concepts, masks):

@@ -33,19 +33,17 @@ def test_same_numbers_as_the_stock_pipeline(tiny_pipe, uses_and_masks, guidance,
     if injected:
         inversion = invert(tiny_pipe, z, PROMPT, 4)
         features, z = collect_features(tiny_pipe, inversion, EMBEDDED), inversion.z_T
-    plan = FusionPlan.build(
-        tiny_pipe, *uses_and_masks, prompt=PROMPT, negative_prompt="ugly", suppression=0.2, features=features, steps=4
-    )
+    arguments = {"negative_prompt": "ugly", "suppression": 0.2, "guidance": guidance, "features": features, "steps": 4}
+    plan = FusionPlan.build(tiny_pipe, *uses_and_masks, prompt=PROMPT, **arguments)
     done = []
     ours = sample_fusion(
         tiny_pipe.unet,
         z,
         ddim_scheduler(tiny_pipe.scheduler),
         plan,
-        guidance_scale=guidance,
         progress=lambda *step: done.append(step),
     )
-    arguments = plan.pipeline_arguments() | {"latents": z, "guidance_scale": guidance, "output_type": "latent"}
+    arguments = plan.pipeline_arguments() | {"latents": z, "output_type": "latent"}
     with attach(tiny_pipe, plan):
         assert torch.equal(ours, tiny_pipe(**arguments).images)
     assert done == [(i, 4) for i in range(1, 5)]
@@ -74,6 +72,7 @@ def test_every_part_moves_the_result(tiny_pipe, concepts, uses_and_masks):
     plain = draw()
     for changes in (
         {"suppression": 0.1},
+        {"guidance": 7.0},
         {"negative_prompt": "ugly"},
         {"features": features},
         {"background": ConceptUse(concepts[4])},
@@ -95,8 +94,9 @@ def test_lower_precision(tiny_pipe, uses_and_masks, dtype):
     def draw(pipe, uses):
         inversion = invert(pipe, z, PROMPT, 2)
         features = collect_features(pipe, inversion, sites)
-        plan = FusionPlan.build(pipe, uses, uses_and_masks[1], prompt=PROMPT, suppression=0.2, features=features)
-        return sample_fusion(pipe.unet, inversion.z_T, ddim_scheduler(pipe.scheduler), plan, guidance_scale=2.0)
+        amounts = {"suppression": 0.2, "guidance": 2.0}
+        plan = FusionPlan.build(pipe, uses, uses_and_masks[1], prompt=PROMPT, features=features, **amounts)
+        return sample_fusion(pipe.unet, inversion.z_T, ddim_scheduler(pipe.scheduler), plan)
 
     truth = draw(tiny_pipe, uses_and_masks[0])
     pipe = make_pipeline("epsilon", dtype)

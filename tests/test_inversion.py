@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from weaver import WeaverError
-from weaver.inversion import ddim_scheduler, invert
+from weaver.features import collect_features
+from weaver.inversion import ddim_scheduler, invert, most_steps
 from weaver.latents import encode_image
+from weaver.layers import InjectionSites
 
 
 @pytest.fixture
@@ -70,11 +74,27 @@ def test_timesteps_are_those_of_the_reverse_pass(tiny_pipe, z, spacing):
     assert torch.equal(inversion.timesteps, ddim.timesteps)
 
 
+@pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 1)])
+def test_the_most_steps_have_a_noise_level_each(tiny_pipe, spacing, offset):
+    """One more and the last timestep would be past the schedule's end."""
+    changes = {"num_train_timesteps": 20, "timestep_spacing": spacing, "steps_offset": offset}
+    pipe = copy.copy(tiny_pipe)
+    pipe.scheduler = type(tiny_pipe.scheduler).from_config(tiny_pipe.scheduler.config, **changes)
+    limit = most_steps(pipe.scheduler)
+    assert limit == (19 if (spacing, offset) == ("leading", 1) else 20)
+    z = torch.zeros(1, 4, 8, 8).double()
+    inversion = invert(pipe, z, "a dog", limit)
+    collect_features(pipe, inversion, InjectionSites("none"))
+    assert inversion.timesteps.max() == 19
+    with pytest.raises(WeaverError, match=f"from 1 to {limit}"):
+        invert(pipe, z, "a dog", limit + 1)
+
+
 def test_bad_input(tiny_pipe, z):
     with pytest.raises(WeaverError, match="steps is 0.*50 x 32 pixels, expected multiples of 8"):
         invert(tiny_pipe, Image.new("RGB", (50, 32)), "a dog", 0)
-    for steps in (-1, 1001, 2.0):
-        with pytest.raises(WeaverError, match="from 1 to 1000"):
+    for steps in (-1, 1000, 2.0):
+        with pytest.raises(WeaverError, match="from 1 to 999"):
             invert(tiny_pipe, z, "a dog", steps)
     with pytest.raises(WeaverError, match=r"latents have shape \(1, 3, 32, 32\), expected \[1, 4, h, w\]"):
         invert(tiny_pipe, torch.zeros(1, 3, 32, 32), "a dog")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from weaver.inversion import most_steps
 from weaver.latents import vae_scale_factor
 from weaver.layers import EMBEDDED, InjectionSites, sites_for
 
@@ -48,11 +49,11 @@ def model_size(pipe) -> tuple[int, int]:
 
 def setting_reasons(pipe, size: tuple[int, int], steps: int) -> list[str]:
     """What is wrong with a picture's size (height, width) and the number of steps for a pipeline."""
-    limit = pipe.scheduler.config.num_train_timesteps
+    limit = most_steps(pipe.scheduler)
     multiple = max(8, vae_scale_factor(pipe.vae))
     reasons = []
-    if not 1 <= steps <= limit:
-        reasons.append(f"steps: is {steps}, expected 1 to {limit}")
+    if not isinstance(steps, int) or not 1 <= steps <= limit:
+        reasons.append(f"steps: is {steps!r}, expected 1 to {limit}")
     if any(side < multiple or side % multiple for side in size):
         reasons.append(f"size: is {size[1]}x{size[0]}, expected multiples of {multiple} pixels")
     return reasons

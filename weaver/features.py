@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -97,7 +98,7 @@ def collect_features(
             f"{path} was not called: unfuse the attention's projections first" for path in wanted if path not in found
         ]
         raise_if(missing, "Cannot collect features")
-        kept.append(found)
+        kept.append(MappingProxyType(found))
         z = scheduler.step(output, t, z, return_dict=False)[0]
         if progress:
             progress(step + 1, total)

@@ -13,7 +13,7 @@ from weaver.concepts.prompts import encode_prompt
 from weaver.errors import raise_if
 from weaver.latents import encode_image, vae_scale_factor
 
-__all__ = ["Inversion", "ddim_scheduler", "invert"]
+__all__ = ["Inversion", "ddim_scheduler", "invert", "most_steps"]
 
 # diffusers' Stable Diffusion pipelines take no other size.
 _PIXEL_MULTIPLE = 8
@@ -64,6 +64,13 @@ def ddim_scheduler(scheduler) -> DDIMScheduler:
     return DDIMScheduler.from_config(scheduler.config, **_invertible(scheduler))
 
 
+def most_steps(scheduler) -> int:
+    """The most DDIM steps of a noise schedule: one for every training timestep that their offset leaves."""
+    config = ddim_scheduler(scheduler).config
+    offset = config.steps_offset if config.timestep_spacing == "leading" else 0
+    return config.num_train_timesteps - offset
+
+
 @torch.no_grad()
 def invert(
     pipe,
@@ -82,7 +89,7 @@ def invert(
     pipe : a `StableDiffusionPipeline`; it is only read
     image : a picture whose sides are multiples of 8 pixels, or latents [1, C, h, w] in the U-Net's scale
     prompt : what the picture shows, p_src
-    steps : 1 to the number of training timesteps
+    steps : 1 to `most_steps(pipe.scheduler)`
     progress : called after each step with (done, steps)
 
     Raises `WeaverError` with every reason, when picture or steps can't be used.
@@ -113,7 +120,7 @@ def _invertible(scheduler) -> dict:
 
 def _reasons(pipe, image, steps) -> list[str]:
     reasons = []
-    limit = pipe.scheduler.config.num_train_timesteps
+    limit = most_steps(pipe.scheduler)
     if not isinstance(steps, int) or not 1 <= steps <= limit:
         reasons.append(f"steps is {steps!r}, expected a whole number from 1 to {limit}")
     if isinstance(image, Image.Image):

@@ -56,7 +56,8 @@ def decode_latents(vae, z: torch.Tensor) -> torch.Tensor:
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of two picture tensors in -1..1 (clamped); infinite when they are equal."""
-    error = (a.double().clamp(-1, 1) - b.double().clamp(-1, 1)).div(2).square().mean()
+    a, b = (x.detach().cpu().double().clamp(-1, 1) for x in (a, b))  # Apple's GPUs have no float64
+    error = (a - b).div(2).square().mean()
     return float("inf") if error == 0 else float(-10 * torch.log10(error))
 
 

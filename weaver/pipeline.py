@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 
@@ -11,23 +11,24 @@ import numpy as np
 import torch
 from PIL import Image
 
-from weaver.concepts.concept import Concept
-from weaver.concepts.own_prompts import own_prompts, token_reasons
-from weaver.defaults import default_dilation, defaults_for, model_size, setting_reasons
+from weaver.checks import fusion_reasons
+from weaver.concepts.concept import Concept, attn2_hash
+from weaver.concepts.own_prompts import token_reasons
+from weaver.defaults import default_dilation, defaults_for, model_size
 from weaver.errors import WeaverError, raise_if
 from weaver.features import collect_features, reconstruction_psnr
-from weaver.fusion.contexts import ConceptUse, encode_contexts, use_reasons
+from weaver.fusion.contexts import ConceptUse, encode_contexts
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
+from weaver.fusion.support import unet_reasons
 from weaver.inversion import ddim_scheduler, invert
 from weaver.job import MaskSpec
 from weaver.latents import decode_latents, tensor_to_images
 from weaver.layers import InjectionSites
-from weaver.masks import compose_masks
 from weaver.models import threads_for
 from weaver.places import Places, best_source
 from weaver.progress import Stages
-from weaver.template import load_template, make_template
+from weaver.template import template_picture
 
 __all__ = ["WeaveResult", "template_picture", "weave"]
 
@@ -58,16 +59,19 @@ class WeaveResult:
     seconds: dict[str, float]
 
 
-def _few_threads(function):
+def _on_model(function):
+    """Refuse a pipeline that can't fuse, and run with as many threads as suit its model."""
+
     @wraps(function)
     def run(pipe, *args, **kwargs):
+        raise_if(unet_reasons(getattr(pipe, "unet", None)), "Cannot weave with this model")
         with threads_for(pipe):
             return function(pipe, *args, **kwargs)
 
     return run
 
 
-@_few_threads
+@_on_model
 def weave(
     pipe,
     prompt: str,
@@ -94,7 +98,8 @@ def weave(
 ) -> WeaveResult:
     """Draw several personalised concepts into one picture, each in its place (Concept Weaver, section 3).
 
-    Everything that can be checked is checked before the first sampling step.
+    Everything that can be checked is checked before the first sampling step. The picture does not pass the pipeline's
+    safety checker; a template that `pipe` makes does, and is refused where the checker blacks it out.
 
     Parameters
     ----------
@@ -104,7 +109,8 @@ def weave(
     background : a concept for what no mask covers; None leaves that to the base model
     template : a picture or its file; None makes one from `prompt` with `pipe`, `seed` and `template_steps`
     places : where each concept stands; None finds each by its class word
-    masks : [N, height, width] instead of `places`, in the template's pixels, 0.5 and more is inside
+    masks : [N, height, width] instead of `places`, in the template's pixels, 0.5 and more is inside; or
+        [N + 1, height, width] as `compose_masks` returns them, the background last, which are taken as they are
     mask_source : who finds words, "segmenter" (the embedded model's) or "attention"; None is the best there is
     dilation : pixels that masks grow by; None is a 64th of the shorter side
     overlap : who gets what two masks claim, "priority" or "share"
@@ -118,20 +124,27 @@ def weave(
     """
     stages = stages or Stages(bars=False)
     defaults = defaults_for(pipe)
-    uses, ground = _uses(prompt, concepts, background)
+    uses, ground = [_use(concept) for concept in concepts], background and _use(background)
+    everyone, names = [*uses, *([ground] if ground else [])], [use.name for use in uses]
     guidance = defaults.guidance if guidance is None else guidance
     suppression = defaults.suppression if suppression is None else suppression
     sites = sites or defaults.sites
     size = size or model_size(pipe)
     dilation = default_dilation(size) if dilation is None else dilation
     source_prompt = prompt if source_prompt is None else source_prompt
-    everyone = [*uses, *([ground] if ground else [])]
-    reasons = setting_reasons(pipe, size, steps) + use_reasons(pipe, everyone)
+    amounts, base_hash = {"guidance": guidance, "suppression": suppression}, attn2_hash(pipe.unet)
+    reasons = fusion_reasons(pipe, everyone, size=size, steps=steps, sites=sites, base_hash=base_hash, **amounts)
     reasons += [] if everyone else ["there is no concept to draw"]
     texts = {"prompt": prompt, "negative_prompt": negative_prompt, "source_prompt": source_prompt}
     reasons += token_reasons(texts, [use.concept for use in everyone if use.concept])
-    raise_if(reasons + encode_contexts(pipe, prompt, negative_prompt, everyone)[2], "Cannot weave")
-    places = _places(pipe, uses, places, masks, mask_source, size)
+    reasons += encode_contexts(pipe, prompt, negative_prompt, uses, ground)[2]
+    try:
+        places = _places(pipe, uses, places, masks, mask_source, size)
+        reasons += places.word_reasons(pipe, source_prompt)
+        places.compose(size, dilation=dilation, overlap=overlap, names=names)
+    except WeaverError as error:
+        reasons.append(str(error))
+    raise_if(reasons, "Cannot weave")
 
     if not isinstance(template, Image.Image):
         template = template_picture(
@@ -149,12 +162,7 @@ def weave(
     template = template.convert("RGB")
     with stages.stage("masks"):
         places = places.find(pipe, template, source_prompt)
-        final = compose_masks(
-            places.dense(size),
-            dilation=dilation,
-            overlap=overlap,
-            names=[use.name for use in uses],
-        )
+        final = places.compose(size, dilation=dilation, overlap=overlap, names=names)
     with stages.stage("inversion"):
         with stages.bar("inversion", steps) as move:
             inversion = invert(pipe, template, source_prompt, steps, progress=move)
@@ -169,11 +177,12 @@ def weave(
             prompt=prompt,
             negative_prompt=negative_prompt,
             background=ground,
-            suppression=suppression,
             features=features,
+            base_hash=base_hash,
+            **amounts,
         )
         scheduler = ddim_scheduler(pipe.scheduler)
-        z = sample_fusion(pipe.unet, features.z_T, scheduler, plan, guidance_scale=guidance, progress=move)
+        z = sample_fusion(pipe.unet, features.z_T, scheduler, plan, progress=move)
         image = tensor_to_images(decode_latents(pipe.vae, z))[0]
     settings = {
         "size": [size[1], size[0]],
@@ -185,9 +194,7 @@ def weave(
         "injection": {"sites": sites.name, "resnet": sites.resnet_window, "attention": sites.attention_window},
         "masks": {"sources": list(places.sources), "dilation": dilation, "overlap": overlap},
     }
-    return WeaveResult(
-        image, template, final, tuple(use.name for use in uses), plan.prompts, quality, settings, dict(stages.seconds)
-    )
+    return WeaveResult(image, template, final, tuple(names), plan.prompts, quality, settings, dict(stages.seconds))
 
 
 def _places(pipe, uses, places, masks, source, size) -> Places:
@@ -196,7 +203,7 @@ def _places(pipe, uses, places, masks, source, size) -> Places:
     if isinstance(places, Places):
         return places
     if masks is not None:
-        return Places.from_masks(masks, len(uses), size)
+        return Places.from_masks(masks, [use.name for use in uses], size)
     places = [MaskSpec()] * len(uses) if places is None else places
     if len(places) != len(uses):
         raise WeaverError(f"{len(places)} places for {len(uses)} concepts; give one a concept")
@@ -205,49 +212,5 @@ def _places(pipe, uses, places, masks, source, size) -> Places:
     return Places.build(places, words, labels, source=source or best_source(pipe), size=size)
 
 
-def _uses(prompt: str, concepts, background) -> tuple[list[ConceptUse], ConceptUse | None]:
-    """Every concept as a use with a prompt of its own; what can't be derived is left for the checks to tell."""
-    uses = [concept if isinstance(concept, ConceptUse) else ConceptUse(concept) for concept in concepts]
-    ground = ConceptUse(background) if isinstance(background, Concept) else background
-    named = [use for use in uses if use.concept is not None]
-    derived = own_prompts(prompt, [use.concept for use in named], ground and ground.concept)
-    own = dict(zip([*map(id, named), id(ground)], derived, strict=False))
-
-    def written(use: ConceptUse) -> ConceptUse:
-        text = own.get(id(use))
-        return replace(use, prompt=text) if use.prompt is None and isinstance(text, str) else use
-
-    return [written(use) for use in uses], ground and written(ground)
-
-
-def template_picture(
-    pipe,
-    source: str | Path,
-    *,
-    size: tuple[int, int],
-    seed: int = 0,
-    steps: int = 50,
-    guidance: float | None = None,
-    negative_prompt: str = "",
-    stages: Stages | None = None,
-) -> Image.Image:
-    """The template at `size` (height, width): read from a `Path`, or made by `pipe` from a prompt.
-
-    `guidance` None is the model's default, which for a pipeline that can't fuse is its own.
-    """
-    stages = stages or Stages(bars=False)
-    with stages.stage("template"):
-        if isinstance(source, Path):
-            return load_template(source, size)
-        if guidance is None and type(pipe).__name__ == "StableDiffusionPipeline":
-            guidance = defaults_for(pipe).guidance
-        with stages.pipeline_bar(pipe, "template"):
-            return make_template(
-                pipe,
-                source,
-                seed=seed,
-                steps=steps,
-                guidance=guidance,
-                negative_prompt=negative_prompt or None,
-                size=size,
-            )
+def _use(concept: Concept | ConceptUse) -> ConceptUse:
+    return concept if isinstance(concept, ConceptUse) else ConceptUse(concept)

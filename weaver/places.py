@@ -12,7 +12,10 @@ from PIL import Image
 
 from weaver.errors import WeaverError
 from weaver.job import MaskSpec
-from weaver.masks import attention_masks, box_mask, load_mask, segmenter_masks
+from weaver.masks import MaskError, attention_masks, box_mask, compose_masks, load_mask, segmenter_masks
+from weaver.masks.attention import word_positions
+from weaver.masks.compose import partition_reasons
+from weaver.masks.segmenter import segmenter_reasons
 
 __all__ = ["MASK_SOURCES", "Places", "best_source"]
 
@@ -29,12 +32,14 @@ class Places:
     words : one a concept, the word it is found by
     source : "segmenter" or "attention", who finds words
     sources : one a concept, where its mask comes from, for a record
+    final : [N + 1, height, width] float32 where the masks came composed, the background last; else None
     """
 
     given: tuple[torch.Tensor | None, ...]
     words: tuple[str | None, ...]
     source: str
     sources: tuple[str, ...]
+    final: torch.Tensor | None = None
 
     @classmethod
     def build(
@@ -81,19 +86,46 @@ class Places:
         return cls(tuple(given), tuple(wanted), source, tuple(sources))
 
     @classmethod
-    def from_masks(cls, masks: torch.Tensor | np.ndarray, count: int, size: tuple[int, int]) -> Places:
-        """Take masks [count, height, width] as they are; `WeaverError` for another shape."""
-        masks = torch.as_tensor(masks)
-        if tuple(masks.shape) != (count, *size):
-            raise WeaverError(f"masks have shape {tuple(masks.shape)}, expected {[count, *size]}")
-        return cls(tuple(masks), (None,) * count, "attention", ("array",) * count)
+    def from_masks(cls, masks: torch.Tensor | np.ndarray, names: Sequence[str], size: tuple[int, int]) -> Places:
+        """Take the masks of the concepts `names` from an array.
+
+        Parameters
+        ----------
+        masks : [N, height, width], still to be composed, or [N + 1, height, width] as `compose_masks` returns them
+        size : (height, width)
+
+        Raises `MaskError` for another shape, and for composed masks that are empty or do not sum to one.
+        """
+        masks, count = torch.as_tensor(masks).cpu(), len(names)
+        if tuple(masks.shape) not in ((count, *size), (count + 1, *size)):
+            raise MaskError(
+                f"masks have shape {tuple(masks.shape)}, expected {[count, *size]}, or {[count + 1, *size]} with the "
+                "background"
+            )
+        final = masks.float() if len(masks) > count else None
+        if final is not None and (reasons := partition_reasons(final, names)):
+            raise MaskError("; ".join(reasons))
+        return cls(tuple(masks[:count]), (None,) * count, "attention", ("array",) * count, final)
+
+    def word_reasons(self, pipe, prompt: str) -> list[str]:
+        """Which words can't be found in any template that `prompt` describes; empty when all may be."""
+        words = list(dict.fromkeys(word.lower() for word in self.words if word))
+        if self.source == "segmenter":
+            return segmenter_reasons(words)
+        reasons = []
+        for word in words:
+            try:
+                word_positions(pipe, prompt, [word])
+            except WeaverError as error:
+                reasons.append(str(error))
+        return reasons
 
     def find(self, pipe, template: Image.Image, prompt: str) -> Places:
         """Find the words in the template, which `prompt` describes; afterwards every mask is given.
 
         Raises `MaskError` for what can't be found.
         """
-        words = [word for word in self.words if word]
+        words = [word.lower() for word in self.words if word]
         if not words:
             return self
         if self.source == "segmenter":
@@ -103,9 +135,21 @@ class Places:
         given = tuple(next(found) if mask is None else mask for mask in self.given)
         return replace(self, given=given, words=(None,) * len(given))
 
+    def compose(self, size: tuple[int, int], *, dilation: int, overlap: str, names: Sequence[str]) -> torch.Tensor:
+        """The final masks [N + 1, height, width] float32, the background last; masks that came composed stay so.
+
+        Before every mask is found it tells what is wrong with those that are known: the others only take more away.
+        `size` is (height, width), the rest as in `compose_masks`. Raises `MaskError`.
+        """
+        if self.final is not None:
+            return self.final
+        known = [name for name, mask in zip(names, self.given, strict=True) if mask is not None]
+        return compose_masks(self.dense(size), dilation=dilation, overlap=overlap, names=known)
+
     def dense(self, size: tuple[int, int]) -> torch.Tensor:
-        """The masks [N, height, width] float32, all given, not yet composed; `size` is (height, width)."""
-        return torch.stack([mask.float() for mask in self.given]) if self.given else torch.zeros(0, *size)
+        """The masks [N, height, width] float32 that are given, not yet composed; `size` is (height, width)."""
+        known = [mask.cpu().float() for mask in self.given if mask is not None]
+        return torch.stack(known) if known else torch.zeros(0, *size)
 
 
 def best_source(pipe) -> str:

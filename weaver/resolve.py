@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 from weaver.bank import training_settings
-from weaver.concepts.concept import Concept
-from weaver.defaults import default_dilation, defaults_for, model_size, setting_reasons
+from weaver.checks import fusion_reasons
+from weaver.concepts.concept import Concept, attn2_hash
+from weaver.defaults import default_dilation, defaults_for, model_size
 from weaver.errors import WeaverError
 from weaver.job import BackgroundSpec, Job, JobError
 from weaver.layers import SITES
@@ -58,12 +59,17 @@ def resolve_job(job: Job, pipe, prompts: list[str]) -> Job:
 
 
 def check_model(job: Job, known: dict[str, Concept], pipe, source: str) -> None:
-    """Sizes, steps, and whether the concepts read from files are this model's; `JobError` with every field."""
-    problems = setting_reasons(pipe, job.size, job.steps)
+    """Whether the model can fuse as the job asks, and the concepts read from files are its own.
+
+    `job` has its defaults resolved. Raises `JobError` with every field that is wrong.
+    """
+    sites, amounts = SITES[job.fusion.sites], {"guidance": job.fusion.guidance, "suppression": job.fusion.suppression}
+    problems = fusion_reasons(pipe, size=job.size, steps=job.steps, sites=sites, **amounts)
+    base_hash = attn2_hash(pipe.unet) if known else None
     for place, spec in job.places():
         if spec.name in known:
             try:
-                known[spec.name].check_base(pipe)
+                known[spec.name].check_base(pipe, base_hash)
             except WeaverError as error:
                 problems.append(f"{place}.file: {error}")
     if problems:

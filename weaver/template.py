@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import os
+from pathlib import Path
 
 import torch
 from PIL import Image
 
+from weaver.defaults import defaults_for
 from weaver.errors import WeaverError
 from weaver.pictures import fit, open_rgb
+from weaver.progress import Stages
 
-__all__ = ["load_template", "make_template"]
+__all__ = ["load_template", "make_template", "template_picture"]
 
 
 def make_template(
@@ -35,7 +38,8 @@ def make_template(
     size : (height, width) of the template. The pipeline makes its picture at its own default size, which is then cut
         about its centre to this shape and resized by Lanczos. None keeps the picture as made.
 
-    Raises `WeaverError` for a prompt, step count or size that can't be used.
+    Raises `WeaverError` for a prompt, step count or size that can't be used, and when the pipeline's safety checker
+    blacked the picture out.
     """
     reasons = _size_reasons(size)
     if not prompt.strip():
@@ -49,7 +53,12 @@ def make_template(
     if unknown := set(options) - set(inspect.signature(pipe.__call__).parameters):
         raise WeaverError(f"{type(pipe).__name__} takes no {', '.join(sorted(unknown))}")
     generator = torch.Generator("cpu").manual_seed(seed)
-    image = pipe(prompt, num_inference_steps=steps, generator=generator, **options).images[0].convert("RGB")
+    output = pipe(prompt, num_inference_steps=steps, generator=generator, **options)
+    if any(getattr(output, "nsfw_content_detected", None) or ()):
+        raise WeaverError(
+            f"the safety checker of {type(pipe).__name__} blacked the template out: use another seed or prompt"
+        )
+    image = output.images[0].convert("RGB")
     return image if size is None else fit(image, size)
 
 
@@ -62,6 +71,39 @@ def load_template(path: str | os.PathLike, size: tuple[int, int]) -> Image.Image
     if reasons := _size_reasons(size):
         raise WeaverError("; ".join(reasons))
     return fit(open_rgb(path), size)
+
+
+def template_picture(
+    pipe,
+    source: str | Path,
+    *,
+    size: tuple[int, int],
+    seed: int = 0,
+    steps: int = 50,
+    guidance: float | None = None,
+    negative_prompt: str = "",
+    stages: Stages | None = None,
+) -> Image.Image:
+    """The template at `size` (height, width): read from a `Path`, or made by `pipe` from a prompt.
+
+    `guidance` None is the model's default, which for a pipeline that can't fuse is its own.
+    """
+    stages = stages or Stages(bars=False)
+    with stages.stage("template"):
+        if isinstance(source, Path):
+            return load_template(source, size)
+        if guidance is None and type(pipe).__name__ == "StableDiffusionPipeline":
+            guidance = defaults_for(pipe).guidance
+        with stages.pipeline_bar(pipe, "template"):
+            return make_template(
+                pipe,
+                source,
+                seed=seed,
+                steps=steps,
+                guidance=guidance,
+                negative_prompt=negative_prompt or None,
+                size=size,
+            )
 
 
 def _size_reasons(size: tuple[int, int] | None) -> list[str]:

@@ -141,8 +141,11 @@ class Concept:
         except ConceptError as error:
             raise ConceptError(f"{path}: {error}") from error
 
-    def check_base(self, pipe) -> None:
-        """Raise `ConceptError` unless `pipe` has the base model that this concept was trained on."""
+    def check_base(self, pipe, base_hash: str | None = None) -> None:
+        """Raise `ConceptError` unless `pipe` has the base model that this concept was trained on.
+
+        `base_hash` is the `attn2_hash` of its U-Net where it is known already; None computes it.
+        """
         weights = {name: tuple(linear.weight.shape) for name, linear in attn2_projections(pipe.unet).items()}
         deltas = {name: tuple(delta.shape) for name, delta in self.deltas.items()}
         reasons = []
@@ -153,7 +156,7 @@ class Concept:
             width = None if encoder is None else encoder.get_input_embeddings().weight.shape[1]
             if width != vectors.shape[1]:
                 reasons.append(f"its token has width {vectors.shape[1]} in {key}, the model's is {width}")
-        if not reasons and (found := attn2_hash(pipe.unet)) != self.base_hash:
+        if not reasons and (found := base_hash or attn2_hash(pipe.unet)) != self.base_hash:
             reasons.append(f"its base has hash {self.base_hash[:12]}..., this one {found[:12]}...")
         if reasons:
             fix = "load the model it was trained on (in float16 or float32), or train it again"

@@ -12,8 +12,9 @@ from weaver.fusion.plan import FusionPlan
 from weaver.fusion.processors import FusedCrossAttnProcessor, InjectedSelfAttnProcessor
 from weaver.fusion.state import FUSED_ROW, NEGATIVE_ROW, FusionState
 from weaver.fusion.support import processor_reasons, unet_reasons
+from weaver.layers import InjectionSites, cross_attention_paths
 
-__all__ = ["attach"]
+__all__ = ["attach", "installable_reasons"]
 
 _OWN = (FusedCrossAttnProcessor, InjectedSelfAttnProcessor)
 # Pipelines whose batch is the negative rows, then the prompt's, over the whole of the scheduler's timesteps.
@@ -54,6 +55,12 @@ def attach(target, plan: FusionPlan, *, rows: Sequence[str] | None = None) -> It
         yield state
 
 
+def installable_reasons(unet: nn.Module, sites: InjectionSites | None = None) -> list[str]:
+    """Why `attach` can't put its processors onto this U-Net, at every attn2 and at the sites; empty when it can."""
+    injected = sites.attention_modules(unet) if sites is not None else []
+    return processor_reasons(unet, [*cross_attention_paths(unet), *injected], _OWN)
+
+
 def _replace(unet: nn.Module, path: str, processor, undo: ExitStack) -> None:
     attention = unet.get_submodule(path)
     undo.callback(attention.set_processor, attention.processor)
@@ -83,7 +90,6 @@ def _reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str] | None) -> list[s
         )
     if odd := sorted(set(rows or ()) - {NEGATIVE_ROW, FUSED_ROW}):
         reasons.append(f"rows has {', '.join(map(repr, odd))}, expected {NEGATIVE_ROW!r} or {FUSED_ROW!r}")
-    injected = plan.features.sites.attention_modules(unet) if plan.features is not None else []
     modules = dict(unet.named_modules())
     for path, (keys, _) in plan.keys_values.items():
         attention = modules.get(path)
@@ -95,4 +101,4 @@ def _reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str] | None) -> list[s
             f"the plan is in {keys.dtype} on {keys.device}, the U-Net in {unet.dtype} on {unet.device}: "
             "build the plan after moving the pipeline"
         )
-    return reasons + processor_reasons(unet, [*plan.keys_values, *injected], _OWN)
+    return reasons + installable_reasons(unet, plan.features.sites if plan.features is not None else None)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from weaver.concepts.concept import Concept
-from weaver.concepts.prompts import derive_prompt, encode_prompt
+from weaver.concepts.concept import Concept, attn2_hash
+from weaver.concepts.own_prompts import own_prompts
+from weaver.concepts.prompts import encode_prompt
 from weaver.errors import WeaverError
 from weaver.layers import cross_attention_paths
 
@@ -31,8 +32,8 @@ class ConceptUse:
     Parameters
     ----------
     concept : the concept; None is a region with a prompt of its own and the base model's weights
-    prompt : p_+i, which names this concept's token and no other; None puts the token before the concept's class word
-        in the base prompt (the k-th use of a class word takes its k-th occurrence)
+    prompt : p_+i, which names this concept's token and no other; None derives it from the base prompt, as
+        `weaver.concepts.own_prompts` says
     strength : how much of the concept its region shows; the rest is base, so that weights keep summing to one
     window : part of the steps, [start, end) within 0..1, in which the concept is used; base outside of it
     scale : multiplies the concept's weight deltas
@@ -58,9 +59,14 @@ class ConceptUse:
         return self.strength if start <= progress < end else 0.0
 
 
-def use_reasons(pipe, uses: Sequence[ConceptUse]) -> list[str]:
-    """What is wrong with the settings and the base model of each use; empty when nothing is."""
+def use_reasons(pipe, uses: Sequence[ConceptUse], base_hash: str | None = None) -> list[str]:
+    """What is wrong with the settings and the base model of each use; empty when nothing is.
+
+    `base_hash` is the `attn2_hash` of the pipeline's U-Net where it is known already; it takes reading 100 MB.
+    """
     reasons = []
+    if base_hash is None and any(use.concept is not None for use in uses):
+        base_hash = attn2_hash(pipe.unet)
     for use in uses:
         if not (math.isfinite(use.strength) and use.strength >= 0):
             reasons.append(f"strength of {use.name} is {use.strength!r}, expected 0 or more (1 is all of it)")
@@ -71,32 +77,31 @@ def use_reasons(pipe, uses: Sequence[ConceptUse]) -> list[str]:
             reasons.append(f"window of {use.name} is {use.window!r}, expected (start, end) with 0 <= start < end <= 1")
         if use.concept is not None:
             try:
-                use.concept.check_base(pipe)
+                use.concept.check_base(pipe, base_hash)
             except WeaverError as error:
                 reasons.append(str(error))
     return reasons
 
 
 def encode_contexts(
-    pipe, prompt: str, negative_prompt: str, uses: Sequence[ConceptUse]
+    pipe, prompt: str, negative_prompt: str, uses: Sequence[ConceptUse], background: ConceptUse | None = None
 ) -> tuple[tuple[str, ...], torch.Tensor | None, list[str]]:
-    """Write and encode the prompt of every context.
+    """Write and encode the prompt of every context, the background's last.
 
     Returns the prompts and their encodings [S', L, C], negative and base first; or the reasons why one can't be had,
     and None for the encodings.
     """
     plans = [(negative_prompt, None), (prompt, None)]
-    reasons, seen = [], {}
-    for use in uses:
-        word = use.concept.word.lower() if use.concept is not None else None
-        occurrence = seen.get(word, 0)
-        seen[word] = occurrence + 1
-        try:
-            own = use.prompt if use.prompt is not None else derive_prompt(prompt, use.concept, occurrence=occurrence)
+    named = [use.concept for use in uses if use.concept is not None]
+    derived = iter(own_prompts(prompt, named, background and background.concept))
+    reasons, texts = [], []
+    for use in [*uses, *([background] if background is not None else [])]:
+        own = next(derived) if use.concept is not None else None
+        own = own if use.prompt is None else use.prompt
+        if isinstance(own, WeaverError):
+            reasons.append(str(own))
+        else:
             plans.append((own, use.concept))
-        except WeaverError as error:
-            reasons.append(str(error))
-    texts = []
     for text, concept in plans:
         try:
             texts.append(encode_prompt(pipe, text, concept))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 import torch
 
-from weaver.errors import WeaverError
 from weaver.features import Features
 from weaver.layers import site_reasons
-from weaver.masks.compose import check_partition
+from weaver.masks.compose import partition_reasons
 
-__all__ = ["full_masks", "steps_and_size"]
+__all__ = ["amount_reasons", "full_masks", "steps_and_size"]
 
 _DEFAULT_STEPS = 50
 _PIXEL_MULTIPLE = 8  # diffusers' Stable Diffusion pipelines take no other size
@@ -46,6 +47,15 @@ def steps_and_size(
     return steps, (int(height) // factor, int(width) // factor), reasons
 
 
+def amount_reasons(suppression: float, guidance: float) -> list[str]:
+    """What is wrong with lambda and omega."""
+    return [
+        f"{name} is {value!r}, expected a finite number, 0 or more"
+        for name, value in (("suppression", suppression), ("guidance", guidance))
+        if not isinstance(value, Real) or isinstance(value, bool) or not (math.isfinite(value) and value >= 0)
+    ]
+
+
 def full_masks(
     masks: torch.Tensor | np.ndarray | None,
     names: Sequence[str],
@@ -53,13 +63,13 @@ def full_masks(
     size: tuple[int, int],
     factor: int,
 ) -> tuple[torch.Tensor | None, list[str]]:
-    """Masks [N + 1, H, W] with the background last, and what is wrong with them."""
+    """Masks [N + 1, H, W] on the CPU with the background last, and what is wrong with them."""
     pixels = (size[0] * factor, size[1] * factor)
     if masks is None:
         masks = np.zeros((0, *pixels))
         if names:
             return None, [f"no masks for the {len(names)} concepts ({', '.join(names)})"]
-    masks = torch.as_tensor(masks).float()
+    masks = torch.as_tensor(masks).cpu().float()
     if masks.ndim != 3 or len(masks) not in (len(names), len(names) + 1):
         shape = tuple(masks.shape)
         return None, [f"masks have shape {shape}, expected [{len(names)} or {len(names) + 1}, height, width]"]
@@ -68,13 +78,9 @@ def full_masks(
             f"masks are {masks.shape[1]} x {masks.shape[2]}, expected the picture's {pixels[0]} x {pixels[1]} "
             f"or the latents' {size[0]} x {size[1]}: resize them"
         ]
+    reasons = partition_reasons(masks, names)
     if len(masks) == len(names):
         masks = torch.cat([masks, 1 - masks.sum(0, keepdim=True)])
-    reasons = []
-    wanted = [*names, background] if background is not None else names
-    reasons += [f"the mask of {name} is empty" for name, mask in zip(wanted, masks, strict=False) if not mask.any()]
-    try:
-        check_partition(masks)
-    except WeaverError as error:
-        reasons.append(str(error))
+    if background is not None and not masks[-1].any():
+        reasons.append(f"the mask of {background} is empty")
     return masks, reasons

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ import torch
 from weaver.errors import raise_if
 from weaver.features import Features
 from weaver.fusion.contexts import BASE, NEGATIVE, ConceptUse, encode_contexts, project_contexts, use_reasons
-from weaver.fusion.inputs import full_masks, steps_and_size
+from weaver.fusion.inputs import amount_reasons, full_masks, steps_and_size
 from weaver.fusion.support import unet_reasons
 from weaver.fusion.weights import phase_starts, token_weights
 from weaver.latents import vae_scale_factor
@@ -39,6 +39,7 @@ class FusionPlan:
     sizes : path of each attn2 -> (h, w) of its map
     size : (h, w) of the latents, and `pixels` (height, width) of the picture
     steps : for how many steps it was planned
+    guidance : omega; 1 or less draws without a negative row
     features : the template's, or None for fusion from plain noise
     """
 
@@ -51,7 +52,12 @@ class FusionPlan:
     size: tuple[int, int]
     pixels: tuple[int, int]
     steps: int
+    guidance: float
     features: Features | None
+
+    def __post_init__(self):
+        for name in ("keys_values", "weights", "sizes"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @classmethod
     @torch.no_grad()
@@ -65,10 +71,12 @@ class FusionPlan:
         negative_prompt: str = "",
         background: ConceptUse | None = None,
         suppression: float = 0.0,
+        guidance: float = 7.5,
         features: Features | None = None,
         steps: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        base_hash: str | None = None,
     ) -> FusionPlan:
         """Check everything, encode the prompts, project all contexts' keys and values, and weigh the masks.
 
@@ -84,23 +92,27 @@ class FusionPlan:
         negative_prompt : p_neg
         background : a concept for everything outside the masks; None leaves it to the base model
         suppression : lambda, how far the result is pushed away from the base model's own idea; 0 or more
+        guidance : omega, 0 or more; the default is Plug-and-Play's. 1 or less draws without a negative row
         features : the template's; None fuses from plain noise, without injection
         steps : of the fusion; the features' where there are some, else 50
         height, width : of the picture in pixels; the features' where there are some, else the model's own
+        base_hash : the `attn2_hash` of the pipeline's U-Net where it is known, such as from before a cast to bfloat16,
+            whose rounding gives another; None computes it
 
         Raises `WeaverError` with every reason, when something does not fit.
         """
-        unet, uses = pipe.unet, [*concepts, *([background] if background is not None else [])]
+        unet, concepts = pipe.unet, list(concepts)
+        uses = [*concepts, *([background] if background is not None else [])]
         raise_if(unet_reasons(unet), "Cannot fuse with this model")
         factor = vae_scale_factor(pipe.vae)
         steps, size, reasons = steps_and_size(unet, factor, features, steps, height, width)
-        if not (math.isfinite(suppression) and suppression >= 0):
-            reasons.append(f"suppression is {suppression!r}, expected 0 or more")
+        reasons += amount_reasons(suppression, guidance)
         full, mask_reasons = full_masks(
             masks, [use.name for use in concepts], background.name if background else None, size, factor
         )
-        prompts, text, text_reasons = encode_contexts(pipe, prompt, negative_prompt, uses)
-        raise_if(reasons + mask_reasons + use_reasons(pipe, uses) + text_reasons, "Cannot build the fusion plan")
+        prompts, text, text_reasons = encode_contexts(pipe, prompt, negative_prompt, concepts, background)
+        reasons += mask_reasons + use_reasons(pipe, uses, base_hash) + text_reasons
+        raise_if(reasons, "Cannot build the fusion plan")
 
         text = text.to(unet.device)
         keys_values = project_contexts(unet, text, uses)
@@ -114,14 +126,14 @@ class FusionPlan:
                 strengths = [use.strength_at(start) for use in uses]
                 weights[phase, hw] = token_weights(reduced, strengths, suppression).to(unet.device, dtype)
         pixels = (size[0] * factor, size[1] * factor)
-        return cls(prompts, text, keys_values, phases, weights, sizes, size, pixels, steps, features)
+        return cls(prompts, text, keys_values, phases, weights, sizes, size, pixels, steps, guidance, features)
 
     def phase_at(self, progress: float) -> int:
         """Number of the phase at a part of the run, 0 (first step) to 1."""
         return bisect.bisect_right(self.phases, progress) - 1
 
     def pipeline_arguments(self) -> dict:
-        """Arguments for a pipeline call under `attach` that say what this plan says: texts, size, steps and noise.
+        """Arguments for a pipeline call under `attach` that say what this plan says: texts, size, steps, omega, noise.
 
         Without features the noise is left to the pipeline's own `generator`.
         """
@@ -131,5 +143,6 @@ class FusionPlan:
             "height": self.pixels[0],
             "width": self.pixels[1],
             "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
         }
         return arguments if self.features is None else arguments | {"latents": self.features.z_T}

@@ -20,10 +20,9 @@ def sample_fusion(
     scheduler,
     plan: FusionPlan,
     *,
-    guidance_scale: float = 7.5,
     progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
-    """Deterministic DDIM (arXiv 2010.02502) over the fused U-Net with classifier-free guidance.
+    """Deterministic DDIM (arXiv 2010.02502) over the fused U-Net with the plan's classifier-free guidance.
 
     Gives the numbers that the stock pipeline gives under `attach`.
 
@@ -32,12 +31,11 @@ def sample_fusion(
     unet : the pipeline's
     z : [n, C, h, w], the noise to start from: the template's z_T, or any, one picture each
     scheduler : the pipeline's; with features `ddim_scheduler(pipe.scheduler)`
-    guidance_scale : omega; 1 or less draws without a negative row
     progress : called after each step with (done, steps)
 
     Returns latents [n, C, h, w].
     """
-    guided = guidance_scale > 1
+    guided = plan.guidance > 1
     rows = (NEGATIVE_ROW,) * (len(z) * guided) + (FUSED_ROW,) * len(z)
     scheduler.set_timesteps(plan.steps, device=z.device)
     z = z * scheduler.init_noise_sigma
@@ -49,7 +47,7 @@ def sample_fusion(
             output = unet(batch, t, encoder_hidden_states=text, return_dict=False)[0]
             if guided:
                 negative, fused = output.chunk(2)
-                output = negative + guidance_scale * (fused - negative)
+                output = negative + plan.guidance * (fused - negative)
             z = scheduler.step(output, t, z, return_dict=False)[0]
             if progress:
                 progress(step + 1, len(scheduler.timesteps))

@@ -25,6 +25,11 @@ def unet_reasons(unet) -> list[str]:
     if not isinstance(unet, UNet2DConditionModel):
         return [f"the U-Net is a {type(unet).__name__}, expected a diffusers UNet2DConditionModel"]
     reasons = []
+    if any(hasattr(module, "_hf_hook") for module in unet.modules()):
+        reasons.append(
+            "the U-Net's weights are not on its device between calls (CPU offload): "
+            "call pipe.remove_all_hooks() and pipe.to(device) first"
+        )
     if unet.config.addition_embed_type is not None:
         reasons.append(f"the U-Net has added conditioning ({unet.config.addition_embed_type}), as SDXL's has")
     if unet.config.encoder_hid_dim_type is not None:

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from weaver.concepts.prompts import encode_prompt, tokenize
+from weaver.inversion import ddim_scheduler
 from weaver.latents import encode_image
 from weaver.layers import cross_attention_paths, layer_size
 from weaver.masks.components import assign_objects, tidy
 from weaver.masks.compose import MaskError
 
-__all__ = ["attention_masks", "attention_maps", "capture_cross_attention"]
+__all__ = ["attention_masks", "attention_maps", "capture_cross_attention", "word_positions"]
 
 
 def attention_masks(
@@ -70,17 +71,18 @@ def attention_maps(
 
     Returns [N + 1, h, w] float32 at the size of the latents, mean one each; the last is of the rest of the prompt.
     """
-    places = _places(pipe, prompt, words)
+    places = word_positions(pipe, prompt, words)
     latents = encode_image(pipe.vae, image).to(pipe.unet.dtype)
     text = encode_prompt(pipe, prompt).to(latents)
-    total = pipe.scheduler.config.num_train_timesteps
+    scheduler = ddim_scheduler(pipe.scheduler)  # the user's may scale its noise otherwise
+    total = scheduler.config.num_train_timesteps
     generator = torch.Generator("cpu").manual_seed(seed)
     sums: dict[str, torch.Tensor] = {}
     with capture_cross_attention(pipe.unet) as captured:
         for level in noise_levels:
             t = torch.tensor([min(int(level * total), total - 1)], device=latents.device)
             noise = torch.randn(latents.shape, generator=generator).to(latents)
-            pipe.unet(pipe.scheduler.add_noise(latents, noise, t), t, encoder_hidden_states=text)
+            pipe.unet(scheduler.add_noise(latents, noise, t), t, encoder_hidden_states=text)
             for path, attention in captured.items():
                 sums[path] = sums.get(path, 0) + torch.stack([attention[0][:, place].mean(1) for place in places])
     size = tuple(latents.shape[-2:])
@@ -122,8 +124,11 @@ def capture_cross_attention(unet: torch.nn.Module) -> Iterator[dict[str, torch.T
             handle.remove()
 
 
-def _places(pipe, prompt: str, words: Sequence[str]) -> list[list[int]]:
-    """The positions in the encoded prompt of every word, then of all other words."""
+def word_positions(pipe, prompt: str, words: Sequence[str]) -> list[list[int]]:
+    """The positions in the encoded prompt of every word, then of all other words.
+
+    Raises `MaskError` for a word that is not in the prompt.
+    """
     ids, _, length = tokenize(pipe, prompt)
     ids = ids[0, :length].tolist()
     places = []

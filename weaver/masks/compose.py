@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ import torch.nn.functional as F
 
 from weaver.errors import WeaverError
 
-__all__ = ["OVERLAPS", "MaskError", "check_partition", "compose_masks", "dilate", "mask_pyramid"]
+__all__ = ["OVERLAPS", "MaskError", "check_partition", "compose_masks", "dilate", "mask_pyramid", "partition_reasons"]
 
 OVERLAPS = ("priority", "share")
 # A concept that keeps less than this part of its own mask is as good as not in the picture.
 _KEPT = 0.01
+_SLACK = 1e-5  # of a sum of float32 weights
 
 
 class MaskError(WeaverError):
@@ -44,12 +46,12 @@ def compose_masks(
         part to each.
     names : what to call the concepts in errors.
 
-    Returns [N + 1, h, w] float32, the background last.
+    Returns [N + 1, h, w] float32 on the CPU, the background last.
     Raises `MaskError` for masks that are empty, not finite, outside 0..1, or that leave a concept nothing.
     """
     if overlap not in OVERLAPS:
         raise MaskError(f"overlap is {overlap!r}; expected one of {', '.join(OVERLAPS)}")
-    if int(dilation) != dilation or dilation < 0:
+    if not isinstance(dilation, Real) or not dilation >= 0 or dilation % 1:  # NaN is neither
         raise MaskError(f"dilation is {dilation!r}; expected a whole number of pixels, 0 or more")
     inside = _binary(dense, names)
     names = names or _numbered(len(inside))
@@ -87,13 +89,14 @@ def mask_pyramid(masks: torch.Tensor, sizes: Iterable[tuple[int, int]]) -> dict[
     Each token takes the mean of the area it covers, parts of pixels by their part, so any size will do. The mean is
     linear, so it keeps the sum; the last mask takes up the rounding.
 
-    Returns ``{(h, w): [M, h, w] float32}``. Raises `MaskError` when the masks do not sum to one.
+    Returns ``{(h, w): [M, h, w] float32}`` on the CPU, since not every device has float64. Raises `MaskError` when the
+    masks do not sum to one.
     """
+    masks = masks.cpu()
     check_partition(masks)
     reduced = {}
     for height, width in sizes:
-        rows = _area_matrix(masks.shape[1], height).to(masks.device)
-        columns = _area_matrix(masks.shape[2], width).to(masks.device)
+        rows, columns = _area_matrix(masks.shape[1], height), _area_matrix(masks.shape[2], width)
         small = (rows @ masks.double() @ columns.T).clamp(0, 1).float()
         small[-1] = (1 - small[:-1].sum(0)).clamp(min=0)
         reduced[height, width] = small
@@ -104,10 +107,40 @@ def check_partition(masks: torch.Tensor) -> None:
     """Raise `MaskError` unless masks [M, h, w] lie in 0..1 and sum to one in every pixel."""
     if masks.ndim != 3 or 0 in masks.shape:
         raise MaskError(f"masks have shape {tuple(masks.shape)}, expected [masks, height, width] and none of them 0")
+    masks = masks.cpu()
     total = masks.double().sum(0)
-    if not torch.isfinite(total).all() or masks.min() < 0 or (total - 1).abs().max() > 1e-5:
+    if not torch.isfinite(total).all() or masks.min() < 0 or (total - 1).abs().max() > _SLACK:
         low, high = total.min().item(), total.max().item()
         raise MaskError(f"masks must be 0 or more and sum to one; they sum to {low:.4g}..{high:.4g}: use compose_masks")
+
+
+def partition_reasons(masks: torch.Tensor, names: Sequence[str]) -> list[str]:
+    """Why masks of the concepts `names` can't be weights as they are; empty when they can.
+
+    Parameters
+    ----------
+    masks : [N, h, w], which leave the rest to the background, or [N + 1, h, w], which sum to one; 0..1, on the CPU
+    """
+    reasons = []
+    for name, mask in zip(names, masks, strict=False):
+        if not torch.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
+            reasons.append(f"the mask of {name} has values outside 0..1")
+        elif not mask.any():
+            reasons.append(f"the mask of {name} is empty")
+    if reasons:
+        return reasons
+    own = masks[: len(names)]
+    crowded = own.double().sum(0) > 1 + _SLACK
+    for i, name in enumerate(names):
+        for j in range(i):
+            if count := int((crowded & (own[i] > 0) & (own[j] > 0)).sum()):
+                reasons.append(f"the masks of {names[j]} and {name} overlap in {count} pixels: use compose_masks")
+    if not reasons and len(masks) > len(names):
+        try:
+            check_partition(masks)
+        except MaskError as error:
+            reasons.append(str(error))
+    return reasons
 
 
 def _area_matrix(size: int, target: int) -> torch.Tensor:
@@ -126,7 +159,7 @@ def _binary(dense, names: Sequence[str] | None) -> torch.Tensor:
         if len(shapes := {tuple(mask.shape) for mask in dense}) > 1:
             raise MaskError(f"masks of different sizes: {', '.join(map(str, sorted(shapes)))}; all must have one size")
         dense = torch.stack(dense) if dense else torch.zeros(0, 1, 1)
-    masks = torch.as_tensor(dense)
+    masks = torch.as_tensor(dense).cpu()
     if masks.ndim != 3 or 0 in masks.shape[1:]:
         raise MaskError(f"masks have shape {tuple(masks.shape)}, expected [concepts, height, width]")
     if names is not None and len(names) != len(masks):

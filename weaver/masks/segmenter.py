@@ -12,7 +12,7 @@ from PIL import Image
 from weaver.masks.components import assign_objects
 from weaver.masks.compose import MaskError
 
-__all__ = ["Segmenter", "segmenter_masks"]
+__all__ = ["Segmenter", "segmenter_masks", "segmenter_reasons"]
 
 
 class Segmenter(Protocol):
@@ -21,6 +21,17 @@ class Segmenter(Protocol):
     def segment(self, image: Image.Image, words: Sequence[str]) -> np.ndarray:
         """How sure it is, per word and pixel: [K, height, width] float in 0..1."""
         ...
+
+
+def segmenter_reasons(words: Sequence[str]) -> list[str]:
+    """Which words the embedded segmenter can't find in any picture; empty when it knows them all."""
+    from weaver.embedded.drawings import ANIMALS
+
+    unknown = [repr(word) for word in words if word not in ANIMALS]
+    if not unknown:
+        return []
+    known = ", ".join(ANIMALS)
+    return [f"the segmenter does not know {', '.join(unknown)} (only {known}): give a mask file, a box or another word"]
 
 
 def segmenter_masks(
