@@ -58,7 +58,7 @@ class Compiled:
 
 
 def cases(archs=ARCHS) -> list[Case]:
-    """Every row of the table at 77 keys, Stable Diffusion's head dimensions at 154 too, and each variant once."""
+    """Every row of the table at 77 keys, Stable Diffusion's head dimensions at 154 too, and each variant."""
     rows = config_table(OP)["rows"]
     found = []
     for arch in archs:
@@ -66,7 +66,7 @@ def cases(archs=ARCHS) -> list[Case]:
             dims = {row["head_dim"] for row in rows if arch in row["arch"] and row["bits"] == bits}
             found += [Case(dim, arch, bits) for dim in sorted(dims | set(HEAD_DIMS))]
         found += [Case(dim, arch, 16, LONG_TEXT) for dim in HEAD_DIMS]
-        found += [Case(64, arch, 16, variant=variant) for variant in ("q-each", "ragged")]
+        found += [Case(dim, arch, 16, variant=variant) for dim in (64, 80) for variant in ("q-each", "ragged")]
     return found
 
 
@@ -86,9 +86,14 @@ def compile_case(case: Case) -> Compiled:
 
 
 def failures(compiled: Compiled) -> list[str]:
-    """Why a binary must not be shipped; empty when it may."""
+    """Why a binary must not be shipped; empty when it may.
+
+    Spills are refused at 77 keys of 16 bits to D = 80, which is what Stable Diffusion runs; with larger heads, longer
+    or ragged texts and float32 they are only listed.
+    """
     case, reasons = compiled.case, []
-    if compiled.stack and case.head_dim <= NO_SPILLS_TO and case.n_keys == TEXT and case.bits == 16:
+    strict = case.n_keys == TEXT and case.variant != "ragged" and case.bits == 16
+    if compiled.stack and strict and case.head_dim <= NO_SPILLS_TO:
         reasons.append(f"spills {compiled.stack} bytes")
     if compiled.shared > SHARED_KIB[case.arch] * 1024:
         reasons.append(f"takes {compiled.shared} bytes of shared memory of {SHARED_KIB[case.arch]} KiB")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weaver_kernels import context_attention_reference
 
@@ -79,15 +80,35 @@ def eager(case: dict) -> torch.Tensor:
     return out
 
 
+def eager_errors(case: dict, true: torch.Tensor) -> tuple[float, float]:
+    """Largest and mean error of the eager loop, the worst over PyTorch's two attentions and orders of summing `q . k`.
+
+    One order alone is a matter of luck: where two logits are close, a rounding of one of them is the whole error.
+    The fewer numbers there are, the more orders are tried.
+    """
+    orders = min(max(2000 // max(true.numel(), 1), 4), 64)
+    rng = torch.Generator().manual_seed(0)
+    dim = case["q"].shape[-1]
+    found = []
+    for i in range(orders):
+        order = torch.randperm(dim, generator=rng) if i > 1 else torch.arange(dim)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION if i % 2 == 0 else SDPBackend.MATH):
+            error = (eager(case | {name: case[name][..., order] for name in ("q", "k")}).double() - true).abs()
+        found.append((float(error.max()), float(error.mean())))
+    return tuple(max(column) for column in zip(*found, strict=True))
+
+
 def assert_within_twice_eager(out: torch.Tensor, case: dict) -> None:
     """The error against float64 is at most twice that of the eager loop, in the largest and in the mean.
 
-    Where eager happens to be exact, a rounding of the result itself is allowed.
+    Where eager happens to be exact, a rounding of the result is allowed, and in float32 one of each context's part.
     """
     true = truth(case)
-    ours, theirs = ((x.double() - true).abs() for x in (out, eager(case)))
-    rounding = torch.finfo(out.dtype).eps * true.abs().max()
+    error = (out.double() - true).abs()
+    largest, mean = eager_errors(case, true)
+    parts = case["weights"].abs().sum(1).max() * case["v"].float().nan_to_num().abs().max()
+    rounding = torch.finfo(out.dtype).eps * true.abs().max() + torch.finfo(torch.float32).eps * parts
     assert out.dtype == case["q"].dtype and out.shape == true.shape
     assert torch.isfinite(out).all()
-    assert ours.max() <= 2 * theirs.max() + rounding, (float(ours.max()), float(theirs.max()))
-    assert ours.mean() <= 2 * theirs.mean() + rounding / 4, (float(ours.mean()), float(theirs.mean()))
+    assert error.max() <= 2 * largest + rounding, (float(error.max()), largest)
+    assert error.mean() <= 2 * mean + rounding / 4, (float(error.mean()), mean)

@@ -49,13 +49,24 @@ def test_every_row_of_the_table_is_compiled():
     ("case", "measured", "message"),
     [
         (Case(64, 90, 16), (128, 8, 1024, "wgmma"), "spills 8 bytes"),
+        (Case(64, 90, 16, variant="q-each"), (128, 8, 1024, "wgmma"), "spills 8 bytes"),
         (Case(160, 90, 16), (255, 8, 1024, "wgmma"), None),
+        (Case(80, 120, 16, variant="ragged"), (255, 16, 1024, "mma.sync"), None),
         (Case(64, 86, 16), (128, 0, 99 * 1024 + 1, "mma.sync"), "shared memory of 99 KiB"),
         (Case(64, 86, 16), (128, 0, 99 * 1024, "mma.sync"), None),
         (Case(64, 86, 16), (128, 0, 1024, "none"), "no tensor-core instruction"),
         (Case(64, 86, 32), (128, 0, 1024, "none"), None),
     ],
-    ids=["spill", "spill-of-160", "shared", "shared-fits", "no-tensor-core", "fp32"],
+    ids=[
+        "spill",
+        "spill-of-variant",
+        "spill-of-160",
+        "spill-of-ragged",
+        "shared",
+        "shared-fits",
+        "no-tensor-core",
+        "fp32",
+    ],
 )
 def test_what_fails(case, measured, message):
     reasons = failures(Compiled(case, *measured))
