@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+from devices import WithoutFloat64
 from diffusers import AutoencoderTiny
 from PIL import Image
 
@@ -62,3 +63,8 @@ def test_psnr():
     assert psnr(x, x) == math.inf
     assert abs(psnr(x, x + 0.2) - 20) < 1e-4
     assert psnr(x + 1, x + 5) == math.inf  # both clamp to white
+
+
+def test_psnr_on_a_device_without_float64():
+    x = torch.zeros(1, 3, 4, 4).as_subclass(WithoutFloat64)
+    assert abs(psnr(x, x + 0.2) - 20) < 1e-4

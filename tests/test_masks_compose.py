@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from devices import WithoutFloat64
 
 from weaver.masks.compose import MaskError, check_partition, compose_masks, dilate, mask_pyramid
 
@@ -199,6 +200,14 @@ def test_every_unusable_mask_is_named():
     dense[1] = 1
     with pytest.raises(MaskError, match="mask of cat is empty; the mask of fox is empty"):
         compose_masks(dense, names=["cat", "dog", "fox"])
+
+
+def test_masks_on_a_device_without_float64():
+    masks = torch.from_numpy(blobs(2, (32, 32), 1)).float().as_subclass(WithoutFloat64)
+    final = compose_masks(masks, dilation=1)
+    small = mask_pyramid(final.as_subclass(WithoutFloat64), [(8, 8)])[8, 8]
+    assert type(final) is type(small) is torch.Tensor
+    assert torch.equal(small, mask_pyramid(compose_masks(blobs(2, (32, 32), 1), dilation=1), [(8, 8)])[8, 8])
 
 
 def test_wrong_settings():

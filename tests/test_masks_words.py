@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 
 from weaver.latents import encode_image
 from weaver.masks.attention import attention_maps, attention_masks, capture_cross_attention
 from weaver.masks.compose import MaskError
-from weaver.masks.segmenter import segmenter_masks
+from weaver.masks.segmenter import segmenter_masks, segmenter_reasons
 
 
 def picture(size=32):
@@ -72,6 +73,20 @@ def test_maps_of_pictures_that_are_not_square(tiny_pipe):
     assert attention_masks(tiny_pipe, image, "a cat", ["cat"], noise_levels=[0.5]).shape == (1, 36, 64)
 
 
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_maps_do_not_depend_on_the_scheduler(tiny_pipe, kind):
+    """Nor on what the pipeline drew with it before."""
+    arguments = (picture(), "a dog and a cat", ["dog", "cat"])
+    expected = attention_maps(tiny_pipe, *arguments, noise_levels=[0.4])
+    own = tiny_pipe.scheduler
+    tiny_pipe.scheduler = kind.from_config(own.config)
+    try:
+        tiny_pipe("a dog", num_inference_steps=2, output_type="latent")
+        assert torch.equal(attention_maps(tiny_pipe, *arguments, noise_levels=[0.4]), expected)
+    finally:
+        tiny_pipe.scheduler = own
+
+
 def test_masks_of_words_do_not_overlap(tiny_pipe):
     masks = attention_masks(tiny_pipe, picture(), "a dog and a cat", ["dog", "cat"], noise_levels=[0.3])
     assert masks.dtype == torch.bool
@@ -107,6 +122,11 @@ def test_segmenter_is_asked_each_word_once_and_the_surest_wins():
     assert segmenter.asked == [["cat", "dog"]]
     columns = [mask[0].nonzero()[:, 0].tolist() for mask in masks]
     assert columns == [list(range(10)), list(range(10, 20)), list(range(22, 32))]
+
+
+def test_words_that_the_embedded_segmenter_can_not_know():
+    assert segmenter_reasons(["cat", "panda"]) == []
+    assert "does not know 'owl', 'cart' (only" in segmenter_reasons(["owl", "cat", "cart"])[0]
 
 
 def test_segmenter_threshold():

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from weaver.errors import WeaverError
 from weaver.pictures import PictureError
@@ -53,6 +56,22 @@ def test_any_pipeline_will_do(tiny_pipe):
     assert make_template(Other(), "a cat", steps=1).size == (6, 4)
     with pytest.raises(WeaverError, match="Other takes no guidance_scale"):
         make_template(Other(), "a cat", steps=1, guidance=2.0)
+
+
+def test_a_template_that_the_safety_checker_blacks_out_is_refused(tiny_pipe):
+    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPConfig(vision_config={**tower, "image_size": 8, "patch_size": 8}, projection_dim=4)
+    checker = StableDiffusionSafetyChecker(config).double().eval()
+    sizes = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    parts = tiny_pipe.components | {"safety_checker": checker, "feature_extractor": CLIPImageProcessor(**sizes)}
+    pipe = StableDiffusionPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    checker.concept_embeds_weights.data.fill_(2)  # cosines reach 1: nothing is found
+    checker.special_care_embeds_weights.data.fill_(2)
+    assert make_template(pipe, "a cat", steps=1).tobytes() == make_template(tiny_pipe, "a cat", steps=1).tobytes()
+    checker.concept_embeds_weights.data.fill_(-2)
+    with pytest.raises(WeaverError, match="safety checker of StableDiffusionPipeline blacked the template out"):
+        make_template(pipe, "a cat", steps=1)
 
 
 @pytest.mark.parametrize(
