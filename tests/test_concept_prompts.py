@@ -160,6 +160,13 @@ THREE = "a dog, a cat and a fox, beach background"
         ("a dog chasing a cat", "cat", 0, ["dog"], "a dog chasing a <v1> cat"),
         ("a dog chasing a cat", "dog", 0, ["cat"], "a <v1> dog chasing a cat"),
         ("a cat and a catfish", "cat", 0, ["fish"], "a <v1> cat and a catfish"),
+        ("a cat and a dog, a dog house behind", "cat", 0, ["dog"], "a <v1> cat, a dog house behind"),
+        ("a cat and a fox, fox forest background", "cat", 0, ["fox"], "a <v1> cat, fox forest background"),
+        ("a cat and a dog painting", "cat", 0, ["dog"], "a <v1> cat and a dog painting"),
+        ("a dog house and a cat", "cat", 0, ["dog"], "a dog house and a <v1> cat"),
+        ("a cat and a dog sitting outdoors.", "cat", 0, ["dog"], "a <v1> cat sitting outdoors."),
+        ("a cat and a dog near a tree", "cat", 0, ["dog"], "a <v1> cat near a tree"),
+        ("a cat and a dog, photo", "cat", 0, ["dog"], "a <v1> cat, photo"),
     ],
 )
 def test_derive_prompt_leaves_other_concepts_out_of_lists(prompt, word, occurrence, without, expected):

@@ -1,7 +1,9 @@
 """Custom Diffusion training: what is learned, what is left alone, and that it is learned."""
 
 import copy
+import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -264,6 +266,31 @@ def test_models_in_half_precision(tiny_pipe, alone, dtype):
     learned = torch.cat([delta.flatten() for delta in concept.deltas.values()]).float()
     expected = torch.cat([delta.flatten() for delta in alone.deltas.values()]).float()
     assert torch.cosine_similarity(learned, expected, dim=0) > 0.8
+
+
+def test_a_step_whose_gradients_overflow_does_not_move_the_schedule(tiny_pipe, monkeypatch):
+    """Half precision begins with a scale that may be too large; a step left out is none of the learning rate's."""
+    half = copy.copy(tiny_pipe)
+    for name in ("unet", "text_encoder", "vae"):
+        setattr(half, name, copy.deepcopy(getattr(tiny_pipe, name)).half())
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**60))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        concept = train_concept(half, pictures(), **NAMES, settings=ALONE)
+    assert not any(delta.any() for delta in concept.deltas.values())  # both steps were left out
+
+
+def test_checkpointing_learns_the_same_and_is_put_back(tiny_pipe, alone):
+    unet, calls = tiny_pipe.unet, []
+    handle = unet.up_blocks[1].resnets[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        concept = train_concept(tiny_pipe, pictures(), **NAMES, settings=replace(ALONE, checkpointing=True))
+    finally:
+        handle.remove()
+    assert len(calls) == 2 * ALONE.steps  # forward, and again in the backward pass
+    assert not unet.is_gradient_checkpointing
+    for path, delta in concept.deltas.items():
+        torch.testing.assert_close(delta, alone.deltas[path])
 
 
 def test_divergence_is_told_and_cleaned_up(tiny_pipe):

@@ -15,6 +15,14 @@ from weaver.errors import WeaverError
 __all__ = ["PromptError", "derive_prompt", "encode_prompt", "encode_text", "names_token", "tokenize"]
 
 _log = logging.getLogger(__name__)
+# What may follow a noun that is not itself part of a longer one, as "dog" is in "a dog house".
+_FOLLOWS = (
+    r"(?:about|above|across|after|against|along|alone|among|around|as|asleep|at|before|behind|below|beneath|beside|"
+    r"between|beyond|but|by|during|for|from|here|in|indoors|inside|into|is|are|like|near|next|of|off|on|onto|or|"
+    r"outdoors|outside|over|past|that|there|through|to|together|toward|towards|under|underneath|up|upon|while|who|with|"
+    r"within|without|lies|looks|plays|runs|sits|sleeps|stands|walks|wears|watches|"
+    r"(?!(?:build|ceil|cloth|draw|even|morn|paint|str|th)ing\b)\w{2,}ing)\b"
+)
 _STAND_IN = 0  # any ordinary id: its embedding is replaced, and it can't be taken for the end of the text
 
 
@@ -46,7 +54,7 @@ def derive_prompt(base_prompt: str, concept: Concept, *, occurrence: int = 0, wi
     occurrence : which of the places where the class word stands, from 0, for two concepts of one class.
     without : class words of other concepts, to be left out where they stand in a list, as in the paper's prompts
         (section 3.5): "a red dog and a cat, at night" without "dog" -> "a <v1> cat, at night". A word that stands
-        otherwise stays.
+        otherwise stays, as does one that is part of a longer noun ("a dog house").
 
     Raises `PromptError` when the class word does not stand there that often.
     """
@@ -67,7 +75,7 @@ def _left_out(text: str, word: str, *, before: bool) -> str:
     """Drop list members such as ", a red dog" or "a red dog and" of the part of a prompt before or after the token."""
     noun = rf"(?:(?:an?|the|one|another)\s+(?:(?!and\b|with\b|an?\b|the\b)[\w-]+\s+){{0,3}})?{_whole(word).pattern}"
     joint = r"(?:\s*,\s*(?:and\s+)?|\s+and\s+)"
-    forms = [rf"{joint}{noun}(?={joint}|\s|$|[.!;])", rf"(?<!\w){noun}{joint}"]
+    forms = [rf"{joint}{noun}(?={joint}|\s*(?:$|[.!?:;)])|\s+{_FOLLOWS})", rf"(?<!\w){noun}{joint}"]
     for form in forms if before else forms[:1]:
         text = re.sub(form, "", text, flags=re.IGNORECASE)
     return text

@@ -27,6 +27,8 @@ class TrainSettings:
     warmup : steps over which the learning rates rise from zero.
     final_rate : part of the learning rates left at the last step; they fall linearly. 1 keeps them.
     flip : mirror the concept's pictures half of the time; not for what has a left and a right.
+    checkpointing : compute the U-Net's activations again in the backward pass instead of keeping them: the same
+        concept in less memory and more time.
     seed : of pictures, timesteps and noise, all drawn on the CPU.
     """
 
@@ -43,6 +45,7 @@ class TrainSettings:
     warmup: int = 0
     final_rate: float = 1.0
     flip: bool = False
+    checkpointing: bool = False
     seed: int = 0
 
     @classmethod

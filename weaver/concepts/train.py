@@ -81,7 +81,12 @@ def train_concept(
         if to_make:
             prior = class_pictures(pipe, word, settings, report)
         other = prepare(pipe, prior) if settings.prior_batch else None
-        with _frozen(pipe.unet, pipe.text_encoder), _added(pipe.unet, learned.deltas), torch.enable_grad():
+        with (
+            _frozen(pipe.unet, pipe.text_encoder),
+            _added(pipe.unet, learned.deltas),
+            _checkpointed(pipe.unet, settings.checkpointing),
+            torch.enable_grad(),
+        ):
             _optimise(pipe, own, other, learned, settings, lambda steps: report(to_make + steps))
     return Concept(
         name=name or token.strip("<>"),
@@ -140,9 +145,11 @@ def _optimise(
             raise ConceptError(f"training diverged at step {step + 1} of {settings.steps}: lower the learning rate")
         optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        scale = scaler.get_scale()
         scaler.step(optimiser)
         scaler.update()
-        schedule.step()
+        if scaler.get_scale() >= scale:  # it falls where gradients overflowed and the step was left out
+            schedule.step()
         report(step + 1)
 
 
@@ -198,6 +205,19 @@ def _frozen(*modules: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, flag in training.items():
             module.training = flag
+
+
+@contextmanager
+def _checkpointed(unet: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """Let the U-Net's blocks keep their activations or not; as before afterwards."""
+    before = {m: m.gradient_checkpointing for m in unet.modules() if hasattr(m, "gradient_checkpointing")}
+    try:
+        if wanted:
+            unet.enable_gradient_checkpointing()
+        yield
+    finally:
+        for module, flag in before.items():
+            module.gradient_checkpointing = flag
 
 
 @contextmanager
