@@ -176,3 +176,34 @@ def concepts(tiny_pipe):
 def concepts_v(tiny_pipe_v):
     """The same for `tiny_pipe_v`."""
     return [make_concept(tiny_pipe_v, i + 1, word) for i, word in enumerate(WORDS_OF_CONCEPTS)]
+
+
+@pytest.fixture(scope="session")
+def job_pipe():
+    """A noise-predicting pipeline in float32, as jobs have it."""
+    return make_pipeline(dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def job_folder(job_pipe, tmp_path_factory):
+    """The model with concept files, pictures and masks beside it; only read."""
+    from jobs import write_folder
+
+    folder = tmp_path_factory.mktemp("job")
+    write_folder(job_pipe, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(job_folder, tmp_path_factory):
+    """One run with everything in it: training, a background concept, a mask file and a box; only read."""
+    from jobs import TRAINED, job_of
+
+    from weaver.run import run_job
+
+    mapping = {
+        "concepts": [TRAINED, {"file": "rex.safetensors", "mask": {"box": [0.5, 0.2, 1, 0.8]}}],
+        "background": {"file": "hills.safetensors"},
+        "seed": 7,
+    }
+    return run_job(job_of(job_folder, **mapping), tmp_path_factory.mktemp("results") / "deep" / "run")

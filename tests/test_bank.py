@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import tempfile
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_pipeline
 from PIL import Image
 
-from weaver.bank import train_bank, training_settings
+from weaver.bank import resolve_prompts, train_bank, training_settings, worker_count
 from weaver.concepts.settings import TrainSettings
+from weaver.errors import WeaverError
+from weaver.job import JobError
 from weaver.jobparse import job_from_mapping
 from weaver.models import load_model
 from weaver.progress import Stages
@@ -55,6 +61,39 @@ def test_training_at_once_and_one_by_one_agree(job):
         assert concept.settings == other.settings and concept.token == other.token
         assert all(torch.equal(delta, other.deltas[path]) for path, delta in concept.deltas.items())
         assert any(delta.any() for delta in concept.deltas.values())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_training_that_fails_names_its_concept_and_leaves_nothing(job, tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cat, dog = job.concepts
+    settings = dict(dog.train.settings)
+    long = replace(cat, train=replace(cat.train, settings=tuple((settings | {"steps": 10**6}).items())))
+    wild = replace(dog, train=replace(dog.train, settings=tuple((settings | {"learning_rate": 1e30}).items())))
+    concepts = (wild, long) if processes == 1 else (long, wild)
+    place = f"concepts[{concepts.index(wild)}].train"
+    with pytest.raises(JobError) as caught:
+        failing = replace(job, concepts=concepts)
+        train_bank(failing, load_model(job.model, device="cpu"), Watched(), processes=processes, source="my.yaml")
+    assert str(caught.value).startswith(f"my.yaml: {place}: training diverged at step 2 of 2")
+    assert multiprocessing.active_children() == [] and list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_are_for_the_cpu(job):
+    elsewhere = make_pipeline().to("meta")
+    assert worker_count(job, elsewhere) == 1
+    with pytest.raises(WeaverError, match="processes: is 2; on meta concepts train one by one"):
+        train_bank(job, elsewhere, Watched(), processes=2)
+
+
+@pytest.mark.parametrize(("token", "there"), [("sks", "sksy"), ("v1", "v10")])
+def test_a_token_is_a_whole_word(job, token, there):
+    cat, dog = job.concepts
+    cat = replace(cat, train=replace(cat.train, token=token))
+    with pytest.raises(JobError, match="concepts.0..prompt: 'a .* cat' lacks the concept's token"):
+        resolve_prompts(replace(job, concepts=(replace(cat, prompt=f"a {there} cat"), dog)), {})
+    others = replace(job, concepts=(cat, replace(dog, prompt=f"a <v2> dog, {there}")), prompt=f"a cat, a dog, {there}")
+    assert resolve_prompts(others, {})[1] == f"a <v2> dog, {there}"
 
 
 def test_training_settings_start_from_the_models_own(job):

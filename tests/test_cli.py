@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import yaml
 
 from weaver import cli, run
 from weaver.demo import demo_job, with_shipped_concepts
@@ -46,7 +49,11 @@ def test_version(capsys):
     assert caught.value.code == 0 and capsys.readouterr().out == f"weaver {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["demo", "--seed", "-1"], ["run"], ["paint"], ["demo", "--slow"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [["demo", "--seed", "-1"], ["demo", "--seed", "9" * 23], ["run"], ["paint"], ["demo", "--slow"]],
+    ids=str,
+)
 def test_wrong_arguments_end_with_2(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
@@ -92,6 +99,22 @@ def test_the_command_line_passes_its_wishes_on(capsys, monkeypatch, job_file, un
     assert cli.os.environ["HF_HUB_OFFLINE"] == "1"
     assert run_cli(capsys, "demo", "--quick")[0] == 0
     assert seen["folder"].as_posix() == "outputs/demo" and not any(spec.train for spec in seen["job"].everyone)
+
+
+def test_a_manifest_is_run_beside_what_it_made(capsys, monkeypatch, tmp_path, job_file, unread):
+    manifest = {"weaver_manifest": 1, "job": yaml.safe_load(job_file.read_text()), "inputs": {}}
+    manifest["record"] = {"versions": {"torch": "0.1"}, "weights": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    seen = {}
+    report = {"concepts": {}, "total_seconds": 1}
+    monkeypatch.setattr(
+        run,
+        "run_job",
+        lambda job, folder, **more: seen.update(more, folder=folder) or run.Run(folder, None, (), report),
+    )
+    code, _, err = run_cli(capsys, "run", tmp_path / "manifest.json")
+    assert code == 0 and "made with other versions: torch" in err
+    assert seen["folder"].as_posix() == f"outputs/{tmp_path.name}-again" and seen["manifest"] == manifest
 
 
 @pytest.mark.parametrize(

@@ -81,3 +81,10 @@ def test_captions_need_the_token(tmp_path):
 def test_as_many_captions_as_pictures():
     with pytest.raises(WeaverError, match="1 pictures and 2 captions"):
         TrainingSet((Image.new("RGB", (4, 4)),), ("a", "b"))
+
+
+def test_a_token_is_a_whole_word(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a photo of sksy cat")
+    with pytest.raises(WeaverError, match="lacks the token 'sks'"):
+        load_images(tmp_path, "sks", "cat")

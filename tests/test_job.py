@@ -13,7 +13,7 @@ from PIL import Image
 from weaver.concepts.settings import TrainSettings
 from weaver.demo import DEMO_JOB
 from weaver.job import JobError
-from weaver.jobfile import job_to_mapping, load_job
+from weaver.jobfile import job_to_mapping, load_job, read_manifest
 from weaver.jobparse import job_from_mapping
 
 GOOD = {
@@ -172,6 +172,20 @@ MISTAKES = {
     ),
     "unknown sites": (changed(fusion={"injection": {"sites": "mine"}}), "fusion.injection.sites: 'mine' is not one of"),
     "size of one number": (changed(size=512), "size: expected [width, height]"),
+    "seed beyond 64 bits": (changed(seed=10**23), "seed: must be at most 4294967295"),
+    "training seed beyond 64 bits": (with_train(seed=10**23), "concepts[0].train.seed: must be at most 4294967295"),
+    "template seed beyond 64 bits": (changed(template={"seed": 2**63}), "template.seed: must be at most 4294967295"),
+    "number beyond floats": (changed(fusion={"lambda": 10**400}), "fusion.lambda: expected a number"),
+    "home of nobody": (
+        changed(concepts=[{"file": "~nobody-here/x"}]),
+        "concepts[0].file: '~nobody-here/x' is not there",
+    ),
+    "model in the home of nobody": (changed(model="~nobody-here/x"), "model: '~nobody-here/x' is no folder"),
+    "same as nothing": (changed(model="./same"), "model: './same' is no folder"),
+    "token in a longer word": (
+        with_concept(prompt="a sksy cat", train={"images": "pictures", "token": "sks"}),
+        "concepts[0].prompt: lacks the concept's token 'sks'",
+    ),
     "seed true": (changed(seed=True), "seed: expected a whole number, found True"),
     "negative seed": (changed(seed=-1), "seed: must be at least 0"),
     "shipped concept for another model": (
@@ -191,6 +205,14 @@ def test_a_mistake_is_told_with_its_field(folder, mistake):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("broken", [None, "tom", 5, ["tom"]], ids=str)
+def test_an_entry_that_is_no_concept_is_told_once(folder, broken):
+    for concepts in ([broken, broken], [GOOD["concepts"][0] | {"train": broken or 7}, broken]):
+        with pytest.raises(JobError) as caught:
+            job_from_mapping(changed(concepts=concepts), folder=folder, source="my.yaml")
+        assert str(caught.value).count("concepts[") == 2 and "is taken" not in str(caught.value)
+
+
 def test_all_mistakes_are_told_at_once(folder):
     with pytest.raises(JobError) as caught:
         job_from_mapping(changed(steps=0, seed=-1, colour="red"), folder=folder)
@@ -205,8 +227,17 @@ def test_all_mistakes_are_told_at_once(folder):
         ("just text", "expected fields with names, found 'just text'"),
         ("", "expected fields with names, found nothing"),
         ("prompt: \x00", "not valid YAML"),
+        ("prompt: {{name}}", "line 1 column 10: not valid YAML: a field's name must be plain text"),
+        ("prompt: 2020-13-45", "not valid YAML: month must be in 1..12"),
+        ("weaver_manifest: 2\njob: {}", "weaver_manifest: is 2, this release reads 1"),
+        ("weaver_manifest: true\njob: {}", "weaver_manifest: is True, this release reads 1"),
+        ("weaver_manifest: 1\njob: {}", "not a whole manifest: inputs, record.versions, record.weights must be"),
+        ("weaver_manifest: 1\nrecord: [1]", "not a whole manifest: job, inputs, record.versions, record.weights must"),
     ],
-    ids=["broken", "twice", "text", "empty", "control"],
+    ids=[
+        *("broken", "twice", "text", "empty", "control", "braces", "date"),
+        *("version 2", "version true", "no record", "record a list"),
+    ],
 )
 def test_files_that_are_no_jobs(tmp_path, text, message):
     (tmp_path / "job.yaml").write_text(text)
@@ -225,5 +256,23 @@ def test_files_that_can_not_be_read(tmp_path):
 
 def test_a_job_file_and_a_manifest_are_read_alike(folder):
     (folder / "job.yaml").write_text(yaml.safe_dump(GOOD))
-    (folder / "manifest.json").write_text(json.dumps({"weaver_manifest": 1, "job": GOOD}))
+    manifest = {"weaver_manifest": 1, "job": GOOD, "inputs": {}, "record": {"versions": {}, "weights": {}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     assert load_job(folder / "job.yaml") == load_job(folder / "manifest.json")
+    assert read_manifest(folder / "job.yaml") is None and read_manifest(folder / "manifest.json") == manifest
+
+
+def test_a_merge_key_takes_fields_over(folder):
+    (folder / "job.yaml").write_text(
+        "prompt: a cat and a dog\n"
+        "concepts:\n"
+        "- &one {word: cat, train: {images: pictures, token: <v1>}, strength: 0.5}\n"
+        "- &two {<<: *one, word: dog}\n"
+        "- {<<: *two, name: third}\n"
+    )
+    job = load_job(folder / "job.yaml")
+    assert [(spec.name, spec.word, spec.strength) for spec in job.concepts] == [
+        ("cat", "cat", 0.5),
+        ("dog", "dog", 0.5),
+        ("third", "dog", 0.5),
+    ]

@@ -7,9 +7,9 @@ import os
 import queue
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,8 @@ import torch
 
 from weaver.concepts.concept import Concept
 from weaver.concepts.images import load_images
-from weaver.concepts.own_prompts import own_prompts
+from weaver.concepts.own_prompts import own_prompts, token_reasons
+from weaver.concepts.prompts import names_token
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.train import train_concept
 from weaver.errors import WeaverError
@@ -28,15 +29,16 @@ from weaver.job import BackgroundSpec, Job, JobError, TrainSpec
 from weaver.models import load_model, quiet_libraries
 from weaver.progress import Stages
 
-__all__ = ["read_concept", "resolve_prompts", "train_bank", "training_settings"]
+__all__ = ["read_concept", "resolve_prompts", "train_bank", "training_settings", "worker_count"]
 
 _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One concept to train, in terms that travel to another process."""
+    """One concept to train, in terms that travel to another process; `place` is its field of the job."""
 
+    place: str
     spec: BackgroundSpec
     model: str
 
@@ -56,49 +58,70 @@ def resolve_prompts(job: Job, known: dict[str, Concept], source: str = "job") ->
     """The prompt p_+i of every concept of `Job.everyone`, written or derived (Concept Weaver, section 3.5).
 
     `known` are the concepts read from files, by name. Raises `JobError` where a token or class word is missing, or
-    another concept's token stands in a prompt.
+    a token stands in the prompt of
+    another concept or of the base model.
     """
     people = [
         known.get(spec.name) or SimpleNamespace(name=spec.name, token=spec.train.token, word=spec.word)
         for spec in job.everyone
     ]
     derived = own_prompts(job.prompt, people[: len(job.concepts)], people[-1] if job.background else None)
-    prompts, problems = [], []
+    texts = {"prompt": job.prompt, "negative_prompt": job.negative_prompt}
+    texts |= {"inversion.prompt": job.inversion_prompt, "template.prompt": job.template.prompt}
+    prompts, problems = [], token_reasons(texts, people)
     for (place, spec), concept, own in zip(job.places(), people, derived, strict=True):
         prompt = spec.prompt or own
         if isinstance(prompt, WeaverError):
             problems.append(f"{place}: {prompt}")
             continue
         prompts.append(prompt)
-        if concept.token not in prompt:
+        if not names_token(prompt, concept.token):
             fix = f"put it before {concept.word!r}"
             problems.append(f"{place}.prompt: {prompt!r} lacks the concept's token {concept.token!r}; {fix}")
         tokens = {other.token for other in people} - {concept.token}
-        if strange := sorted(token for token in tokens if token in prompt):
+        if strange := sorted(token for token in tokens if names_token(prompt, token)):
             problems.append(f"{place}.prompt: holds another concept's token {strange[0]!r}; each names its own only")
     if problems:
         raise JobError(f"{source}: " + "; ".join(problems))
     return prompts
 
 
-def train_bank(job: Job, pipe, stages: Stages, *, processes: int | None = None) -> dict[str, Concept]:
+def worker_count(job: Job, pipe, processes: int | None = None) -> int:
+    """How many concepts train at once, where `processes` is the wish for it, None for none.
+
+    That is one a core for the embedded model on the CPU, and one otherwise: other models would need their memory
+    several times. Raises `WeaverError` for more than one on a GPU.
+    """
+    if processes is None:
+        return _cores() if job.embedded and pipe.device.type == "cpu" else 1
+    if processes > 1 and pipe.device.type != "cpu":
+        raise WeaverError(f"processes: is {processes}; on {pipe.device.type} concepts train one by one, give 1 or none")
+    return processes
+
+
+def train_bank(
+    job: Job, pipe, stages: Stages, *, processes: int | None = None, source: str = "job"
+) -> dict[str, Concept]:
     """Train every concept of a job that is to be trained; name -> concept.
 
     Parameters
     ----------
     pipe : the base model, for training in this process; it is left as it was
-    processes : how many train at once. None is one a core for the embedded model on the CPU, and one otherwise: other
-        models would need their memory several times.
+    processes : how many train at once, see `worker_count`
+
+    Raises `JobError`, led by `source` and the concept's field, when a training fails; all others end with it.
     """
-    tasks = [_Task(spec, job.model) for spec in job.everyone if spec.train]
-    if processes is None:
-        processes = _cores() if job.embedded and pipe.device.type == "cpu" else 1
+    tasks = [_Task(place, spec, job.model) for place, spec in job.places() if spec.train]
+    processes = min(worker_count(job, pipe, processes), len(tasks))
     with ExitStack() as open_bars:
         moves = [open_bars.enter_context(stages.bar(f"training {task.spec.name}")) for task in tasks]
-        if min(processes, len(tasks)) > 1:
-            trained = _train_apart(tasks, moves, min(processes, len(tasks)))
+        if processes > 1:
+            trained = _train_apart(tasks, moves, processes, source)
         else:
-            trained = [_train(task, pipe, move) for task, move in zip(tasks, moves, strict=True)]
+            trained = []
+            for task, move in zip(tasks, moves, strict=True):
+                with _told(task, source):
+                    trained.append(_train(task, pipe, move))
     return {task.spec.name: concept for task, concept in zip(tasks, trained, strict=True)}
 
 
@@ -127,10 +150,22 @@ def _train(task: _Task, pipe, move: Callable[[int, int], None]) -> Concept:
     )
 
 
-def _train_apart(tasks: Sequence[_Task], moves: Sequence[Callable], processes: int) -> list[Concept]:
-    """Train in fresh processes of one thread each; their progress comes back by a queue."""
+@contextmanager
+def _told(task: _Task, source: str) -> Iterator[None]:
+    """Say which concept an error of its training belongs to."""
+    try:
+        yield
+    except WeaverError as error:
+        raise JobError(f"{source}: {task.place}.train: {error}") from error
+
+
+def _train_apart(tasks: Sequence[_Task], moves: Sequence[Callable], processes: int, source: str) -> list[Concept]:
+    """Train in fresh processes of one thread each; their progress comes back by a queue.
+
+    When one fails, or this process is interrupted, the others are ended before anything else happens.
+    """
     context = multiprocessing.get_context("spawn")
-    news = context.Queue()
+    news, others = context.Queue(), set(multiprocessing.active_children())
     with (
         tempfile.TemporaryDirectory(prefix="weaver-bank-") as folder,
         ProcessPoolExecutor(processes, context, _begin_worker, (news,)) as pool,
@@ -138,15 +173,16 @@ def _train_apart(tasks: Sequence[_Task], moves: Sequence[Callable], processes: i
         paths = [Path(folder) / f"{number}.safetensors" for number in range(len(tasks))]
         futures = [pool.submit(_work, number, task, paths[number]) for number, task in enumerate(tasks)]
         try:
-            while any(not future.done() for future in futures):
+            waiting = dict(zip(futures, tasks, strict=True))
+            while waiting:
                 _pass_on(news, moves)
-                for future in futures:
-                    if future.done():
+                for future in [future for future in waiting if future.done()]:
+                    with _told(waiting.pop(future), source):
                         future.result()  # raises what went wrong there
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        for future in futures:
-            future.result()
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            raise  # the pool is left, and with that waited for, before the folder goes
         return [Concept.load(path) for path in paths]
 
 

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _common(parser: argparse.ArgumentParser, out: str | None) -> None:
-    where = out or "outputs/ and the job's name"
+    where = out or "outputs/ and the job's name, for a manifest its folder's with -again"
     default = Path(out) if out else None
     parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=f"folder of the results ({where})")
     parser.add_argument("--seed", type=_seed, metavar="S", help="another seed than the job's")
@@ -86,18 +86,19 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from weaver.inputs import read_inputs
-    from weaver.jobfile import load_job
+    from weaver.jobfile import load_job, read_manifest
     from weaver.manifest import changed_versions, check_inputs
 
-    job = load_job(args.job)
-    check_inputs(args.job, read_inputs(job, str(args.job)))
-    if changed := changed_versions(args.job):
-        print(f"weaver: the manifest was made with other versions: {', '.join(changed)}", file=sys.stderr)
-    name = args.job.resolve().parent.name if args.job.name == "manifest.json" else args.job.stem
-    return _execute(job, args.out or Path("outputs") / name, str(args.job), args)
+    job, manifest, name = load_job(args.job), read_manifest(args.job), args.job.stem
+    if manifest:
+        check_inputs(manifest, read_inputs(job, str(args.job)), str(args.job))
+        if changed := changed_versions(manifest):
+            print(f"weaver: the manifest was made with other versions: {', '.join(changed)}", file=sys.stderr)
+        name = f"{args.job.resolve().parent.name}-again"  # beside what it is to be compared with
+    return _execute(job, args.out or Path("outputs") / name, str(args.job), args, manifest)
 
 
-def _execute(job, out: Path, source: str, args: argparse.Namespace) -> int:
+def _execute(job, out: Path, source: str, args: argparse.Namespace, manifest: dict | None = None) -> int:
     if args.seed is not None:
         job = replace(job, seed=args.seed, template=replace(job.template, seed=None))
     with args.stages.step("starting"):
@@ -105,7 +106,7 @@ def _execute(job, out: Path, source: str, args: argparse.Namespace) -> int:
 
         quiet_libraries()
         from weaver.run import run_job
-    run = run_job(job, out, source=source, offline=args.offline, stages=args.stages)
+    run = run_job(job, out, source=source, offline=args.offline, stages=args.stages, manifest=manifest)
     for name, scores in run.report["concepts"].items():
         if scores["own"] is not None:
             print(f"{name:20} own {scores['own']:6.3f}   base {scores['base']:6.3f}   others {scores['others']:6.3f}")
@@ -114,9 +115,11 @@ def _execute(job, out: Path, source: str, args: argparse.Namespace) -> int:
 
 
 def _seed(text: str) -> int:
+    from weaver.fields import LARGEST
+
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, is {value}")
+    if not 0 <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be 0 to {LARGEST}, is {value}")
     return value
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-__all__ = ["EMBEDDED", "Fields"]
+__all__ = ["EMBEDDED", "LARGEST", "Fields", "resolve_path"]
 
+LARGEST = 2**32 - 1  # of a whole number; seeds are multiplied and added to, and must stay within 64 bits
 EMBEDDED = "embedded:"  # prefix of things that ship with the package: "embedded:tuxedo"
 
 
@@ -17,7 +18,7 @@ class Fields:
 
     Parameters
     ----------
-    value : what stands in the file; anything but a mapping is a complaint.
+    value : what stands in the file; anything but a mapping is one complaint, and no others follow from it.
     path : where it stands, "concepts[1].mask"; empty for the whole file.
     problems : the list that complaints go to, shared with all nested sections.
     folder : what relative paths are relative to.
@@ -27,13 +28,17 @@ class Fields:
         self.path, self.problems, self.folder = path, problems, folder
         self._known: set[str] = set()
         self._values: dict = {}
+        self._broken = False
         if isinstance(value, Mapping):
             self._values = dict(value)
         else:
             self.complain(None, f"expected fields with names, found {_show(value)}")
+            self._broken = True
 
     def complain(self, name: str | None, message: str) -> None:
         """Note one complaint about the field `name` of this section, or about the section itself."""
+        if self._broken:
+            return
         where = ".".join(part for part in (self.path, name) if part)
         self.problems.append(f"{where}: {message}" if where else message)
 
@@ -56,8 +61,8 @@ class Fields:
             return default
         return value
 
-    def whole(self, name: str, default: int | None = None, *, least: int = 0) -> int | None:
-        """A whole number of at least `least`."""
+    def whole(self, name: str, default: int | None = None, *, least: int = 0, most: int = LARGEST) -> int | None:
+        """A whole number between `least` and `most`."""
         if not self._given(name):
             return default
         value = self._values[name]
@@ -65,6 +70,9 @@ class Fields:
             return self._refuse(name, "a whole number", default)
         if value < least:
             self.complain(name, f"must be at least {least}, is {value}")
+            return default
+        if value > most:
+            self.complain(name, f"must be at most {most}, is {value}")
             return default
         return value
 
@@ -176,7 +184,7 @@ class Fields:
         return default
 
     def _existing(self, name: str, value: str, folder_too: bool) -> Path | None:
-        path = (self.folder / Path(value).expanduser()).resolve()
+        path = resolve_path(self.folder, value)
         if path.is_file() or (folder_too and path.is_dir()):
             return path
         fault = "a folder, not a file" if path.is_dir() else f"not there (looked at {path})"
@@ -184,15 +192,22 @@ class Fields:
         return None
 
 
+def resolve_path(folder: Path, value: str) -> Path:
+    """The absolute path that `value` means, relative to `folder`; "~" is the home folder, where there is one."""
+    try:
+        return (folder / Path(value).expanduser()).resolve()
+    except (RuntimeError, ValueError):  # nobody's home; a path with a null in it
+        return folder / value
+
+
 def _as_number(value: object) -> float | None:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
-    return float(value)
+    try:
+        value = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _is_list(value: object) -> bool:

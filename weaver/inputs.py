@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 from weaver.concepts.concept import Concept
-from weaver.concepts.images import picture_files
+from weaver.concepts.images import caption_of, picture_files
 from weaver.errors import WeaverError
 from weaver.fields import EMBEDDED
 from weaver.job import BackgroundSpec, Job, JobError
-from weaver.pictures import open_picture
+from weaver.pictures import open_picture, open_rgb
 
 __all__ = ["InputFile", "file_hash", "read_inputs", "shipped_name", "training_pictures"]
 
@@ -28,17 +29,14 @@ class InputFile:
 
 
 def read_inputs(job: Job, source: str = "job") -> tuple[InputFile, ...]:
-    """Open every picture and concept file of a job.
+    """Open every picture, caption and concept file of a job.
 
     Raises `JobError`, one line led by `source` with each unreadable file behind its field.
     """
     problems, inputs = [], []
-    for field, path, kind in _files(job, problems):
+    for field, path, check in _files(job, problems):
         try:
-            if kind == "concept":
-                Concept.load(path)
-            elif kind == "picture":
-                open_picture(path)
+            check()
             inputs.append(InputFile(field, path, file_hash(path)))
         except WeaverError as error:
             problems.append(f"{field}: {error}")
@@ -71,10 +69,10 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _files(job: Job, problems: list[str]) -> Iterator[tuple[str, Path, str]]:
-    """(field, path, kind) of every file; complaints of shipped names that do not exist go to `problems`."""
-    if job.template.image:
-        yield "template.image", job.template.image, "picture"
+def _files(job: Job, problems: list[str]) -> Iterator[tuple[str, Path, Callable[[], object]]]:
+    """(field, path, check) of every file; complaints of shipped names that do not exist go to `problems`."""
+    if image := job.template.image:
+        yield "template.image", image, partial(open_rgb, image)
     for place, spec in job.places():
         field = f"{place}.file" if spec.file else f"{place}.train.images"
         name = shipped_name(spec)
@@ -82,21 +80,23 @@ def _files(job: Job, problems: list[str]) -> Iterator[tuple[str, Path, str]]:
             problems.append(f"{field}: {complaint}")
             continue
         if isinstance(spec.file, Path):
-            yield field, spec.file, "concept"
+            yield field, spec.file, partial(Concept.load, spec.file)
         elif spec.file is not None:
             from weaver import embedded
 
-            yield field, Path(embedded.concept_path(name)), "concept"
+            path = embedded.concept_path(name)
+            yield field, path, partial(Concept.load, path)
         try:
             for number, path in enumerate(training_pictures(spec)):
-                yield f"{field}[{number}]", path, "picture"
-                if path.with_suffix(".txt").is_file():
-                    yield f"{field}[{number}]", path.with_suffix(".txt"), "caption"
+                yield f"{field}[{number}]", path, partial(open_rgb, path)
+                caption = path.with_suffix(".txt")
+                if caption.is_file():
+                    yield f"{field}[{number}].txt", caption, partial(caption_of, path, spec.train.token, spec.word)
         except WeaverError as error:
             problems.append(f"{field}: {error}")
         mask = getattr(spec, "mask", None)
         if mask and mask.file:
-            yield f"{place}.mask.file", mask.file, "picture"
+            yield f"{place}.mask.file", mask.file, partial(open_picture, mask.file)
 
 
 def _unknown(name: str) -> str | None:

@@ -15,9 +15,12 @@ __all__ = [
     "JobError",
     "MaskSpec",
     "MasksSpec",
+    "SAME_MODEL",
     "TemplateSpec",
     "TrainSpec",
 ]
+
+SAME_MODEL = "same"  # as `TemplateSpec.model`: the model that fuses
 
 
 class JobError(WeaverError):
@@ -71,7 +74,10 @@ class ConceptSpec(BackgroundSpec):
 
 @dataclass(frozen=True)
 class TemplateSpec:
-    """The template: a picture file, or made from a prompt by `model` (None: the model that fuses).
+    """The template: a picture file, or made from a prompt by `model`.
+
+    `model` is a model as `Job.model`, or "same" for the one that fuses; None is SDXL as in the paper, and the embedded
+    model for itself (`weaver.resolve`).
 
     Where it does not show what the prompt names, another seed is tried, up to `tries` pictures in all: where a word
     is not found, or, with the embedded model, where a region looks like another animal.

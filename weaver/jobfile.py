@@ -11,7 +11,10 @@ import yaml
 from weaver.job import Job, JobError, TrainSpec
 from weaver.jobparse import job_from_mapping
 
-__all__ = ["job_to_mapping", "load_job", "read_mapping"]
+__all__ = ["MANIFEST_VERSION", "job_to_mapping", "load_job", "read_manifest", "read_mapping"]
+
+MANIFEST_VERSION = 1
+_MANIFEST_KEY = "weaver_manifest"
 
 # Names in a job file of what a Python name can't be, or is called otherwise in the settings.
 _WRITTEN = {"suppression": "lambda", "resnet_window": "resnet", "attention_window": "attention"}
@@ -20,14 +23,19 @@ _WRITTEN = {"suppression": "lambda", "resnet_window": "resnet", "attention_windo
 class _UniqueKeys(yaml.SafeLoader):
     """YAML as usual, but a key that stands twice is an error and not silently the last one."""
 
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor):
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise self._error(key, "a field's name must be plain text; put a value with braces into quotes")
+            if (key.tag, key.value) in seen:
+                raise self._error(key, f"{key.value!r} stands twice")
+            seen.add((key.tag, key.value))
+        return node
+
+    @staticmethod
+    def _error(node, problem: str) -> yaml.MarkedYAMLError:
+        return yaml.composer.ComposerError(None, None, problem, node.start_mark)
 
 
 def load_job(path: str | os.PathLike) -> Job:
@@ -37,9 +45,37 @@ def load_job(path: str | os.PathLike) -> Job:
     """
     path = Path(path)
     mapping = read_mapping(path)
-    if isinstance(mapping, dict) and "weaver_manifest" in mapping:
-        mapping = mapping.get("job")
+    if _is_manifest(mapping):
+        mapping = _checked(mapping, path)["job"]
     return job_from_mapping(mapping, folder=path.resolve().parent, source=str(path))
+
+
+def read_manifest(path: str | os.PathLike) -> dict | None:
+    """The manifest in a file, or None for a file that holds none.
+
+    It has "job" (for `job_from_mapping`), "inputs" {field: SHA-256} and "record" with at least "versions" and
+    "weights", as `weaver.manifest` makes them. Raises `JobError` for another version or a missing section.
+    """
+    path = Path(path)
+    mapping = read_mapping(path)
+    return _checked(mapping, path) if _is_manifest(mapping) else None
+
+
+def _is_manifest(mapping: object) -> bool:
+    return isinstance(mapping, dict) and _MANIFEST_KEY in mapping
+
+
+def _checked(manifest: dict, path: Path) -> dict:
+    version = manifest[_MANIFEST_KEY]
+    if type(version) is not int or version != MANIFEST_VERSION:
+        raise JobError(f"{path}: {_MANIFEST_KEY}: is {version!r}, this release reads {MANIFEST_VERSION}")
+    record = manifest.get("record")
+    record = record if isinstance(record, dict) else {}
+    sections = {"job": manifest.get("job"), "inputs": manifest.get("inputs")}
+    sections |= {f"record.{name}": record.get(name) for name in ("versions", "weights")}
+    if broken := [name for name, section in sections.items() if not isinstance(section, dict)]:
+        raise JobError(f"{path}: not a whole manifest: {', '.join(broken)} must be fields with names; run the job file")
+    return manifest
 
 
 def read_mapping(path: Path) -> object:
@@ -58,6 +94,8 @@ def read_mapping(path: Path) -> object:
         raise JobError(f"{path}{where}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise JobError(f"{path}: not valid YAML: {error}".replace("\n", " ")) from error
+    except ValueError as error:  # a value that looks like a date and is none, a number of thousands of digits
+        raise JobError(f"{path}: not valid YAML: {error}") from error
 
 
 def job_to_mapping(job: Job, folder: Path) -> dict:

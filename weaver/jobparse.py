@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
-from weaver.concepts.settings import TrainSettings
-from weaver.errors import WeaverError
-from weaver.fields import EMBEDDED, Fields
-from weaver.job import (
-    BackgroundSpec,
-    ConceptSpec,
-    FusionSpec,
-    Job,
-    JobError,
-    MaskSpec,
-    MasksSpec,
-    TemplateSpec,
-    TrainSpec,
-)
+from weaver.conceptparse import parse_concept
+from weaver.fields import Fields, resolve_path
+from weaver.job import SAME_MODEL, BackgroundSpec, ConceptSpec, FusionSpec, Job, JobError, MasksSpec, TemplateSpec
 
 __all__ = ["job_from_mapping"]
 
@@ -29,8 +17,6 @@ SITES = ("embedded", "paper", "plug-and-play")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _PATHLIKE = re.compile(r"^[.~]|^/|\\|^[A-Za-z]:")
 _HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$")
-_NAME = re.compile(r"^[\w][\w. -]*$")
-_TOKEN = re.compile(r"^\S+$")
 
 
 def job_from_mapping(mapping: object, *, folder: Path, source: str = "job") -> Job:
@@ -56,8 +42,8 @@ def job_from_mapping(mapping: object, *, folder: Path, source: str = "job") -> J
         template=_template(fields.section("template")),
         masks=_masks(fields.section("masks")),
         fusion=_fusion(fields.section("fusion")),
-        concepts=tuple(_concept(entry, ConceptSpec) for entry in fields.sections("concepts")),
-        background=_concept(fields.section("background"), BackgroundSpec) if fields.has("background") else None,
+        concepts=tuple(parse_concept(entry, ConceptSpec) for entry in fields.sections("concepts")),
+        background=parse_concept(fields.section("background"), BackgroundSpec) if fields.has("background") else None,
     )
     inversion = fields.section("inversion")
     values["inversion_prompt"] = inversion.text("prompt", empty=True)
@@ -72,11 +58,11 @@ def job_from_mapping(mapping: object, *, folder: Path, source: str = "job") -> J
     return job
 
 
-def _model(fields: Fields, name: str, default: str | None) -> str | None:
+def _model(fields: Fields, name: str, default: str | None, words: tuple[str, ...] = ("embedded",)) -> str | None:
     value = fields.text(name, default)
-    if value is None or value == "embedded":
+    if value is None or value in words:
         return value
-    folder = (fields.folder / Path(value).expanduser()).resolve()
+    folder = resolve_path(fields.folder, value)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             fields.complain(name, f"{value!r} is a folder without model_index.json, so no diffusers pipeline")
@@ -105,7 +91,7 @@ def _template(fields: Fields) -> TemplateSpec:
     else:
         spec = TemplateSpec(
             prompt=fields.text("prompt"),
-            model=_model(fields, "model", None),
+            model=_model(fields, "model", None, ("embedded", SAME_MODEL)),
             seed=fields.whole("seed"),
             steps=fields.whole("steps", 50, least=1),
             guidance=fields.number("guidance", least=0),
@@ -139,85 +125,12 @@ def _fusion(fields: Fields) -> FusionSpec:
     return spec
 
 
-def _concept(fields: Fields, kind: type) -> BackgroundSpec:
-    source = fields.exactly_one(("file", "train"))
-    train = _train(fields.section("train")) if source == "train" else None
-    file = fields.file("file") if source == "file" else None
-    word = fields.text("word")
-    if train and not word:
-        fields.complain("word", "is missing; name the class the concept belongs to, such as 'dog'")
-    name = fields.text("name", _default_name(file, train, word))
-    if not _NAME.match(name):
-        fields.complain("name", f"{name!r} must be letters, digits, '_', '-', '.' and spaces, not first a sign")
-    prompt = fields.text("prompt")
-    if train and prompt and train.token not in prompt:
-        fields.complain("prompt", f"lacks the concept's token {train.token!r}; put it before {word!r}")
-    values = dict(
-        name=name,
-        word=word,
-        file=file,
-        train=train,
-        prompt=prompt,
-        strength=fields.number("strength", 1.0, least=0),
-        window=fields.window("window"),
-        scale=fields.number("scale", 1.0),
-    )
-    if kind is ConceptSpec:
-        values["mask"] = _mask(fields.section("mask"))
-    fields.finish()
-    return kind(**values)
-
-
-def _default_name(file: Path | str | None, train: TrainSpec | None, word: str | None) -> str:
-    if isinstance(file, Path):
-        return file.stem
-    shipped = file or (train.images if train and isinstance(train.images, str) else "")
-    return shipped.removeprefix(EMBEDDED) or word or "concept"
-
-
-def _train(fields: Fields) -> TrainSpec:
-    token = fields.text("token", "<v1>")
-    if not _TOKEN.match(token):
-        fields.complain("token", f"{token!r} has white space in it; write it like '<v1>'")
-    images = fields.files("images")
-    if images is None and not fields.has("images"):
-        fields.complain("images", "is missing; name a folder or a list of pictures")
-    caption = fields.text("caption")
-    if caption and "{token}" not in caption and token not in caption:
-        fields.complain("caption", f"{caption!r} lacks the token; write {{token}} in it, as in 'a {{token}} dog'")
-    readers = {"int": fields.whole, "bool": fields.truth}
-    settings = {f.name: readers.get(f.type, fields.number)(f.name) for f in dataclass_fields(TrainSettings)}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    fields.finish()
-    try:
-        TrainSettings(**settings)
-    except WeaverError as error:
-        fields.complain(None, str(error))
-    return TrainSpec(images=images or (), token=token, caption=caption, settings=tuple(settings.items()))
-
-
-def _mask(fields: Fields) -> MaskSpec:
-    if not any(fields.has(name) for name in ("word", "file", "box")):
-        fields.finish()
-        return MaskSpec()
-    kind = fields.exactly_one(("word", "file", "box"))
-    box = fields.numbers("box", 4, "[left, top, right, bottom] in pixels or in parts of 1") if kind == "box" else None
-    if box and not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
-        fields.complain("box", f"must have 0 <= left < right and 0 <= top < bottom, is {list(box)}")
-    spec = MaskSpec(
-        word=fields.text("word") if kind == "word" else None,
-        file=fields.file("file") if kind == "file" else None,
-        label=fields.whole("label") if kind == "file" else None,
-        box=box,
-    )
-    fields.finish()
-    return spec
-
-
 def _check_whole(job: Job, fields: Fields) -> None:
     """What no field can tell by itself."""
     names: dict[str, str] = {}
     for place, spec in job.places():
+        if spec.file is None and spec.train is None:
+            continue  # told already; it has no name of its own
         if other := names.get(spec.name):
             fields.complain(f"{place}.name", f"{spec.name!r} is taken by {other}; give each concept its own name")
         names.setdefault(spec.name, place)

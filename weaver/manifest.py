@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,16 +14,23 @@ from PIL.PngImagePlugin import PngInfo
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.inputs import InputFile
 from weaver.job import BackgroundSpec, Job, JobError
-from weaver.jobfile import job_to_mapping, read_mapping
+from weaver.jobfile import MANIFEST_VERSION, job_to_mapping
 
-__all__ = ["PNG_KEY", "changed_versions", "check_inputs", "make_manifest", "picture_record", "save_png"]
+__all__ = [
+    "PNG_KEY",
+    "changed_versions",
+    "check_inputs",
+    "check_weights",
+    "make_manifest",
+    "picture_record",
+    "save_png",
+]
 
-FORMAT_VERSION = 1
 PNG_KEY = "concept-weaver"
 _LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "concept-weaver")
 
 
-def picture_record(job: Job, pipe, concepts: Sequence[Concept], settings: dict, inputs) -> dict:
+def picture_record(job: Job, pipe, concepts: Sequence[Concept], settings: dict, inputs, weights: dict) -> dict:
     """All that decides what the picture looks like, without paths; it travels in the PNG.
 
     Parameters
@@ -32,6 +39,7 @@ def picture_record(job: Job, pipe, concepts: Sequence[Concept], settings: dict, 
     concepts : one for each of `Job.everyone`
     settings : as `WeaveResult` has them
     inputs : the job's `InputFile`s
+    weights : {"model": `weights_hash`}, and "template.model" where another one makes the template
     """
     hashes: dict[str, list[dict]] = {}
     for file in inputs:
@@ -52,40 +60,46 @@ def picture_record(job: Job, pipe, concepts: Sequence[Concept], settings: dict, 
         "background": entries[-1] if job.background else None,
         "device": {"type": pipe.device.type, "dtype": str(pipe.unet.dtype).removeprefix("torch.")},
         "versions": library_versions(),
+        "weights": weights,
     }  # fmt: skip
 
 
 def make_manifest(job: Job, folder: Path, record: dict, inputs: tuple[InputFile, ...]) -> dict:
     """The manifest of a run whose results lie in `folder`; `weaver run` takes it as a job and makes them again."""
     return {
-        "weaver_manifest": FORMAT_VERSION,
+        "weaver_manifest": MANIFEST_VERSION,
         "job": job_to_mapping(job, folder),
         "inputs": {file.field: file.sha256 for file in inputs},
         "record": record,
     }
 
 
-def check_inputs(path: Path, inputs: tuple[InputFile, ...]) -> None:
-    """Raise `JobError` when `path` is a manifest and a file it was made from has changed since."""
-    mapping = read_mapping(path)
-    recorded = mapping.get("inputs", {}) if isinstance(mapping, dict) and "weaver_manifest" in mapping else {}
+def check_inputs(manifest: Mapping, inputs: tuple[InputFile, ...], source: str) -> None:
+    """Raise `JobError`, led by `source`, when a file that a manifest's run was made from has changed since."""
     found = {file.field: file for file in inputs}
     changed = [
         f"{field}: {found[field].path.name if field in found else 'the file'} is not what it was when the manifest was "
         f"written (sha256 {sha256[:12]}...); restore it, or run the job file"
-        for field, sha256 in recorded.items()
+        for field, sha256 in manifest["inputs"].items()
         if field not in found or found[field].sha256 != sha256
     ]
     if changed:
-        raise JobError(f"{path}: " + "; ".join(changed))
+        raise JobError(f"{source}: " + "; ".join(changed))
 
 
-def changed_versions(path: Path) -> list[str]:
+def check_weights(manifest: Mapping, field: str, sha256: str, source: str) -> None:
+    """Raise `JobError` when the model of a field, "model" or "template.model", has other weights than in a manifest."""
+    was = manifest["record"]["weights"].get(field)
+    if was != sha256:
+        raise JobError(
+            f"{source}: {field}: its weights are not those that the manifest was written with (sha256 "
+            f"{sha256[:12]}..., was {str(was)[:12]}...); restore them, or run the job file"
+        )
+
+
+def changed_versions(manifest: Mapping) -> list[str]:
     """Libraries that are not as a manifest says, "torch 2.13.0 (was 2.11.0)"; the picture may differ in detail."""
-    mapping = read_mapping(path)
-    if not isinstance(mapping, dict) or "weaver_manifest" not in mapping:
-        return []
-    now, then = library_versions(), mapping["record"]["versions"]
+    now, then = library_versions(), manifest["record"]["versions"]
     return [f"{name} {now.get(name)} (was {was})" for name, was in then.items() if now.get(name) != was]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 
 from weaver.errors import WeaverError
 
-__all__ = ["ModelError", "choose_device", "load_model", "quiet_libraries", "threads_for"]
+__all__ = ["ModelError", "choose_device", "load_model", "quiet_libraries", "threads_for", "weights_hash"]
 
 _SMALL_MODEL = 50_000_000  # parameters of the U-Net; Stable Diffusion's has 860 million
 
@@ -90,6 +91,23 @@ def threads_for(pipe) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def weights_hash(pipe) -> str:
+    """Hash all weights of a pipeline, wherever they came from: SHA-256, 64 hex digits.
+
+    As in `weaver.concepts.concept.attn2_hash`, float16 and float32 of one checkpoint, on any device, hash alike.
+    """
+    digest = hashlib.sha256()
+    for part, module in sorted(pipe.components.items()):
+        if not isinstance(module, torch.nn.Module):
+            continue
+        for name, value in sorted(module.state_dict().items()):
+            value = value.detach().cpu()
+            value = value.half() if value.dtype in (torch.float32, torch.float64) else value
+            digest.update(f"{part}.{name} {tuple(value.shape)}\n".encode())
+            digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def quiet_libraries() -> None:

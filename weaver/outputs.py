@@ -7,12 +7,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from PIL import Image
 
 from weaver.concepts.concept import Concept
+from weaver.errors import WeaverError
 from weaver.inputs import InputFile, shipped_name, training_pictures
 from weaver.job import BackgroundSpec, Job
 from weaver.manifest import make_manifest, save_png
@@ -22,9 +23,11 @@ from weaver.pipeline import WeaveResult
 from weaver.sheet import Card, contact_sheet
 from weaver.version import __version__
 
-__all__ = ["STAGES", "make_report", "write_outputs"]
+__all__ = ["STAGES", "check_folder", "make_report", "write_outputs"]
 
 STAGES = ("bank", "template", "inversion", "masks", "fusion")
+_FILES = ("template.png", "masks.png", "fused.png", "sheet.png", "manifest.json", "report.json")
+_PARTIAL = ".partial-"  # of the scratch folders
 _CARD_PICTURES = 9  # more do not fit on the sheet
 
 
@@ -32,17 +35,17 @@ def make_report(job: Job, result: WeaveResult, seconds: dict[str, float]) -> dic
     """Seconds of every stage, quality of the reconstruction, and how much each region shows its concept.
 
     Similarity is measured for concepts that ship with the embedded model, by its identity classifier; for others the
-    three values are None, since no measure of theirs ships.
+    three values are None, since no measure of theirs ships; so they are for a background that the masks cover whole.
     """
     concepts = {}
     for number, spec in enumerate(job.everyone):
-        name = shipped_name(spec)
-        if name is None:
+        name, region = shipped_name(spec), result.masks[number].numpy()
+        if name is None or not region.any():
             concepts[spec.name] = {"own": None, "base": None, "others": None}
             continue
         from weaver.embedded.identity import score
 
-        scores = score(result.image, result.masks[number].numpy(), name)
+        scores = score(result.image, region, name)
         concepts[spec.name] = {key: round(value, 4) for key, value in scores.items()}
     return {
         "stages": {stage: round(seconds.get(stage, 0.0), 2) for stage in STAGES},
@@ -50,6 +53,23 @@ def make_report(job: Job, result: WeaveResult, seconds: dict[str, float]) -> dic
         "reconstruction_psnr": round(result.reconstruction_psnr, 2),
         "concepts": concepts,
     }
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `WeaverError` unless results can be written into a folder, there already or not; leaves nothing there."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise WeaverError(f"out: {there} is a file, not a folder; choose another with --out")
+    try:  # what os.access says is not so for an administrator, on Windows and in folders of the system
+        os.rmdir(tempfile.mkdtemp(prefix=_PARTIAL, dir=there))
+    except OSError as error:
+        raise WeaverError(f"out: can't write into {there} ({error.strerror}); choose another with --out") from error
+    for path in [folder / name for name in _FILES if (folder / name).is_dir()]:
+        raise WeaverError(
+            f"out: {path} is a folder, a result is to have its name; move it, or choose another with --out"
+        )
+    if (folder / "concepts").exists() and not (folder / "concepts").is_dir():
+        raise WeaverError(f"out: {folder / 'concepts'} is a file; move it, or choose another folder with --out")
 
 
 def write_outputs(
@@ -62,7 +82,10 @@ def write_outputs(
     inputs: tuple[InputFile, ...],
     elapsed: Callable[[], float],
 ) -> None:
-    """Write everything into `folder`. `elapsed` gives the run's seconds so far, for the report, which comes last."""
+    """Write everything into `folder`, or leave it as it was. Concept files of earlier runs stay, the rest is replaced.
+
+    `elapsed` gives the run's seconds so far, for the report, which comes last.
+    """
     with _all_or_nothing(folder) as partial:
         overlay = draw_masks(result.template, result.masks, [spec.name for spec in job.everyone])
         save_png(result.template, partial / "template.png")
@@ -117,18 +140,13 @@ def _write_json(path: Path, value: dict) -> None:
 
 @contextmanager
 def _all_or_nothing(folder: Path) -> Iterator[Path]:
-    """A scratch folder whose files move into `folder` at the end, unless something goes wrong."""
+    """A scratch folder whose files move into `folder` at the end, unless something goes wrong, then too."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
     try:
         yield partial
-        for path in sorted(partial.rglob("*")):
-            target = folder / path.relative_to(partial)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.replace(path, target)
+        _move_in(partial, folder)
     except BaseException:
         shutil.rmtree(partial)
         for path in new:
@@ -137,3 +155,25 @@ def _all_or_nothing(folder: Path) -> Iterator[Path]:
             path.rmdir()
         raise
     shutil.rmtree(partial)
+
+
+def _move_in(partial: Path, folder: Path) -> None:
+    """Move all files of one folder into another; if one fails, what was there before is there again."""
+    paths = sorted(partial.rglob("*"))
+    earlier = Path(tempfile.mkdtemp(dir=partial))
+    with ExitStack() as undo:
+        for number, path in enumerate(paths):
+            target, aside = folder / path.relative_to(partial), earlier / str(number)
+            if path.is_dir():
+                if not target.is_dir():
+                    target.mkdir()
+                    undo.callback(target.rmdir)
+                continue
+            if target.is_file():
+                os.replace(target, aside)
+                undo.callback(os.replace, aside, target)
+                os.replace(path, target)
+            else:
+                os.replace(path, target)
+                undo.callback(target.unlink)
+        undo.pop_all()

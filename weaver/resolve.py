@@ -9,12 +9,14 @@ from weaver.checks import fusion_reasons
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.defaults import default_dilation, defaults_for, model_size
 from weaver.errors import WeaverError
-from weaver.job import BackgroundSpec, Job, JobError
+from weaver.job import SAME_MODEL, BackgroundSpec, Job, JobError
 from weaver.layers import SITES
 from weaver.pictures import open_picture
 from weaver.places import Places, best_source
 
-__all__ = ["check_model", "place_concepts", "resolve_job"]
+__all__ = ["TEMPLATE_MODEL", "check_model", "place_concepts", "resolve_job"]
+
+TEMPLATE_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"  # the paper's
 
 
 def resolve_job(job: Job, pipe, prompts: list[str]) -> Job:
@@ -28,12 +30,14 @@ def resolve_job(job: Job, pipe, prompts: list[str]) -> Job:
     sites = SITES[wishes.sites] if wishes.sites else defaults.sites
     everyone = [_resolve_spec(job, spec, prompt) for spec, prompt in zip(job.everyone, prompts, strict=True)]
     if template.image is None:
-        own = template.model is None or template.model == job.model
+        model = template.model or (SAME_MODEL if job.embedded else TEMPLATE_MODEL)
+        model = SAME_MODEL if model == job.model else model
         template = replace(
             template,
             prompt=template.prompt or job.prompt,
+            model=model,
             seed=_or(template.seed, job.seed),
-            guidance=_or(template.guidance, defaults.guidance) if own else template.guidance,
+            guidance=_or(template.guidance, defaults.guidance) if model == SAME_MODEL else template.guidance,
         )
     return replace(
         job,
@@ -76,8 +80,11 @@ def check_model(job: Job, known: dict[str, Concept], pipe, source: str) -> None:
         raise JobError(f"{source}: " + "; ".join(problems))
 
 
-def place_concepts(job: Job, known: dict[str, Concept], source: str) -> Places:
-    """Read the masks that are given; `JobError` with every field that holds an unusable one."""
+def place_concepts(job: Job, known: dict[str, Concept], pipe, source: str) -> Places:
+    """Read the masks that are given; `JobError` with every field that holds an unusable one, or a word nobody can find.
+
+    They are composed to see that each leaves the others something; what is still to be found can only take more away.
+    """
     own_size = None
     if job.template.image:
         image = open_picture(job.template.image)
@@ -86,9 +93,18 @@ def place_concepts(job: Job, known: dict[str, Concept], source: str) -> Places:
     words = [spec.word or known[spec.name].word for spec in job.concepts]
     labels = [f"{place}.mask" for place, _ in job.places()][: len(specs)]
     try:
-        return Places.build(specs, words, labels, source=job.masks.source, size=job.size, source_size=own_size)
+        places = Places.build(specs, words, labels, source=job.masks.source, size=job.size, source_size=own_size)
+        places.compose(job.size, dilation=job.masks.dilation, overlap=job.masks.overlap, names=labels)
     except WeaverError as error:
         raise JobError(f"{source}: {error}") from error
+    problems = [
+        f"{label}: {reason}"
+        for label, word in zip(labels, places.words, strict=True)
+        for reason in replace(places, words=(word,)).word_reasons(pipe, job.inversion_prompt)
+    ]
+    if problems:
+        raise JobError(f"{source}: " + "; ".join(problems))
+    return places
 
 
 def _resolve_spec(job: Job, spec: BackgroundSpec, prompt: str) -> BackgroundSpec:

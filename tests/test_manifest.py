@@ -1,0 +1,73 @@
+"""A manifest makes the same picture again, or says why not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from jobs import TRAINED, job_of, picture
+
+from weaver import run
+from weaver.errors import WeaverError
+from weaver.inputs import read_inputs
+from weaver.jobfile import load_job, read_manifest
+from weaver.manifest import changed_versions, check_inputs
+from weaver.models import load_model, weights_hash
+from weaver.run import run_job
+
+
+def test_the_manifest_makes_the_same_picture_again(finished, tmp_path):
+    path = finished.folder / "manifest.json"
+    job, manifest = load_job(path), read_manifest(path)
+    check_inputs(manifest, read_inputs(job), "manifest.json")
+    assert changed_versions(manifest) == []
+    again = run_job(job, tmp_path / "again", manifest=manifest)
+    for name in ("fused.png", "template.png", "masks.png"):
+        assert (again.folder / name).read_bytes() == (finished.folder / name).read_bytes(), name
+    other = json.loads((again.folder / "manifest.json").read_text())
+    assert other["record"] == json.loads(path.read_text())["record"]
+
+
+@pytest.fixture
+def changed(finished):
+    """The run's manifest and job, with files, libraries and weights recorded that are not there."""
+    path = finished.folder / "manifest.json"
+    manifest = read_manifest(path)
+    manifest["inputs"]["concepts[1].file"] = "0" * 64
+    manifest["record"]["versions"]["torch"] = "0.1"
+    manifest["record"]["weights"]["model"] = "0" * 64
+    return manifest, load_job(path)
+
+
+def test_a_manifest_tells_what_has_changed_since(changed):
+    manifest, job = changed
+    with pytest.raises(WeaverError, match=r"^m.json: concepts\[1\].file: rex.safetensors is not what it was"):
+        check_inputs(manifest, read_inputs(job), "m.json")
+    assert changed_versions(manifest) == [f"torch {torch.__version__} (was 0.1)"]
+
+
+def test_other_weights_are_not_taken_for_the_same_model(changed, tmp_path, monkeypatch):
+    manifest, job = changed
+    monkeypatch.setattr(run, "choose_template", lambda *a, **k: pytest.fail("sampling began"))
+    with pytest.raises(WeaverError, match="^m.json: model: its weights are not those that the manifest was written"):
+        run_job(job, tmp_path / "out", source="m.json", manifest=manifest)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_hash_alike_in_any_precision_and_tell_every_part(job_folder, job_pipe):
+    found = weights_hash(job_pipe)
+    half = load_model(str(job_folder / "model"), device="cpu", dtype=torch.float16)
+    assert weights_hash(half) == found
+    with torch.no_grad():
+        half.vae.decoder.conv_out.bias += 1
+    assert weights_hash(half) != found
+
+
+def test_a_caption_and_its_picture_are_both_inputs(job_folder, tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a {token} {word} at night")
+    train = TRAINED["train"] | {"images": str(tmp_path)}
+    inputs = read_inputs(job_of(job_folder, concepts=[TRAINED | {"train": train}]))
+    fields = [file.field for file in inputs if file.field.startswith("concepts[0].train")]
+    assert fields == ["concepts[0].train.images[0]", "concepts[0].train.images[0].txt"]

@@ -1,0 +1,97 @@
+"""Choose a job's template: of several seeds the first whose picture shows all that the prompt names."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import torch
+from PIL import Image
+
+from weaver.inputs import shipped_name
+from weaver.job import Job, JobError
+from weaver.masks import MaskError
+from weaver.places import Places
+from weaver.progress import Stages
+from weaver.template import template_picture
+
+__all__ = ["SEED_STRIDE", "choose_template"]
+
+SEED_STRIDE = 1_000_003  # between the seeds of several templates, so that neighbouring seeds stay different pictures
+
+
+def choose_template(
+    job: Job, pipe, maker, places: Places, stages: Stages, source: str
+) -> tuple[Job, Image.Image, Places]:
+    """Make or read the template, up to `TemplateSpec.tries` times, and find where everything stands in it.
+
+    Parameters
+    ----------
+    job : with its defaults resolved
+    pipe : the model that fuses, whose attention can find words
+    maker : the pipeline that makes the template; it is given the negative prompt if it takes one
+    places : what is known of the concepts' masks
+    source : what to call the job in errors
+
+    Returns the job, which names the seed that was taken, the template and the places, every mask found.
+    Raises `JobError` naming the fields whose masks can't be found in any of the templates, or leave a concept nothing.
+    """
+    spec = job.template
+    takes_negative = "negative_prompt" in inspect.signature(maker.__call__).parameters
+    best, fewest, failure = None, len(job.concepts) + 1, None
+    for extra in range(spec.tries):
+        template = template_picture(
+            maker,
+            spec.image or spec.prompt,
+            size=job.size,
+            seed=(spec.seed or 0) + extra * SEED_STRIDE,
+            steps=spec.steps,
+            guidance=spec.guidance,
+            negative_prompt=job.negative_prompt if takes_negative else "",
+            stages=stages,
+        )
+        try:
+            with stages.stage("masks"):
+                found, masks = _find(job, pipe, template, places)
+                unlike = _unlike(job, template, masks) if spec.tries > 1 else 0
+        except MaskError as error:
+            failure = error
+            continue
+        if unlike < fewest:
+            best, fewest = (extra, template, found), unlike
+        if unlike == 0:
+            break
+    if best is None:
+        tried = f"; {spec.tries} templates were tried, from seed {spec.seed}" if spec.tries > 1 else ""
+        raise JobError(f"{source}: {failure}{tried}") from failure
+    extra, template, found = best
+    if not spec.image:
+        job = replace(job, template=replace(spec, seed=spec.seed + extra * SEED_STRIDE, tries=1))
+    return job, template, found
+
+
+def _find(job: Job, pipe, template: Image.Image, places: Places) -> tuple[Places, torch.Tensor]:
+    """Every mask, and the final ones [N + 1, height, width]; `MaskError` with the fields of those that will not do."""
+    fields = [f"{place}.mask" for place, _ in job.places()][: len(job.concepts)]
+    try:
+        found = places.find(pipe, template, job.inversion_prompt)
+    except MaskError as error:
+        named = [field for field, word in zip(fields, places.words, strict=True) if word and repr(word) in str(error)]
+        raise MaskError(f"{', '.join(named) or 'masks'}: {error}") from error
+    masks = found.compose(job.size, dilation=job.masks.dilation, overlap=job.masks.overlap, names=fields)
+    return found, masks
+
+
+def _unlike(job: Job, template: Image.Image, masks: torch.Tensor) -> int:
+    """How many regions do not look like their class word to the embedded model's classifier; 0 for other models."""
+    if not job.embedded:
+        return 0
+    from weaver.embedded import CONCEPTS
+    from weaver.embedded.identity import classify_animal
+
+    names = [shipped_name(spec) for spec in job.concepts]
+    return sum(
+        classify_animal(template, mask.numpy()) != CONCEPTS[name].word
+        for name, mask in zip(names, masks, strict=False)
+        if name is not None and CONCEPTS[name].kind == "animal"
+    )

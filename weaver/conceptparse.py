@@ -1,0 +1,94 @@
+"""One concept of a job file, the background's included, from a plain mapping to a frozen spec."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+
+from weaver.concepts.prompts import names_token
+from weaver.concepts.settings import TrainSettings
+from weaver.errors import WeaverError
+from weaver.fields import EMBEDDED, Fields
+from weaver.job import BackgroundSpec, ConceptSpec, MaskSpec, TrainSpec
+
+__all__ = ["parse_concept"]
+
+_NAME = re.compile(r"^[\w][\w. -]*$")
+_TOKEN = re.compile(r"^\S+$")
+
+
+def parse_concept(fields: Fields, kind: type[BackgroundSpec]) -> BackgroundSpec:
+    """Read a section of a job file as a `kind`, `ConceptSpec` or `BackgroundSpec`; complaints go to `fields`."""
+    source = fields.exactly_one(("file", "train"))
+    train = _train(fields.section("train")) if source == "train" else None
+    file = fields.file("file") if source == "file" else None
+    word = fields.text("word")
+    if train and not word:
+        fields.complain("word", "is missing; name the class the concept belongs to, such as 'dog'")
+    name = fields.text("name", _default_name(file, train, word))
+    if not _NAME.match(name):
+        fields.complain("name", f"{name!r} must be letters, digits, '_', '-', '.' and spaces, not first a sign")
+    prompt = fields.text("prompt")
+    if train and prompt and not names_token(prompt, train.token):
+        fields.complain("prompt", f"lacks the concept's token {train.token!r}; put it before {word!r}")
+    values = dict(
+        name=name,
+        word=word,
+        file=file,
+        train=train,
+        prompt=prompt,
+        strength=fields.number("strength", 1.0, least=0),
+        window=fields.window("window"),
+        scale=fields.number("scale", 1.0),
+    )
+    if kind is ConceptSpec:
+        values["mask"] = _mask(fields.section("mask"))
+    fields.finish()
+    return kind(**values)
+
+
+def _default_name(file: Path | str | None, train: TrainSpec | None, word: str | None) -> str:
+    if isinstance(file, Path):
+        return file.stem
+    shipped = file or (train.images if train and isinstance(train.images, str) else "")
+    return shipped.removeprefix(EMBEDDED) or word or "concept"
+
+
+def _train(fields: Fields) -> TrainSpec:
+    token = fields.text("token", "<v1>")
+    if not _TOKEN.match(token):
+        fields.complain("token", f"{token!r} has white space in it; write it like '<v1>'")
+    images = fields.files("images")
+    if images is None and not fields.has("images"):
+        fields.complain("images", "is missing; name a folder or a list of pictures")
+    caption = fields.text("caption")
+    if caption and not names_token(caption.replace("{token}", token), token):
+        fields.complain("caption", f"{caption!r} lacks the token; write {{token}} in it, as in 'a {{token}} dog'")
+    readers = {"int": fields.whole, "bool": fields.truth}
+    settings = {f.name: readers.get(f.type, fields.number)(f.name) for f in dataclass_fields(TrainSettings)}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    fields.finish()
+    try:
+        TrainSettings(**settings)
+    except WeaverError as error:
+        fields.complain(None, str(error))
+    return TrainSpec(images=images or (), token=token, caption=caption, settings=tuple(settings.items()))
+
+
+def _mask(fields: Fields) -> MaskSpec:
+    if not any(fields.has(name) for name in ("word", "file", "box")):
+        fields.finish()
+        return MaskSpec()
+    kind = fields.exactly_one(("word", "file", "box"))
+    box = fields.numbers("box", 4, "[left, top, right, bottom] in pixels or in parts of 1") if kind == "box" else None
+    if box and not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
+        fields.complain("box", f"must have 0 <= left < right and 0 <= top < bottom, is {list(box)}")
+    spec = MaskSpec(
+        word=fields.text("word") if kind == "word" else None,
+        file=fields.file("file") if kind == "file" else None,
+        label=fields.whole("label") if kind == "file" else None,
+        box=box,
+    )
+    fields.finish()
+    return spec
