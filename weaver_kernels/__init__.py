@@ -1,5 +1,29 @@
-"""Attention of many contexts over shared queries. Needs torch, takes Triton, and imports nothing of `weaver`."""
+"""Attention of many contexts over shared queries, and what goes with it.
+
+Needs torch, takes Triton where there is one, and imports nothing of `weaver`.
+"""
 
 from weaver_kernels.context_attention import ContextPlan, context_attention, context_attention_reference
+from weaver_kernels.project_contexts import (
+    ContextKV,
+    LowRank,
+    ProjectionChange,
+    equal_contexts,
+    project_contexts,
+    project_contexts_reference,
+)
+from weaver_kernels.shared_attention import shared_attention, shared_attention_reference
 
-__all__ = ["ContextPlan", "context_attention", "context_attention_reference"]
+__all__ = [
+    "ContextKV",
+    "ContextPlan",
+    "LowRank",
+    "ProjectionChange",
+    "context_attention",
+    "context_attention_reference",
+    "equal_contexts",
+    "project_contexts",
+    "project_contexts_reference",
+    "shared_attention",
+    "shared_attention_reference",
+]

@@ -1,0 +1,162 @@
+"""`project_contexts`: matrix products that libraries do well, arranged so that a layer takes one, two or three.
+
+The base weights are applied to all contexts in one product. Changes are stacked and added in one batched product for
+the full ones and one pair for the factors: they are never merged into the base weights, whose 16-bit rounding would
+swallow the small ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from weaver_kernels.checks import gradient_reasons, require
+from weaver_kernels.project_contexts.reference import LowRank, ProjectionChange
+
+__all__ = ["ContextKV", "equal_contexts", "project_contexts"]
+
+
+@dataclass(frozen=True, eq=False)
+class ContextKV:
+    """Keys and values of S' contexts in one layer, both [S', L, H, D], as `context_attention` takes them."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def project_contexts(
+    text: torch.Tensor,
+    weight_k: torch.Tensor,
+    weight_v: torch.Tensor,
+    heads: int,
+    changes: Mapping[int, ProjectionChange] | None = None,
+    *,
+    out: ContextKV | None = None,
+) -> ContextKV:
+    """Keys and values of every context in one layer, once a generation: neither text nor weights change by step.
+
+    `K_s = text_s (W_k + delta_k,s)^T` and the same for V (arXiv 2404.03913, section 3.5: each concept has its own
+    cross-attention weights, under its own prompt). Contexts S', text length L, text width C, heads H, head dimension
+    D. Inference only.
+
+    Parameters
+    ----------
+    text : [S', L, C]
+    weight_k, weight_v : [H * D, C], the projections of the base model
+    heads : H
+    changes : number of a context -> what it adds to the two weights, as matrices or factors; contexts that are not
+        there have the base model's
+    out : keys and values to write into, which keep their addresses, for a CUDA graph; None allocates
+
+    Returns
+    -------
+    ContextKV in text's dtype; without `out` its keys and values are views of one tensor [S', L, 2 * H * D]
+
+    Raises
+    ------
+    ValueError with every reason, when shapes do not fit or gradients are asked for.
+    """
+    changes = dict(changes or {})
+    reasons = _reasons(text, weight_k, weight_v, heads, changes, out)
+    require("project_contexts", reasons + gradient_reasons(text=text, weight_k=weight_k, weight_v=weight_v))
+    width = len(weight_k)
+    projected = text @ torch.cat([weight_k, weight_v]).to(text.dtype).T  # [S', L, 2HD]
+    full, factored = _stacked(changes, width, text)
+    if full is not None:
+        which, delta = full
+        projected[which] = torch.baddbmm(projected[which], text[which], delta.mT)
+    if factored is not None:
+        which, down, up = factored
+        projected[which] = torch.baddbmm(projected[which], torch.bmm(text[which], down.mT), up.mT)
+    keys, values = (part.unflatten(-1, (heads, -1)) for part in projected.split(width, dim=-1))
+    if out is None:
+        return ContextKV(keys, values)
+    out.keys.copy_(keys)
+    out.values.copy_(values)
+    return out
+
+
+def equal_contexts(text: torch.Tensor, weights: Sequence[Hashable]) -> torch.Tensor:
+    """For each context the first one that is equal to it in text and weights: [S'] integers, `ContextPlan`'s `same_as`.
+
+    text : [S', L, C]; weights : something for each context that is equal where its weights are, such as the concept's
+    name and scale, or None for the base model. Reads the text once: not for the inside of a loop.
+    """
+    if len(weights) != len(text):
+        raise ValueError(f"equal_contexts: {len(text)} texts and {len(weights)} weights")
+    same_text = (text[:, None] == text[None]).flatten(2).all(-1).tolist()
+    first = [
+        next(r for r in range(s + 1) if r == s or (same_text[s][r] and weights[s] == weights[r]))
+        for s in range(len(text))
+    ]
+    return torch.tensor(first, device=text.device)
+
+
+def _stacked(changes, width, text):
+    """Full changes as (contexts, [M, 2HD, C]) and factors as (contexts, [M, R, C], [M, 2HD, R]); None without any.
+
+    A context's factors of k and v are side by side in R, filled up with zeros to the largest rank there is.
+    """
+    full, factored = {}, {}
+    for s, change in sorted(changes.items()):
+        for part, first in ((change.k, 0), (change.v, width)):
+            if isinstance(part, LowRank):
+                factored.setdefault(s, []).append((part, first))
+            elif part is not None:
+                full.setdefault(s, []).append((part, first))
+    stacked_full = stacked_factored = None
+    if full:
+        delta = text.new_zeros(len(full), 2 * width, text.shape[-1])
+        for i, parts in enumerate(full.values()):
+            for part, first in parts:
+                delta[i, first : first + width] = part
+        stacked_full = torch.tensor(list(full), device=text.device), delta
+    if factored:
+        rank = max(sum(len(part.down) for part, _ in parts) for parts in factored.values())
+        down = text.new_zeros(len(factored), rank, text.shape[-1])
+        up = text.new_zeros(len(factored), 2 * width, rank)
+        for i, parts in enumerate(factored.values()):
+            start = 0
+            for part, first in parts:
+                end = start + len(part.down)
+                down[i, start:end] = part.down
+                up[i, first : first + width, start:end] = part.up
+                start = end
+        stacked_factored = torch.tensor(list(factored), device=text.device), down, up
+    return stacked_full, stacked_factored
+
+
+def _reasons(text, weight_k, weight_v, heads, changes, out) -> list[str]:
+    reasons = []
+    if text.ndim != 3:
+        reasons.append(f"text must be [S', L, C], got {tuple(text.shape)}")
+    if weight_k.ndim != 2 or weight_k.shape != weight_v.shape:
+        got = f"{tuple(weight_k.shape)} and {tuple(weight_v.shape)}"
+        reasons.append(f"weight_k and weight_v must be [H * D, C] of one shape, got {got}")
+    if reasons:
+        return reasons
+    width, channels = weight_k.shape
+    if text.shape[-1] != channels:
+        reasons.append(f"text has {text.shape[-1]} channels, the weights take {channels}")
+    if heads < 1 or width % heads:
+        reasons.append(f"{width} outputs can't be {heads} heads")
+    if beyond := [s for s in changes if not 0 <= s < len(text)]:
+        reasons.append(f"changes has contexts {beyond}, text has 0..{len(text) - 1}")
+    for s, change in changes.items():
+        for name, part in zip("kv", change, strict=True):
+            if isinstance(part, LowRank):
+                down, up = part
+                rank = len(down)
+                if tuple(down.shape) != (rank, channels) or tuple(up.shape) != (width, rank):
+                    got = f"down {tuple(down.shape)} and up {tuple(up.shape)}"
+                    reasons.append(f"{name} of context {s} must be [r, {channels}] and [{width}, r], got {got}")
+            elif part is not None and tuple(part.shape) != (width, channels):
+                reasons.append(f"{name} of context {s} must be {(width, channels)}, got {tuple(part.shape)}")
+    if out is not None and not reasons:
+        shape = (*text.shape[:2], heads, width // heads)
+        for name, x in (("keys", out.keys), ("values", out.values)):
+            if tuple(x.shape) != shape or x.dtype != text.dtype:
+                reasons.append(f"out.{name} must be {shape} {text.dtype}, got {tuple(x.shape)} {x.dtype}")
+    return reasons

@@ -1,0 +1,106 @@
+"""`shared_attention`: scores and exponentials once for all rows, their values side by side.
+
+On an NVIDIA GPU with Triton that is FlexAttention, whose documentation has a value width Ev apart from the key width
+E; `scaled_dot_product_attention` falls back to the whole map there. Elsewhere it is written out over blocks of
+queries.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+
+from weaver_kernels.checks import gradient_reasons, require
+from weaver_kernels.context_attention.plan import has_kernel
+from weaver_kernels.tuning import config_table
+
+__all__ = ["shared_attention"]
+
+_SETTINGS = config_table("shared_attention")  # read here, because a compiled caller can't open files
+
+
+def shared_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
+    """Attention of several rows that have their queries and keys in common: `softmax(scale Q K^T) V_r`.
+
+    For layers whose queries and keys are injected (arXiv 2404.03913, section 3.3, after Plug-and-Play): guidance rows
+    and source row attend alike and differ in their values. Rows R, tokens T, keys L, heads H, head dimension D, value
+    dimension E. Inference only.
+
+    Parameters
+    ----------
+    q : [1, T, H, D], any strides
+    k : [1, L, H, D]
+    v : [R, L, H, E]
+    scale : positive; None is `1 / sqrt(D)`
+
+    Returns
+    -------
+    [R, T, H, E] in q's dtype, with logits and sums in float32 (float64 for float64)
+
+    Raises
+    ------
+    ValueError with every reason, when shapes or dtypes do not fit or gradients are asked for.
+    """
+    require("shared_attention", _reasons(q, k, v, scale) + gradient_reasons(q=q, k=k, v=v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if has_kernel(q.device) and q.dtype in (torch.float16, torch.bfloat16):
+        at_a_time = max(1, _SETTINGS["value_width"] // v.shape[-1])
+        return torch.cat([_flex(q, k, rows, scale) for rows in v.split(at_a_time)])
+    return _by_blocks(q, k, v, scale, _SETTINGS["scores"])
+
+
+def _flex(q, k, v, scale) -> torch.Tensor:
+    """FlexAttention on values side by side, compiled unless the caller is being compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    beside = v.permute(2, 1, 0, 3).flatten(2)[None]  # [1, H, L, R * E]
+    out = attend(q.transpose(1, 2), k.transpose(1, 2), beside, scale=scale)[0]  # [H, T, R * E]
+    return out.unflatten(-1, (len(v), -1)).permute(2, 1, 0, 3)
+
+
+@cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _by_blocks(q, k, v, scale, most_scores) -> torch.Tensor:
+    """The map in blocks of queries, so that at most so many scores exist at a time."""
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows, n_keys, heads, width = v.shape
+    keys = k[0].to(work).permute(1, 2, 0)  # [H, D, L]
+    beside = v.to(work).permute(2, 1, 0, 3).reshape(heads, n_keys, rows * width)  # [H, L, R * E]
+    out = torch.empty(rows, q.shape[1], heads, width, dtype=q.dtype, device=q.device)
+    block = max(1, most_scores // (heads * n_keys))
+    for start in range(0, q.shape[1], block):
+        query = q[0, start : start + block].to(work).transpose(0, 1)  # [H, t, D]
+        scores = torch.baddbmm(keys.new_empty(()), query, keys, beta=0, alpha=scale).softmax(-1)
+        found = torch.bmm(scores, beside).unflatten(-1, (rows, width))  # [H, t, R, E]
+        out[:, start : start + block] = found.permute(2, 1, 0, 3)
+    return out
+
+
+def _reasons(q, k, v, scale) -> list[str]:
+    reasons = []
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        return [f"q, k, v must be [1, T, H, D], [1, L, H, D], [R, L, H, E], got {shapes}"]
+    if len(q) != 1 or len(k) != 1:
+        reasons.append(f"q and k must have one row, which all rows of v share, got {len(q)} and {len(k)}")
+    if q.shape[-2:] != k.shape[-2:]:
+        reasons.append(f"q has (heads, dim) {tuple(q.shape[-2:])}, k has {tuple(k.shape[-2:])}")
+    if v.shape[1:3] != k.shape[1:3]:
+        reasons.append(f"v has (keys, heads) {tuple(v.shape[1:3])}, k has {tuple(k.shape[1:3])}")
+    if 0 in k.shape:
+        reasons.append(f"there are no keys: k is {tuple(k.shape)}")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        reasons.append(f"q, k, v must share a floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
+        reasons.append(f"scale must be positive and finite, got {scale}")
+    if len({x.device for x in (q, k, v)}) > 1:
+        reasons.append(f"tensors are on several devices: {q.device}, {k.device}, {v.device}")
+    return reasons
