@@ -115,3 +115,33 @@ def test_offsets_of_tokens_as_64_bits(monkeypatch):
     arguments = kernel.kernel_arguments
     monkeypatch.setattr(kernel, "kernel_arguments", lambda *args: arguments(*args) | {"WIDE": True})
     check(b=2, d=40)
+
+
+@pytest.mark.parametrize("given", ["no-plan", "plan", "plan-of-one-size"])
+def test_what_runs_on_a_gpu_up_to_the_launch(given, monkeypatch):
+    """The GPU's implementation with the table's configuration for 8.6, on CPU tensors."""
+    from weaver_kernels import ContextPlan
+    from weaver_kernels.context_attention import op
+
+    monkeypatch.setattr(op, "has_kernel", lambda device: True)
+    monkeypatch.setattr(op, "_arch", lambda index: 86)
+    case = make_case(b=2, t=70, d=40, contexts=5, length=9)  # float32: tiles of 16
+    sizes = {"no-plan": (), "plan": (64, 16, 32), "plan-of-one-size": (64,)}[given]
+    plan = ContextPlan(case["weights"], case["context_index"], merge=False, tile_sizes=sizes)
+    arguments = (case["q"].transpose(2, 3).contiguous().transpose(2, 3), case["k"], case["v"], plan.weights)
+    call = (*arguments, plan.context_index, None, plan.lists if sizes else (), sizes, 40**-0.5)
+    if given == "plan-of-one-size":
+        with pytest.raises(ValueError, match=r"plan has tiles of \[64\], this device takes 16"):
+            op._cuda(*call)
+    else:
+        assert_within_twice_eager(op._cuda(*call), case)
+
+
+def test_nothing_to_compute_is_not_launched(monkeypatch):
+    from weaver_kernels.context_attention import op
+
+    monkeypatch.setattr(op, "has_kernel", lambda device: True)
+    for shape in ({"t": 0}, {"length": 0}):
+        case = make_case(**shape)
+        out = op._cuda(case["q"], case["k"], case["v"], case["weights"], None, None, (), (), 0.25)
+        assert torch.equal(out, torch.zeros_like(case["q"]))
