@@ -141,7 +141,7 @@ REACHES = {
     "dilation": ({"masks": {"dilation": 4}}, {"weights"}),
     "overlap": ({"masks": {"overlap": "share"}}, {"weights"}),
     "lambda": ({"fusion": {"lambda": 0.9}}, {"weights"}),
-    "guidance": ({"fusion": {"guidance": 3}}, {"guidance"}),
+    "guidance": ({"fusion": {"guidance": 5}}, {"guidance"}),
     "sites": ({"fusion": {"injection": {"sites": "plug-and-play"}}}, {"sites", "windows"}),
     "ResNet window": ({"fusion": {"injection": {"resnet": 0.1}}}, {"windows"}),
     "attention window": ({"fusion": {"injection": {"attention": 0.1}}}, {"windows"}),

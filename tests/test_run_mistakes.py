@@ -66,6 +66,13 @@ MISTAKES = {
         {"concepts": [{"file": name, "mask": {"file": "left.png"}} for name in ("tom.safetensors", "rex.safetensors")]},
         "concepts[0].mask and concepts[1].mask claim all of each other's mask",
     ),
+    "masks that leave the background nothing": (
+        {
+            "concepts": [{"file": "tom.safetensors", "mask": {"box": [0, 0, 1, 1]}}],
+            "background": {"file": "hills.safetensors"},
+        },
+        "background: the masks cover the whole picture and leave it nothing",
+    ),
     "word that is not in the prompt": (
         {"concepts": [{"file": "tom.safetensors", "mask": {"word": "unicorn"}}]},
         "concepts[0].mask: no attention map for 'unicorn'",

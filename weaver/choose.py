@@ -13,6 +13,7 @@ from weaver.job import Job, JobError
 from weaver.masks import MaskError
 from weaver.places import Places
 from weaver.progress import Stages
+from weaver.resolve import final_masks, mask_fields
 from weaver.template import template_picture
 
 __all__ = ["SEED_STRIDE", "choose_template"]
@@ -72,14 +73,13 @@ def choose_template(
 
 def _find(job: Job, pipe, template: Image.Image, places: Places) -> tuple[Places, torch.Tensor]:
     """Every mask, and the final ones [N + 1, height, width]; `MaskError` with the fields of those that will not do."""
-    fields = [f"{place}.mask" for place, _ in job.places()][: len(job.concepts)]
     try:
         found = places.find(pipe, template, job.inversion_prompt)
     except MaskError as error:
-        named = [field for field, word in zip(fields, places.words, strict=True) if word and repr(word) in str(error)]
+        words = zip(mask_fields(job), places.words, strict=True)
+        named = [field for field, word in words if word and repr(word.lower()) in str(error)]
         raise MaskError(f"{', '.join(named) or 'masks'}: {error}") from error
-    masks = found.compose(job.size, dilation=job.masks.dilation, overlap=job.masks.overlap, names=fields)
-    return found, masks
+    return found, final_masks(job, found)
 
 
 def _unlike(job: Job, template: Image.Image, masks: torch.Tensor) -> int:

@@ -35,17 +35,17 @@ def make_report(job: Job, result: WeaveResult, seconds: dict[str, float]) -> dic
     """Seconds of every stage, quality of the reconstruction, and how much each region shows its concept.
 
     Similarity is measured for concepts that ship with the embedded model, by its identity classifier; for others the
-    three values are None, since no measure of theirs ships; so they are for a background that the masks cover whole.
+    three values are None, since no measure of theirs ships.
     """
     concepts = {}
     for number, spec in enumerate(job.everyone):
-        name, region = shipped_name(spec), result.masks[number].numpy()
-        if name is None or not region.any():
+        name = shipped_name(spec)
+        if name is None:
             concepts[spec.name] = {"own": None, "base": None, "others": None}
             continue
         from weaver.embedded.identity import score
 
-        scores = score(result.image, region, name)
+        scores = score(result.image, result.masks[number].numpy(), name)
         concepts[spec.name] = {key: round(value, 4) for key, value in scores.items()}
     return {
         "stages": {stage: round(seconds.get(stage, 0.0), 2) for stage in STAGES},

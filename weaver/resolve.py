@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
+import torch
+
 from weaver.bank import training_settings
 from weaver.checks import fusion_reasons
 from weaver.concepts.concept import Concept, attn2_hash
@@ -11,10 +13,11 @@ from weaver.defaults import default_dilation, defaults_for, model_size
 from weaver.errors import WeaverError
 from weaver.job import SAME_MODEL, BackgroundSpec, Job, JobError
 from weaver.layers import SITES
+from weaver.masks import MaskError
 from weaver.pictures import open_picture
 from weaver.places import Places, best_source
 
-__all__ = ["TEMPLATE_MODEL", "check_model", "place_concepts", "resolve_job"]
+__all__ = ["TEMPLATE_MODEL", "check_model", "final_masks", "mask_fields", "place_concepts", "resolve_job"]
 
 TEMPLATE_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"  # the paper's
 
@@ -91,10 +94,10 @@ def place_concepts(job: Job, known: dict[str, Concept], pipe, source: str) -> Pl
         own_size = (image.height, image.width)
     specs = [spec.mask for spec in job.concepts]
     words = [spec.word or known[spec.name].word for spec in job.concepts]
-    labels = [f"{place}.mask" for place, _ in job.places()][: len(specs)]
+    labels = mask_fields(job)
     try:
         places = Places.build(specs, words, labels, source=job.masks.source, size=job.size, source_size=own_size)
-        places.compose(job.size, dilation=job.masks.dilation, overlap=job.masks.overlap, names=labels)
+        final_masks(job, places)
     except WeaverError as error:
         raise JobError(f"{source}: {error}") from error
     problems = [
@@ -105,6 +108,26 @@ def place_concepts(job: Job, known: dict[str, Concept], pipe, source: str) -> Pl
     if problems:
         raise JobError(f"{source}: " + "; ".join(problems))
     return places
+
+
+def mask_fields(job: Job) -> list[str]:
+    """The field of every concept's mask, the background's not: "concepts[0].mask", ..."""
+    return [f"concepts[{number}].mask" for number in range(len(job.concepts))]
+
+
+def final_masks(job: Job, places: Places) -> torch.Tensor:
+    """The final masks [N + 1, height, width] of a job, its defaults resolved; before all are found, of those that are.
+
+    Raises `MaskError` naming the fields of masks that can't be used, or leave a concept or the background's nothing.
+    """
+    names = mask_fields(job)
+    final = places.compose(job.size, dilation=job.masks.dilation, overlap=job.masks.overlap, names=names)
+    if job.background and not final[-1].any():
+        raise MaskError(
+            "background: the masks cover the whole picture and leave it nothing; make them or masks.dilation "
+            "smaller, or leave the background out"
+        )
+    return final
 
 
 def _resolve_spec(job: Job, spec: BackgroundSpec, prompt: str) -> BackgroundSpec:
