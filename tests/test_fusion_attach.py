@@ -181,6 +181,17 @@ def test_a_call_that_is_not_the_plans_is_an_error(tiny_pipe, plan, arguments, me
         draw(tiny_pipe, plan, **arguments)
 
 
+def test_text_may_differ_by_rounding_and_no_position_by_more(tiny_pipe, plan):
+    """One word of many changes the mean over a prompt by less than a hundredth, and its own position by a third."""
+    text = plan.text[1:2]
+    word = text.clone()
+    word[:, 5] *= 1.3
+    with attach(tiny_pipe, plan):
+        draw(tiny_pipe, plan, prompt_embeds=text.half().to(text))
+        with pytest.raises(WeaverError, match="other prompts"):
+            draw(tiny_pipe, plan, prompt_embeds=word)
+
+
 def test_prompts_as_text_are_taken(tiny_pipe, plan):
     with attach(tiny_pipe, plan):
         texts = {"prompt": PROMPT, "prompt_embeds": None, "negative_prompt_embeds": None}

@@ -64,6 +64,14 @@ FAULTS = {
 }
 
 
+def test_masks_that_leave_the_background_nothing_are_told_before_the_first_step(tiny_pipe, concepts, calls):
+    masks = halves()
+    masks[1] = ~masks[0]
+    with pytest.raises(WeaverError, match="the masks leave the background's concept nothing"):
+        weave(tiny_pipe, PROMPT, concepts[:2], background=concepts[4], masks=masks, steps=2)
+    assert calls == []
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_told_before_the_first_step(tiny_pipe, concepts, calls, fault):
     changes, message = FAULTS[fault]

@@ -141,7 +141,8 @@ def weave(
     try:
         places = _places(pipe, uses, places, masks, mask_source, size)
         reasons += places.word_reasons(pipe, source_prompt)
-        places.compose(size, dilation=dilation, overlap=overlap, names=names)
+        known = places.compose(size, dilation=dilation, overlap=overlap, names=names)
+        reasons += ["the masks leave the background's concept nothing"] if ground and not known[-1].any() else []
     except WeaverError as error:
         reasons.append(str(error))
     raise_if(reasons, "Cannot weave")
