@@ -1,8 +1,6 @@
-"""A hundred random cases, others on each day, and what happens when one is wrong."""
+"""A hundred random cases, the same ones every time, and what happens when one is wrong. `make fuzz` draws others."""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 import torch
@@ -14,8 +12,7 @@ CASES, INTERPRETED = 100, 6
 
 @pytest.mark.parametrize(("kind", "number"), [("live", CASES), ("kernel", INTERPRETED)])
 def test_random_cases(kind, number, capsys):
-    first = int(time.time() // 86400) * CASES
-    assert fuzz.run_many(kind, range(first, first + number)) == [], capsys.readouterr().out
+    assert fuzz.run_many(kind, range(number)) == [], capsys.readouterr().out
 
 
 def test_a_wrong_case_is_told_and_can_be_run_alone(monkeypatch, capsys):

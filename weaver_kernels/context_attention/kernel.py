@@ -8,6 +8,7 @@ program, `o_` offsets, `b_` a block in registers, `p_` a pointer to where a bloc
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -258,21 +259,9 @@ def kernel_arguments(
     q, k, v, weights, context_index, key_lengths, scale, order, tile_counts, tile_contexts, out, tile
 ) -> dict:
     """Every argument of the kernel by name; tensors without storage will do, so it can be compiled anywhere."""
-    n_keys, dim = k.shape[1], q.shape[-1]
-    keys_at_a_time, l1, l2 = key_blocks(n_keys)
-    d1, d2 = split(dim)
-    q_each = q.ndim == 5
-    stride_qb, stride_qs, stride_qt, stride_qh, _ = q.stride() if q_each else (q.stride(0), 0, *q.stride()[1:])
-    stride_kc, stride_kl, stride_kh, _ = k.stride()
-    stride_vc, stride_vl, stride_vh, _ = v.stride()
-    stride_ob, stride_ot, stride_oh, _ = out.stride()
-    strides = {
-        "stride_qb": stride_qb, "stride_qs": stride_qs, "stride_qt": stride_qt, "stride_qh": stride_qh,
-        "stride_kc": stride_kc, "stride_kl": stride_kl, "stride_kh": stride_kh,
-        "stride_vc": stride_vc, "stride_vl": stride_vl, "stride_vh": stride_vh,
-        "stride_ob": stride_ob, "stride_ot": stride_ot, "stride_oh": stride_oh,
-    }  # fmt: skip
-    addresses = (x.data_ptr() // x.element_size() for x in (q, k, v, out))
+    layout, align = _layout(q.stride(), k.stride(), v.stride(), out.stride(), weights.shape[2], k.shape[1], k.shape[3])
+    size = q.element_size()
+    addresses = q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()
     return {
         "q": q, "k": k, "v": v, "weights": weights, "out": out,
         # A tensor that is not there is not read; any pointer stands for it.
@@ -280,12 +269,39 @@ def kernel_arguments(
         "key_lengths": order if key_lengths is None else key_lengths,
         "order": order, "tile_counts": tile_counts, "tile_contexts": tile_contexts,
         "scale": scale * LOG2_E,
-        "n_tokens": weights.shape[2], "n_contexts": weights.shape[1], "n_tiles": tile_counts.shape[1],
+        "n_contexts": weights.shape[1], "n_tiles": tile_counts.shape[1],
         "stride_wb": weights.stride(0), "stride_ws": weights.stride(1),
-        **strides,
-        "L": n_keys, "LC": keys_at_a_time, "L1": l1, "L2": l2, "D": dim, "D1": d1, "D2": d2, "BT": tile,
-        "Q_EACH": q_each, "INDEXED": context_index is not None, "RAGGED": key_lengths is not None,
-        "WIDE": weights.shape[2] * max(stride_qt, stride_ot) >= 2**31,
-        "ALIGN": math.gcd(16, *strides.values(), *addresses),
+        **layout,
+        "BT": tile,
+        "INDEXED": context_index is not None, "RAGGED": key_lengths is not None,
+        "ALIGN": math.gcd(align, math.gcd(16 * size, addresses) // size),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _layout(q_stride, k_stride, v_stride, out_stride, n_tokens, n_keys, dim) -> tuple[dict, int]:
+    """What follows from strides and sizes alone, and of what all strides are multiples, up to 16.
+
+    Kept for the next call of a layer: making it anew is half of what a launch costs on the host.
+    """
+    q_each = len(q_stride) == 5
+    strides = {
+        "stride_qb": q_stride[0],
+        "stride_qs": q_stride[1] if q_each else 0,
+        "stride_qt": q_stride[-3],
+        "stride_qh": q_stride[-2],
+    }
+    for names, stride in (
+        (("stride_kc", "stride_kl", "stride_kh"), k_stride),
+        (("stride_vc", "stride_vl", "stride_vh"), v_stride),
+        (("stride_ob", "stride_ot", "stride_oh"), out_stride),
+    ):
+        strides |= zip(names, stride[:3], strict=True)
+    keys_at_a_time, l1, l2 = key_blocks(n_keys)
+    d1, d2 = split(dim)
+    sizes = {
+        "n_tokens": n_tokens, "L": n_keys, "LC": keys_at_a_time, "L1": l1, "L2": l2, "D": dim, "D1": d1, "D2": d2,
+        "Q_EACH": q_each, "WIDE": n_tokens * max(strides["stride_qt"], strides["stride_ot"]) >= 2**31,
+    }  # fmt: skip
+    return strides | sizes, math.gcd(16, *strides.values())
