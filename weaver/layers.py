@@ -91,8 +91,9 @@ PAPER = InjectionSites("paper", resnets=(4,), attentions=(4, 7, 9))
 PLUG_AND_PLAY = InjectionSites("plug-and-play", resnets=(4,), attentions=tuple(range(4, 12)))
 """Plug-and-Play Diffusion's own choice, for Stable Diffusion."""
 
-EMBEDDED = InjectionSites("embedded", resnets=(3, 4, 5), attentions=tuple(range(4, 12)), attention_window=0.8)
-"""For the embedded model, and others with latents so small that l=4 is a map of a few cells."""
+EMBEDDED = InjectionSites("embedded", resnets=tuple(range(3, 9)), attentions=tuple(range(4, 12)))
+"""For the embedded model, and others with latents so small that l=4 is a map of a few cells: found by the sweep
+``benchmarks/embedded_sites.py``."""
 
 SITES = {sites.name: sites for sites in (PAPER, PLUG_AND_PLAY, EMBEDDED)}
 

@@ -24,7 +24,7 @@ _CANVAS = 128  # drawn at twice the size, then averaged
 
 # Places of n objects as (centre x, centre y, size) fractions of the picture, each with (least, most).
 _LAYOUTS = {
-    1: [((0.36, 0.64), (0.52, 0.66), (0.46, 0.66))],
+    1: [((0.24, 0.76), (0.5, 0.7), (0.4, 0.64))],
     2: [((0.23, 0.31), (0.52, 0.7), (0.40, 0.54)), ((0.69, 0.77), (0.52, 0.7), (0.40, 0.54))],
     3: [
         ((0.19, 0.25), (0.58, 0.76), (0.36, 0.42)),
