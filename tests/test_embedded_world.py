@@ -70,6 +70,18 @@ def test_caption_tells_what_is_drawn():
     assert told > 5
 
 
+def test_training_captions_leave_things_out_but_say_nothing_false():
+    rng, told = random.Random(0), []
+    scene = draw_scene(rng, animals=["cat", "panda", "dog"], background="beach", varied=False)
+    for _ in range(400):
+        caption = scene.training_caption(rng)
+        assert set(caption.replace(",", "").split()) <= {"a", "and", "cat", "panda", "dog", "beach", "background"}
+        told.append(caption)
+    assert told.count(scene.caption) > 200  # mostly the whole truth
+    assert {"beach background", "a panda", "a cat and a dog", "a cat, beach background"} <= set(told)
+    assert "a dog and a cat" not in told  # always from left to right
+
+
 def test_training_scenes_never_show_what_is_held_out():
     for seed in range(200):
         scene = draw_scene(random.Random(seed))

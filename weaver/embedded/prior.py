@@ -11,7 +11,7 @@ __all__ = ["prior_scenes"]
 
 
 def prior_scenes(count: int = 48, seed: int = 0) -> TrainingSet:
-    """`count` scenes of the world with their captions; the same seed gives the same scenes."""
+    """`count` scenes of the world with training captions; the same seed gives the same scenes."""
     rng = random.Random(seed)
     scenes = [draw_scene(rng) for _ in range(count)]
-    return TrainingSet(tuple(scene.image for scene in scenes), tuple(scene.caption for scene in scenes))
+    return TrainingSet(tuple(scene.image for scene in scenes), tuple(scene.training_caption(rng) for scene in scenes))

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from weaver.embedded.backgrounds import BACKGROUNDS, HELD_OUT_BACKGROUNDS, draw_background
+from weaver.embedded.captions import caption_of, partial_caption
 from weaver.embedded.drawings import ANIMALS, TRAINING_VENDORS, load_sprite, vendors_of
 from weaver.embedded.repaint import PALETTE, repaint_sprite
 
@@ -50,17 +51,33 @@ class SceneObject:
     vendor: str
     repainted: bool
 
+    @property
+    def phrase(self) -> str:
+        """Its words in a caption: "a dog", "an orange cat"."""
+        if self.colour is None:
+            return f"a {self.word}"
+        return f"{'an' if self.colour[0] in 'aeiou' else 'a'} {self.colour} {self.word}"
+
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture [64, 64] RGB, its labels [64, 64] (0 background, i the i-th object), its caption and contents."""
+    """A picture [64, 64] RGB, its labels [64, 64] (0 background, i the i-th object), and what it shows."""
 
     image: Image.Image
     labels: np.ndarray
-    caption: str
     objects: tuple[SceneObject, ...]
     background: str
+    background_words: str
     background_repainted: bool
+
+    @property
+    def caption(self) -> str:
+        """All that the scene shows: "a dog and an orange cat, beach background"."""
+        return caption_of([animal.phrase for animal in self.objects], self.background_words)
+
+    def training_caption(self, rng: random.Random) -> str:
+        """A caption that at times leaves animals or the background out, see `captions.partial_caption`."""
+        return partial_caption([animal.phrase for animal in self.objects], self.background_words, rng)
 
     def mask(self, index: int) -> np.ndarray:
         """The true mask [64, 64] bool of object `index` (0-based)."""
@@ -86,13 +103,6 @@ def _draw_ground(kind: str, rng: random.Random, varied: bool) -> tuple[Image.Ima
     repainted = (PALETTE[sky], PALETTE[ground]) if rng.random() < 0.5 else None
     image = draw_background(kind, rng, _CANVAS, feature=PALETTE[colour], repainted=repainted)
     return image, f"{colour} {word}", True
-
-
-def _phrase(animal: SceneObject) -> str:
-    """The words of one animal in a caption: "a dog", "an orange cat"."""
-    if animal.colour is None:
-        return f"a {animal.word}"
-    return f"{'an' if animal.colour[0] in 'aeiou' else 'a'} {animal.colour} {animal.word}"
 
 
 def _place(sprite: Image.Image, spot: tuple, rng: random.Random) -> tuple[Image.Image, tuple[int, int]]:
@@ -166,13 +176,11 @@ def draw_scene(
         ground.paste(sprite, corner, sprite)
     size = (IMAGE_SIZE, IMAGE_SIZE)
     labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
-    phrases = [_phrase(animal) for animal in objects]
-    listing = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
     return Scene(
         image=ground.resize(size, Image.Resampling.BOX),
         labels=labels,
-        caption=f"{listing}, {ground_words} background",
         objects=tuple(objects),
         background=kind,
+        background_words=ground_words,
         background_repainted=ground_repainted,
     )

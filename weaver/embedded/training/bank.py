@@ -24,7 +24,7 @@ _CHUNK = 500
 
 @dataclass(frozen=True)
 class Bank:
-    """Pictures [n, 64, 64, 3] uint8, labels [n, 64, 64] uint8, captions [n] and the animals' words, scene by scene."""
+    """Pictures [n, 64, 64, 3] uint8, labels [n, 64, 64] uint8, training captions [n] and the animals' words, scene by scene."""
 
     pictures: np.ndarray
     labels: np.ndarray
@@ -45,7 +45,7 @@ def _draw_chunk(seed: int, for_helpers: bool) -> tuple[np.ndarray, np.ndarray, l
     return (
         np.stack([np.asarray(scene.image) for scene in scenes]),
         np.stack([scene.labels for scene in scenes]),
-        [scene.caption for scene in scenes],
+        [scene.training_caption(rng) for scene in scenes],
         [[animal.word for animal in scene.objects] for scene in scenes],
     )
 
