@@ -23,14 +23,13 @@ TRAINING_STAGES = ("bank", "autoencoder", "diffusion")
 STAGES = (*TRAINING_STAGES, "segmenter", "identity", "concepts", "gates", "derive", "all")
 
 
-def _distributed(stage: str, args: argparse.Namespace) -> None:
-    """Run one training stage under torchrun with `args.processes` processes."""
+def _command(stage: str, args: argparse.Namespace) -> list[str]:
+    """The command of one training stage under torchrun, with `args.processes` processes that start no others."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.processes)]
-    command += ["-m", "weaver.embedded.training", stage, "--model", str(args.model), "--work", str(args.work)]
-    command += ["--scenes", str(args.scenes), "--batch", str(args.batch), "--minutes", str(args.minutes)]
-    command += ["--autoencoder-minutes", str(args.autoencoder_minutes), "--learning-rate", str(args.learning_rate)]
-    command += ["--seed", str(args.seed)] + ["--compile"] * args.compile + ["--move-latents"] * args.move_latents
-    subprocess.run(command, check=True)
+    command += ["-m", "weaver.embedded.training", stage, "--processes", "1"]
+    for name in ("model", "work", "scenes", "batch", "minutes", "autoencoder_minutes", "learning_rate", "seed"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    return command + ["--compile"] * args.compile + ["--move-latents"] * args.move_latents
 
 
 def _encoded(args: argparse.Namespace):
@@ -66,7 +65,7 @@ def run(stage: str, args: argparse.Namespace) -> None:
         derive.run(stage, args.work)
 
 
-def main(argv: list[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m weaver.embedded.training", description=__doc__)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="folder of the pipeline (default: the package's)")
@@ -92,6 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--from-scratch", action="store_true", help="remove the model first instead of going on from it"
     )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = _parser()
     args = parser.parse_args(argv)
     if args.model.resolve() != MODEL_DIR.resolve() and args.stage not in TRAINING_STAGES:
         parser.error(
@@ -106,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.processes > 1 and stage in ("autoencoder", "diffusion"):
             if stage == "diffusion":
                 _encoded(args)  # once, before the processes start
-            _distributed(stage, args)
+            subprocess.run(_command(stage, args), check=True)
         else:
             run(stage, args)
 
