@@ -1,0 +1,78 @@
+"""Rows of results: a CSV per operation, one row for each provider, case and device.
+
+A new measurement replaces the row of the same key. The device is part of the key: figures of different devices never
+share a row.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+__all__ = ["FIELDS", "KEY", "key_of", "read", "upsert"]
+
+KEY = ("device", "op", "model", "layer", "masks", "N", "dtype", "provider")
+FIELDS = (
+    *KEY,
+    "count",  # layers of this size in one forward of the U-Net
+    "live",  # contexts alive on a token of the fused row, on average
+    "p20_us",
+    "p50_us",
+    "p80_us",
+    "samples",
+    "peak_mb",  # memory of one call at its highest, the result included and the arguments not
+    "floor_us",
+    "floor_by",  # bytes, arithmetic or launch
+    "share",  # of the floor: floor_us / p50_us
+    "copy_gbs",  # rates measured in the same run, which the floor is made of
+    "matrix_tflops",
+    "sm_mhz",
+    "memory_mhz",
+    "watts",
+    "versions",
+    "date",
+)
+
+
+def key_of(row: Mapping[str, object]) -> tuple[str, ...]:
+    """What a row is about."""
+    return tuple(str(row[name]) for name in KEY)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """All rows of a file, none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def upsert(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write rows into the file, each in the place of the one with its key. All of them are written, or none.
+
+    Raises `ValueError` for a row without a full key, or with a column that is not one.
+    """
+    rows = list(rows)
+    reasons = [f"row {i} has no {name}" for i, row in enumerate(rows) for name in KEY if not str(row.get(name) or "")]
+    reasons += [f"row {i} has {name}, no column" for i, row in enumerate(rows) for name in row if name not in FIELDS]
+    if reasons:
+        raise ValueError("results: " + "; ".join(reasons))
+    table = {key_of(row): row for row in [*read(path), *rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(".partial")
+    with written.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table[key] for key in sorted(table, key=_order))
+    os.replace(written, path)
+
+
+def _order(key: tuple[str, ...]) -> tuple:
+    """Numbers by value: N = 8 before 12, and large maps first as in a U-Net."""
+    named = dict(zip(KEY, key, strict=True))
+    side = named["layer"].split("x")[0]
+    layer = -int(side) if side.isdigit() else 0
+    n = int(named["N"]) if named["N"].isdigit() else 0
+    return named["device"], named["op"], named["model"], layer, named["masks"], n, named["dtype"], named["provider"]
