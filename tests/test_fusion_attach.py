@@ -238,6 +238,47 @@ def test_rows_are_never_guessed(tiny_pipe, plan, plan_from_noise):
     torch.testing.assert_close(output, turned.flip(0), rtol=1e-10, atol=1e-10)
 
 
+def test_gradients_are_refused(tiny_pipe, plan):
+    features = plan.features
+    with attach(tiny_pipe.unet, plan, rows=("fused",)) as state:
+        state.set_step(0, features.timesteps)
+        with pytest.raises(WeaverError, match=r"inference only.*no_grad"):
+            tiny_pipe.unet(features.z_T, features.timesteps[0], plan.text[1:2])
+
+
+def test_weights_are_written_over_where_a_window_ends(tiny_pipe, plan_from_noise):
+    """One `ContextPlan` a size for as long as the rows are the same, at the same addresses."""
+    seen = []
+    with attach(tiny_pipe, plan_from_noise) as state:
+
+        def look(*_):
+            contexts = state._contexts
+            seen.append((dict(contexts), {size: made.weights[-1].clone() for size, made in contexts.items()}))
+
+        hook = tiny_pipe.unet.register_forward_hook(look)
+        for _ in range(2):
+            draw(tiny_pipe, plan_from_noise, generator=torch.Generator().manual_seed(0))
+        draw(tiny_pipe, plan_from_noise, guidance_scale=1.0, generator=torch.Generator().manual_seed(0))
+        hook.remove()
+    made = seen[0][0]
+    assert set(made) == set(plan_from_noise.sizes.values())
+    for step, (contexts, weights) in enumerate(seen[: 2 * STEPS]):
+        assert contexts == made  # the same objects
+        phase = plan_from_noise.phase_at(step % STEPS / STEPS)
+        assert all(torch.equal(weights[size], plan_from_noise.weights[phase, size]) for size in made)
+    for contexts, _ in seen[2 * STEPS :]:
+        assert all(len(contexts[size].weights) == 1 for size in made)
+
+
+def test_inference_mode_and_no_grad_may_alternate(tiny_pipe, plan_from_noise):
+    with attach(tiny_pipe, plan_from_noise):
+        runs = []
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                runs.append(draw(tiny_pipe, plan_from_noise, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(*runs)
+
+
 def test_a_unet_called_before_its_pipeline_is_an_error(tiny_pipe, plan):
     fresh = StableDiffusionPipeline(**tiny_pipe.components, requires_safety_checker=False)
     with pytest.raises(WeaverError, match="before its pipeline"), attach(fresh, plan):

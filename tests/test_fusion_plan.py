@@ -207,3 +207,51 @@ def test_a_region_without_a_concept_is_the_base_model_under_its_prompt(tiny_pipe
     with attach(tiny_pipe, plan):
         ours = tiny_pipe(PROMPT, **arguments).images
     torch.testing.assert_close(ours, tiny_pipe("a fox", **arguments).images, rtol=1e-10, atol=1e-10)
+
+
+def test_contexts_that_are_equal_are_computed_once(tiny_pipe, concepts, masks):
+    """A region under the base prompt is base; one concept twice is one only under one prompt and scale."""
+    own = ConceptUse(concepts[0], "a <v1> dog")
+    uses = [ConceptUse(None, PROMPT), own, own, dataclasses.replace(own, scale=0.5), ConceptUse(None, "a <v1> dog")]
+    stripes = torch.zeros(5, 32, 32)
+    for i, stripe in enumerate(stripes):
+        stripe[:, 6 * i : 6 * i + 6] = 1
+    plan = build(tiny_pipe, uses, stripes, steps=2)
+    assert plan.same_as.tolist() == [0, 1, 1, 3, 3, 5, 6]
+    seen = []
+    with attach(tiny_pipe, plan) as state:
+        hook = tiny_pipe.unet.register_forward_hook(lambda *_: seen.append(state._contexts[16, 16].weights[1]))
+        tiny_pipe(**plan.pipeline_arguments(), output_type="latent")
+        hook.remove()
+    assert (seen[0] != 0).any(-1).tolist() == [True, False, True, False, True, True]
+    torch.testing.assert_close(seen[0].sum(0), torch.ones(256, dtype=torch.float64))
+
+
+class Adapted(torch.nn.Module):
+    """A projection with an adapter around it, as adapter libraries make them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        rng = torch.Generator().manual_seed(linear.out_features)
+        self.base_layer = linear
+        self.down = torch.randn(2, linear.in_features, generator=rng, dtype=torch.float64)
+        self.up = torch.randn(linear.out_features, 2, generator=rng, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.base_layer(x) + x @ self.down.T @ self.up.T
+
+
+def test_an_adapter_of_the_base_model_counts(tiny_pipe, concepts, masks):
+    """For every context, a concept's own change on top of it."""
+    plain = build(tiny_pipe, [ConceptUse(c) for c in concepts[:2]], masks)
+    path = next(iter(plain.keys_values))
+    attention = tiny_pipe.unet.get_submodule(path)
+    own = attention.to_k
+    attention.to_k = Adapted(own)
+    try:
+        adapted = build(tiny_pipe, [ConceptUse(c) for c in concepts[:2]], masks)
+        added = (attention.to_k(plain.text) - own(plain.text)).unflatten(-1, (attention.heads, -1))
+    finally:
+        attention.to_k = own
+    torch.testing.assert_close(adapted.keys_values[path].keys, plain.keys_values[path].keys + added)
+    torch.testing.assert_close(adapted.keys_values[path].values, plain.keys_values[path].values)

@@ -99,10 +99,10 @@ def plan_of(job, pipe, monkeypatch, tmp_path) -> dict[str, str]:
     with pytest.raises(Enough):
         run_job(job, tmp_path / "out")
     [plan] = seen
-    sites = plan.features.sites
+    sites, kv = plan.features.sites, next(iter(plan.keys_values.values()))
     return {
         "prompts": str(plan.prompts),
-        "keys": str([value.sum().item() for value in plan.keys_values[next(iter(plan.keys_values))]]),
+        "keys": str([x.sum().item() for x in (kv.keys, kv.values)]),
         "weights": str([value.tolist() for value in plan.weights.values()]),
         "phases": str(plan.phases),
         "guidance": str(plan.guidance),

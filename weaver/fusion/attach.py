@@ -30,7 +30,7 @@ def attach(target, plan: FusionPlan, *, rows: Sequence[str] | None = None) -> It
     target : a `StableDiffusionPipeline`, called as ever, with the plan's prompt, negative prompt, size and steps (see
         `FusionPlan.pipeline_arguments`); or its U-Net, for a loop of one's own
     rows : for a U-Net only: what each row of its batch is, "negative" or "fused". A loop of one's own also calls
-        `set_step(step, timesteps)` on what this yields, before each forward
+        `set_step(step, timesteps)` on what this yields, before each forward, and runs under `torch.no_grad()`
 
     Guidance is the pipeline's: `eps = omega eps_fused + (1 - omega) eps_negative` (Concept Weaver, section 3.5), and
     without guidance there is no negative row. Several images a prompt each get the plan.
@@ -91,11 +91,11 @@ def _reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str] | None) -> list[s
     if odd := sorted(set(rows or ()) - {NEGATIVE_ROW, FUSED_ROW}):
         reasons.append(f"rows has {', '.join(map(repr, odd))}, expected {NEGATIVE_ROW!r} or {FUSED_ROW!r}")
     modules = dict(unet.named_modules())
-    for path, (keys, _) in plan.keys_values.items():
+    for path, kv in plan.keys_values.items():
         attention = modules.get(path)
-        if attention is None or keys.shape[-2:] != (attention.heads, attention.inner_kv_dim // attention.heads):
+        if attention is None or kv.keys.shape[-2:] != (attention.heads, attention.inner_kv_dim // attention.heads):
             return [*reasons, f"the plan is for another U-Net, whose {path} is of another shape"]
-    keys = next(iter(plan.keys_values.values()))[0]
+    keys = next(iter(plan.keys_values.values())).keys
     if (keys.dtype, keys.device) != (unet.dtype, unet.device):
         reasons.append(
             f"the plan is in {keys.dtype} on {keys.device}, the U-Net in {unet.dtype} on {unet.device}: "

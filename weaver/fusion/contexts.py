@@ -11,15 +11,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.concepts.own_prompts import own_prompts
 from weaver.concepts.prompts import encode_prompt
 from weaver.errors import WeaverError
 from weaver.layers import cross_attention_paths
+from weaver_kernels import ContextKV, ProjectionChange, equal_contexts, project_contexts
 
-__all__ = ["BASE", "NEGATIVE", "ConceptUse", "encode_contexts", "project_contexts", "use_reasons"]
+__all__ = [
+    "BASE",
+    "NEGATIVE",
+    "ConceptUse",
+    "context_keys_values",
+    "encode_contexts",
+    "same_contexts",
+    "use_reasons",
+]
 
 NEGATIVE, BASE = 0, 1
 _FIRST_USE = 2
@@ -111,13 +120,11 @@ def encode_contexts(
 
 
 @torch.no_grad()
-def project_contexts(
-    unet, text: torch.Tensor, uses: Sequence[ConceptUse]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def context_keys_values(unet, text: torch.Tensor, uses: Sequence[ConceptUse]) -> dict[str, ContextKV]:
     """Keys and values of every context in every cross-attention layer, with each concept's own weights.
 
-    Text does not change from step to step, so this is done once a generation. The negative and the base context have
-    the untuned weights.
+    Neither text nor weights change from step to step, so this is done once a generation. The negative and the base
+    context have the untuned weights.
 
     Parameters
     ----------
@@ -125,16 +132,34 @@ def project_contexts(
 
     Returns path of the attn2 -> keys and values, each [S', L, H, D] in the U-Net's dtype.
     """
+    text = text.to(unet.dtype)
     found = {}
     for path in cross_attention_paths(unet):
         attention = unet.get_submodule(path)
-        pair = []
-        for name in ("to_k", "to_v"):
-            projected = getattr(attention, name)(text.to(unet.dtype))  # [S', L, H * D]
-            for s, use in enumerate(uses, start=_FIRST_USE):
-                delta = use.concept.deltas.get(f"{path}.{name}") if use.concept is not None else None
-                if delta is not None:
-                    projected[s] += use.scale * F.linear(text[s].to(projected), delta.to(projected))
-            pair.append(projected.unflatten(-1, (attention.heads, -1)))
-        found[path] = tuple(pair)
+        changes = {
+            s: ProjectionChange(*(_change(use, f"{path}.{name}", text.dtype) for name in ("to_k", "to_v")))
+            for s, use in enumerate(uses, start=_FIRST_USE)
+            if use.concept is not None
+        }
+        weights = (_weight(projection, text) for projection in (attention.to_k, attention.to_v))
+        found[path] = project_contexts(text, *weights, attention.heads, changes)
     return found
+
+
+def same_contexts(text: torch.Tensor, uses: Sequence[ConceptUse]) -> torch.Tensor:
+    """[S'], for each context the first one equal to it in text and weights, which need not be computed twice."""
+    weights = [(use.concept, use.scale) if use.concept is not None else None for use in uses]
+    return equal_contexts(text, [None] * _FIRST_USE + weights)
+
+
+def _change(use: ConceptUse, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+    """What a concept adds to one projection; None where it leaves it as it is."""
+    delta = use.concept.deltas.get(name)
+    return None if delta is None else use.scale * delta.to(torch.promote_types(delta.dtype, dtype))
+
+
+def _weight(projection: nn.Module, text: torch.Tensor) -> torch.Tensor:
+    """[H * D, C], the weight by which a projection acts, that of an adapter around it included."""
+    if type(projection) is nn.Linear:
+        return projection.weight
+    return projection(torch.eye(text.shape[-1], dtype=text.dtype, device=text.device)).T

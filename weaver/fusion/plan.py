@@ -12,13 +12,22 @@ import torch
 
 from weaver.errors import raise_if
 from weaver.features import Features
-from weaver.fusion.contexts import BASE, NEGATIVE, ConceptUse, encode_contexts, project_contexts, use_reasons
+from weaver.fusion.contexts import (
+    BASE,
+    NEGATIVE,
+    ConceptUse,
+    context_keys_values,
+    encode_contexts,
+    same_contexts,
+    use_reasons,
+)
 from weaver.fusion.inputs import amount_reasons, full_masks, steps_and_size
 from weaver.fusion.support import unet_reasons
 from weaver.fusion.weights import phase_starts, token_weights
 from weaver.latents import vae_scale_factor
 from weaver.layers import layer_size
 from weaver.masks.compose import mask_pyramid
+from weaver_kernels import ContextKV
 
 __all__ = ["ConceptUse", "FusionPlan"]
 
@@ -33,7 +42,8 @@ class FusionPlan:
     Parameters
     ----------
     prompts : the S' prompts, and `text` [S', L, C] their encodings
-    keys_values : path of each attn2 -> (keys, values), both [S', L, H, D]
+    keys_values : path of each attn2 -> its keys and values, both [S', L, H, D]
+    same_as : [S'], for each context the first one equal to it in text and weights; these are computed once
     phases : where, as parts of the run, the weights change
     weights : (phase, (h, w)) -> [S' - 1, T], how the fused row weighs base and the contexts after it; columns sum to 1
     sizes : path of each attn2 -> (h, w) of its map
@@ -45,7 +55,8 @@ class FusionPlan:
 
     prompts: tuple[str, ...]
     text: torch.Tensor
-    keys_values: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    keys_values: Mapping[str, ContextKV]
+    same_as: torch.Tensor
     phases: tuple[float, ...]
     weights: Mapping[tuple[int, tuple[int, int]], torch.Tensor]
     sizes: Mapping[str, tuple[int, int]]
@@ -115,7 +126,7 @@ class FusionPlan:
         raise_if(reasons, "Cannot build the fusion plan")
 
         text = text.to(unet.device)
-        keys_values = project_contexts(unet, text, uses)
+        keys_values, same_as = context_keys_values(unet, text, uses), same_contexts(text, uses)
         levels = len(unet.config.block_out_channels)
         sizes = {path: layer_size(path, levels, size) for path in keys_values}
         phases = phase_starts(use.window for use in uses)
@@ -126,7 +137,7 @@ class FusionPlan:
                 strengths = [use.strength_at(start) for use in uses]
                 weights[phase, hw] = token_weights(reduced, strengths, suppression).to(unet.device, dtype)
         pixels = (size[0] * factor, size[1] * factor)
-        return cls(prompts, text, keys_values, phases, weights, sizes, size, pixels, steps, guidance, features)
+        return cls(prompts, text, keys_values, same_as, phases, weights, sizes, size, pixels, steps, guidance, features)
 
     def phase_at(self, progress: float) -> int:
         """Number of the phase at a part of the run, 0 (first step) to 1."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from weaver.errors import WeaverError
-from weaver_kernels import context_attention_reference
+from weaver_kernels import context_attention, shared_attention
 
 __all__ = ["FusedCrossAttnProcessor", "InjectedSelfAttnProcessor"]
 
@@ -32,18 +31,16 @@ class FusedCrossAttnProcessor:
     ) -> torch.Tensor:
         if attention_mask is not None:
             raise WeaverError("A mask over text tokens (encoder_attention_mask) can't be fused: call without it")
-        keys, values, weights, index = self.state.contexts(self.path)
+        kv, plan = self.state.contexts(self.path)
         q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))  # [B, T, H, D]
-        out = context_attention_reference(q, keys, values, weights, index, scale=attn.scale)
-        for layer in attn.to_out:  # projection and dropout
-            out = layer(out.flatten(-2) if out.ndim == 4 else out)
-        return out / attn.rescale_output_factor
+        out = context_attention(q, kv.keys, kv.values, plan.weights, plan.context_index, scale=attn.scale, plan=plan)
+        return _project_out(attn, out)
 
 
 class InjectedSelfAttnProcessor:
     """Self-attention with the template's queries and keys in every row, and the row's own values.
 
-    Outside of the injected steps it is the processor that was there before.
+    So one attention map serves all rows. Outside of the injected steps it is the processor that was there before.
     """
 
     def __init__(self, state, path: str, original):
@@ -64,9 +61,13 @@ class InjectedSelfAttnProcessor:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         k = self.state.injected(f"{self.path}.to_k", hidden_states)
         v = attn.to_v(hidden_states)
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))  # [., H, T, D]
-        q, k = (x.expand(len(v), -1, -1, -1) for x in (q, k))
-        out = F.scaled_dot_product_attention(q, k, v, scale=attn.scale).transpose(1, 2).flatten(-2)
-        for layer in attn.to_out:
-            out = layer(out)
-        return out / attn.rescale_output_factor
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))  # [1, T, H, D] twice, [B, T, H, D]
+        return _project_out(attn, shared_attention(q, k, v, scale=attn.scale))
+
+
+def _project_out(attn, out: torch.Tensor) -> torch.Tensor:
+    """[B, T, H, D] -> [B, T, C], through the layer's output projection and dropout."""
+    out = out.flatten(-2)
+    for layer in attn.to_out:
+        out = layer(out)
+    return out / attn.rescale_output_factor

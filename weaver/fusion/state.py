@@ -9,6 +9,7 @@ import torch
 from weaver.errors import WeaverError
 from weaver.fusion.contexts import BASE, NEGATIVE
 from weaver.fusion.plan import FusionPlan
+from weaver_kernels import ContextKV, ContextPlan
 
 __all__ = ["FUSED_ROW", "NEGATIVE_ROW", "FusionState"]
 
@@ -32,8 +33,8 @@ class FusionState:
         self._declared = tuple(rows) if rows is not None else None
         self._timesteps: torch.Tensor | None = None
         self._step: tuple[int, int] | None = None
-        self._cache: dict = {}
-        self._current: dict = {}
+        self._weighed: tuple = (None, None)
+        self._contexts: dict[tuple[int, int], ContextPlan] = {}
         self._features: dict = {}
 
     def set_step(self, step: int, timesteps: torch.Tensor) -> None:
@@ -56,15 +57,14 @@ class FusionState:
         if self._pipe is not None and self._follow(timestep):
             self._check_text(rows, text)
         step, steps = self._require_step()
-        phase = self.plan.phase_at(step / steps)
-        if (rows, phase) not in self._cache:
-            self._cache[rows, phase] = self._row_weights(rows, phase)
-        self._current = self._cache[rows, phase]
+        if torch.is_grad_enabled():
+            raise WeaverError("Fusion is for inference only: call the U-Net under torch.no_grad()")
+        self._weigh(rows, self.plan.phase_at(step / steps))
         self._features = self.plan.features.tensors[step] if self.plan.features is not None else {}
 
-    def contexts(self, path: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values [S', L, H, D], weights [B, S, T] and context index [B, S] of the attn2 at `path`."""
-        return *self.plan.keys_values[path], *self._current[self.plan.sizes[path]]
+    def contexts(self, path: str) -> tuple[ContextKV, ContextPlan]:
+        """What the attn2 at `path` attends to: keys and values of all contexts, and the rows' weights of them now."""
+        return self.plan.keys_values[path], self._contexts[self.plan.sizes[path]]
 
     def injected(self, path: str, like: torch.Tensor) -> torch.Tensor | None:
         """The template's output of the module at `path`, one row, where `like` is; None if not injected now."""
@@ -119,19 +119,29 @@ class FusionState:
                 f"{self.plan.prompts[NEGATIVE]!r}: pass these, or **plan.pipeline_arguments()"
             )
 
-    def _row_weights(self, rows: tuple[str, ...], phase: int) -> dict:
-        """(h, w) -> weights [B, S, T] and context index [B, S] for these rows."""
-        found = {}
-        for (of, size), fused in self.plan.weights.items():
-            if of != phase:
-                continue
-            negative = torch.zeros_like(fused)
-            negative[0] = 1
-            weights = torch.stack([negative if row == NEGATIVE_ROW else fused for row in rows])
-            fused_index = list(range(BASE, BASE + len(fused)))
-            index = [[NEGATIVE] * len(fused) if row == NEGATIVE_ROW else fused_index for row in rows]
-            found[size] = weights, torch.tensor(index, device=fused.device)
-        return found
+    @torch.inference_mode(False)  # whose tensors could not be written over outside of it
+    def _weigh(self, rows: tuple[str, ...], phase: int) -> None:
+        """Write the phase's weights into the `ContextPlan` of each size; for other rows than before make these anew."""
+        if (rows, phase) == self._weighed:
+            return
+        contexts = self._contexts if rows == self._weighed[0] else {}
+        for size in set(self.plan.sizes.values()):
+            weights, index = _row_weights(rows, self.plan.weights[phase, size])
+            if size in contexts:
+                contexts[size].update(weights, index, self.plan.same_as)
+            else:
+                contexts[size] = ContextPlan(weights, index, same_as=self.plan.same_as)
+        self._contexts, self._weighed = contexts, (rows, phase)
+
+
+def _row_weights(rows: tuple[str, ...], fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [B, S, T] and context index [B, S] of these rows, `fused` [S, T] being the fused row's."""
+    negative = torch.zeros_like(fused)
+    negative[0] = 1
+    weights = torch.stack([negative if row == NEGATIVE_ROW else fused for row in rows])
+    fused_index = list(range(BASE, BASE + len(fused)))
+    index = [[NEGATIVE] * len(fused) if row == NEGATIVE_ROW else fused_index for row in rows]
+    return weights, torch.tensor(index, device=fused.device)
 
 
 def _position(timestep, timesteps: torch.Tensor) -> int:
