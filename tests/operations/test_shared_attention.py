@@ -75,6 +75,19 @@ def test_values_side_by_side_are_what_flex_attention_takes():
     torch.testing.assert_close(compiled(*case), shared_attention_reference(*case), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("d", "width", "taken"), [(16, 16, True), (8, 16, False), (16, 8, False)])
+def test_flex_attention_is_left_alone_where_heads_are_too_narrow_for_it(d, width, taken, monkeypatch):
+    """A GPU's choice, on CPU tensors: compiled FlexAttention refuses widths under 16."""
+    calls = []
+    monkeypatch.setattr(op, "has_kernel", lambda device: True)
+    monkeypatch.setattr(op, "_flex", lambda q, k, v, scale: calls.append(1) or v)
+    case = make(dtype=torch.float16, t=29, d=d, width=width)
+    out = shared_attention(*case)
+    assert bool(calls) == taken
+    if not taken:
+        torch.testing.assert_close(out, shared_attention_reference(*case), rtol=1e-2, atol=1e-3)
+
+
 def test_compiles_in_one_graph():
     compiled = torch.compile(shared_attention, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*make()), shared_attention(*make()), rtol=1e-12, atol=1e-12)

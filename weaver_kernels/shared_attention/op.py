@@ -1,8 +1,8 @@
 """`shared_attention`: scores and exponentials once for all rows, their values side by side.
 
 On an NVIDIA GPU with Triton that is FlexAttention, whose documentation has a value width Ev apart from the key width
-E; `scaled_dot_product_attention` falls back to the whole map there. Elsewhere it is written out over blocks of
-queries.
+E; `scaled_dot_product_attention` falls back to the whole map there. Elsewhere, in float32 and where heads are too narrow
+for it, attention is written out over blocks of queries.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from weaver_kernels.tuning import config_table
 __all__ = ["shared_attention"]
 
 _SETTINGS = config_table("shared_attention")  # read here, because a compiled caller can't open files
+_FLEX_DIM = 16  # compiled FlexAttention takes no narrower heads
 
 
 def shared_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
@@ -45,7 +46,8 @@ def shared_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale
     """
     require("shared_attention", _reasons(q, k, v, scale) + gradient_reasons(q=q, k=k, v=v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if has_kernel(q.device) and q.dtype in (torch.float16, torch.bfloat16):
+    narrow = min(q.shape[-1], v.shape[-1]) < _FLEX_DIM
+    if has_kernel(q.device) and q.dtype in (torch.float16, torch.bfloat16) and not narrow:
         at_a_time = max(1, _SETTINGS["value_width"] // v.shape[-1])
         return torch.cat([_flex(q, k, rows, scale) for rows in v.split(at_a_time)])
     return _by_blocks(q, k, v, scale, _SETTINGS["scores"])
