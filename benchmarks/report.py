@@ -48,7 +48,7 @@ def _device(folder: Path, device: str, by_setting: Mapping[Setting, list]) -> li
         name = f"context_attention-{slug(device)}-{model}.svg"
         panels = {f"{key.masks} masks, {key.dtype}": unet_ms(found, model) for key, found in of_model.items()}
         (folder / name).write_text(lines_svg(f"{MODELS[model].title}: cross-attention", panels), encoding="utf-8")
-        parts += [f"![]({name})", _layers(of_model)]
+        parts += [f"![milliseconds over N]({name})", _layers(of_model)]
     return parts
 
 
