@@ -1,8 +1,8 @@
 """`shared_attention`: scores and exponentials once for all rows, their values side by side.
 
 On an NVIDIA GPU with Triton that is FlexAttention, whose documentation has a value width Ev apart from the key width
-E; `scaled_dot_product_attention` falls back to the whole map there. Elsewhere, in float32 and where heads are too narrow
-for it, attention is written out over blocks of queries.
+E; `scaled_dot_product_attention` falls back to the whole map there. Elsewhere, in float32, and for heads too narrow for
+it, attention is written out over blocks of queries.
 """
 
 from __future__ import annotations
