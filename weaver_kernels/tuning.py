@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["KernelConfig", "config_table", "kernel_config", "tile_sizes"]
+__all__ = ["KernelConfig", "config_table", "kernel_config", "tile_sizes", "with_row", "write_table"]
 
 
 class KernelConfig(NamedTuple):
@@ -26,14 +28,16 @@ def config_table(op: str) -> dict:
 
 
 @cache
-def kernel_config(op: str, head_dim: int, bits: int, arch: int) -> KernelConfig:
+def kernel_config(op: str, head_dim: int, bits: int, arch: int, *, q_each: bool = False) -> KernelConfig:
     """The configuration for heads of `head_dim` of a type of `bits` bits on compute capability `arch` (90 is 9.0).
 
-    That of the next larger head dimension in the table serves the ones between. A device that is not in the table
-    gets the table's default, which fits every device, and one warning.
+    `q_each`: with a query for each context. Rows of the table that say nothing about it serve both; one that does goes
+    before. That of the next larger head dimension serves the ones between. A device that is not in the table gets the
+    table's default, which fits every device, and one warning.
     """
     table = config_table(op)
     rows = [row for row in table["rows"] if arch in row["arch"] and row["bits"] == bits and row["head_dim"] >= head_dim]
+    rows = [row for row in rows if row.get("q_each", q_each) == q_each]
     if not rows:
         warnings.warn(
             f"{op} has no configuration for {bits}-bit heads of {head_dim} on compute capability {arch / 10}: a slow, "
@@ -41,7 +45,7 @@ def kernel_config(op: str, head_dim: int, bits: int, arch: int) -> KernelConfig:
             stacklevel=2,
         )
         return KernelConfig(**table["default"])
-    row = min(rows, key=lambda row: row["head_dim"])
+    row = min(rows, key=lambda row: (row["head_dim"], "q_each" not in row))
     return KernelConfig(row["tile"], row["warps"], row["stages"])
 
 
@@ -50,3 +54,26 @@ def tile_sizes(op: str) -> tuple[int, ...]:
     """Every tile size that `kernel_config` may answer with, ascending."""
     table = config_table(op)
     return tuple(sorted({row["tile"] for row in [*table["rows"], table["default"]]}))
+
+
+def with_row(table: dict, row: dict) -> dict:
+    """The table with a row that takes the place of those of its bits, queries and head dimension, on its devices."""
+
+    def key(one: dict) -> tuple:
+        return one["bits"], one.get("q_each", False), one["head_dim"]
+
+    kept = []
+    for old in table["rows"]:
+        arch = old["arch"] if key(old) != key(row) else [one for one in old["arch"] if one not in row["arch"]]
+        kept += [{**old, "arch": arch}] if arch else []
+    return {**table, "rows": sorted([*kept, row], key=lambda one: (*key(one), one["arch"]))}
+
+
+def write_table(path: Path, table: dict) -> None:
+    """Write a table, a row a line; a reader finds the old one or the new one, whenever it looks."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in table.items() if name != "rows"]
+    rows = ",\n".join(f"    {json.dumps(row)}" for row in table["rows"])
+    text = "\n".join(["{", *lines, '  "rows": [', rows, "  ]", "}"]) + "\n"
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)

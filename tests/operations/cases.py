@@ -56,6 +56,18 @@ def part(x: torch.Tensor) -> torch.Tensor:
     return wide[..., :heads, :dim]
 
 
+def on_gpu(case: dict) -> dict:
+    """The case on the GPU, strides kept."""
+
+    def move(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        moved = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+        return moved.copy_(x)
+
+    return {name: move(value) for name, value in case.items()}
+
+
 def truth(case: dict) -> torch.Tensor:
     """The reference in float64, on the numbers that the case has in its own type."""
     doubles = {name: case[name].double() for name in ("q", "k", "v", "weights")}

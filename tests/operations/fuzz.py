@@ -14,7 +14,7 @@ import time
 import torch
 
 from operations.cases import assert_within_twice_eager, hard_weights, make_case, soft_weights
-from operations.interpreted import run_interpreted
+from operations.interpreted import interpreter_fault, run_interpreted
 from weaver_kernels import ContextPlan, context_attention
 
 HALF = (torch.float16, torch.bfloat16)
@@ -104,6 +104,8 @@ def main(argv: list[str] | None = None) -> int:
         run(kind, int(seed))
         print("passes")
         return 0
+    if arguments.interpreted and (fault := interpreter_fault()):
+        parser.error(f"{fault}; or leave them out: INTERPRETED=0")
     first = arguments.first if arguments.first is not None else time.time_ns() % 10**9
     print(f"first case {first} (--first {first} draws the same)", flush=True)
     failed = 0

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from weaver_kernels.compile_check import ARCHS, HEAD_DIMS, SHARED_KIB, Case, Compiled, cases, failures, main
-from weaver_kernels.tuning import config_table, kernel_config, tile_sizes
+from weaver_kernels.compile_check import ARCHS, HEAD_DIMS, HEADER, cases, table_line
+from weaver_kernels.compiling import Case, Compiled, compile_case, failures
+from weaver_kernels.tuning import KernelConfig, config_table, kernel_config, tile_sizes
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "compiled_kernels.md"
 
 
 def test_the_subset_may_be_shipped():
@@ -34,7 +36,7 @@ def test_the_subset_may_be_shipped():
 
 def test_an_interpreted_kernel_is_not_taken_for_a_compiled_one():
     with pytest.raises(SystemExit, match="TRITON_INTERPRET"):
-        main(["--quick"])
+        compile_case(Case(64, 90, 16))
 
 
 def test_every_row_of_the_table_is_compiled():
@@ -56,6 +58,7 @@ def test_every_row_of_the_table_is_compiled():
         (Case(64, 86, 16), (128, 0, 99 * 1024, "mma.sync"), None),
         (Case(64, 86, 16), (128, 0, 1024, "none"), "no tensor-core instruction"),
         (Case(64, 86, 32), (128, 0, 1024, "none"), None),
+        (Case(64, 86, 16), (0, 0, 0, "none", "PTXASError: no"), "does not compile: PTXASError: no"),
     ],
     ids=[
         "spill",
@@ -66,6 +69,7 @@ def test_every_row_of_the_table_is_compiled():
         "shared-fits",
         "no-tensor-core",
         "fp32",
+        "no-binary",
     ],
 )
 def test_what_fails(case, measured, message):
@@ -73,8 +77,22 @@ def test_what_fails(case, measured, message):
     assert reasons == [] if message is None else len(reasons) == 1 and message in reasons[0]
 
 
+def test_other_devices_have_limits_of_their_own():
+    taken = Compiled(Case(64, 103, 16, chosen=KernelConfig(64, 4, 2)), 128, 0, 100 * 1024, "tcgen05.mma")
+    assert failures(taken, 227) == []
+    assert "of 99 KiB" in failures(taken, 99)[0]
+
+
+def test_the_committed_page_is_of_the_table_that_is_read():
+    """Configurations and verdicts; registers are those of the Triton it was written with."""
+    lines = PAGE.read_text(encoding="utf-8").split(HEADER)[-1].splitlines()[2:]
+    written = [tuple(cell.strip() for cell in line.split("|")[1:9]) for line in lines]
+    expected = [table_line(Compiled(case)) for case in cases()]
+    assert written == [tuple(cell.strip() for cell in line.split("|")[1:9]) for line in expected]
+    assert "FAILS" not in PAGE.read_text(encoding="utf-8")
+
+
 def test_the_table_serves_every_device_and_head_dimension_it_promises(recwarn):
-    assert set(ARCHS) == set(SHARED_KIB)
     for arch in ARCHS:
         for bits in (16, 32):
             for dim in (8, 40, 64, 65, 80, 160, 256):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from operations.cases import assert_within_twice_eager, make_case, soft_weights
-from operations.interpreted import run_interpreted
+from operations.interpreted import interpreter_fault, needs_interpreter, run_interpreted
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
@@ -81,6 +81,19 @@ def test_contexts_that_are_alive_nowhere_are_not_read():
     assert torch.isfinite(rest).all() and not torch.equal(whole, rest)
 
 
+@pytest.mark.parametrize("name", ["context_index", "key_lengths"])
+@pytest.mark.parametrize("number", [-1, 1000, 2**40])
+def test_a_number_out_of_range_is_nan_where_it_is_alive_and_reads_nothing(number, name):
+    """Context 0 is alive on the first tile, context 1 on the second."""
+    case = make_case(s=2, t=32, indexed=True, weights=lambda b, s, t, rng: torch.zeros(b, s, t))
+    case["weights"][0, 0, :16] = case["weights"][0, 1, 16:] = 1
+    case |= {"context_index": torch.tensor([[0, 1]]), "key_lengths": torch.tensor([20, 20])}
+    right = run_interpreted(case)
+    case[name].flatten()[0] = number
+    out = run_interpreted(case)
+    assert out[:, :16].isnan().all() and torch.equal(out[:, 16:], right[:, 16:])
+
+
 @pytest.mark.parametrize("tile", [32, 64], ids="of-{}".format)
 def test_tile_sizes_agree(tile):
     case = make_case(t=40, s=2, length=12, weights=soft_weights, b=2)
@@ -123,6 +136,7 @@ def test_what_runs_on_a_gpu_up_to_the_launch(given, monkeypatch):
     from weaver_kernels import ContextPlan
     from weaver_kernels.context_attention import op
 
+    needs_interpreter()
     monkeypatch.setattr(op, "has_kernel", lambda device: True)
     monkeypatch.setattr(op, "_arch", lambda index: 86)
     case = make_case(b=2, t=70, d=40, contexts=5, length=9)  # float32: tiles of 16
@@ -145,3 +159,8 @@ def test_nothing_to_compute_is_not_launched(monkeypatch):
         case = make_case(**shape)
         out = op._cuda(case["q"], case["k"], case["v"], case["weights"], None, None, (), (), 0.25)
         assert torch.equal(out, torch.zeros_like(case["q"]))
+
+
+def test_versions_that_cannot_interpret_are_named():
+    assert "numpy before 2.4" in interpreter_fault("3.6.0", "2.5.2")
+    assert interpreter_fault("3.6.0", "2.3.5") == interpreter_fault("3.8.0", "2.4.6") == ""

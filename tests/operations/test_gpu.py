@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from operations.cases import assert_within_twice_eager, hard_weights, make_case, soft_weights
+from operations.cases import assert_within_twice_eager, hard_weights, make_case, on_gpu, soft_weights
 from weaver_kernels import (
     ContextPlan,
     context_attention,
@@ -29,18 +30,6 @@ def _compiled_kernels():
 
     assert torch.cuda.is_available(), "no GPU: this set is for `make test-gpu` on a machine that has one"
     assert not knobs.runtime.interpret, "kernels are interpreted: unset TRITON_INTERPRET"
-
-
-def on_gpu(case: dict) -> dict:
-    """The case on the GPU, strides kept."""
-
-    def move(x):
-        if not isinstance(x, torch.Tensor):
-            return x
-        moved = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
-        return moved.copy_(x)
-
-    return {name: move(value) for name, value in case.items()}
 
 
 def check(case: dict) -> None:
@@ -144,6 +133,40 @@ def test_a_plan_is_built_and_updated_without_waiting_for_the_device():
         ContextPlan(weights, index).update(weights, index)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("number", [-1, 9, 2**40])
+@pytest.mark.parametrize("name", ["context_index", "key_lengths"])
+def test_a_number_out_of_range_is_nan_without_waiting_for_the_device(name, number):
+    case = make_case(s=2, t=256, d=64, length=8, weights=lambda b, s, t, rng: torch.ones(b, s, t), dtype=torch.float16)
+    case |= {"context_index": torch.tensor([[0, 1]]), "key_lengths": torch.tensor([8, 8])}
+    moved = on_gpu(case)
+    assert torch.isfinite(context_attention(**moved)).all()
+    moved[name].flatten()[0] = number
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = context_attention(**moved)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert out.isnan().all()
+
+
+def test_a_number_out_of_range_is_named_when_debugging():
+    code = """if True:
+        import torch
+        from weaver_kernels import context_attention
+        x = torch.ones(1, 8, 1, 16, device="cuda", dtype=torch.float16)
+        for number in (0, 1):
+            index = torch.full((1, 1), number, device="cuda")
+            context_attention(x, x, x, torch.ones(1, 1, 8, device="cuda"), index)
+            torch.cuda.synchronize()
+            print("fine", number)
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TRITON_DEBUG": "1"}, capture_output=True, text=True
+    )
+    assert "fine 0" in ran.stdout and "fine 1" not in ran.stdout
+    assert "context_index out of range" in ran.stdout + ran.stderr
 
 
 def test_one_binary_serves_every_number_of_contexts_and_tokens():

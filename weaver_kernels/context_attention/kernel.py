@@ -139,13 +139,13 @@ def _attend_twice(
 
 
 # Sizes that follow the number of contexts and tokens are not specialised: one binary serves them all.
-@triton.jit(do_not_specialize=["n_tokens", "n_contexts", "n_tiles", "stride_wb", "stride_ws"])
+@triton.jit(do_not_specialize=["n_tokens", "n_contexts", "n_all", "n_tiles", "stride_wb", "stride_ws"])
 def context_attention_kernel(
     q, k, v, weights, out,  # [B, (S,) T, H, D], [S', L, H, D] twice, [B, S, T], [B, T, H, D]
     context_index, key_lengths,  # [B, S], [S']
     order, tile_counts, tile_contexts,  # [B, T], [B, tiles], [B, tiles, S]
     scale,  # positive, times log2(e)
-    n_tokens, n_contexts, n_tiles,
+    n_tokens, n_contexts, n_all, n_tiles,  # T, S, S', tiles of a row
     stride_qb, stride_qs, stride_qt, stride_qh,
     stride_kc, stride_kl, stride_kh,
     stride_vc, stride_vl, stride_vh,
@@ -179,16 +179,24 @@ def context_attention_kernel(
     b_o1 = tl.full([BT, D1], 0.0, tl.float32)
     b_o2 = tl.full([BT, D2 if D2 > 0 else D1], 0.0, tl.float32)
 
-    for j in tl.range(0, tl.load(tile_counts + i_b * n_tiles + i_tile)):
+    # With a query for each context, what the loop could hold is computed again: held, D = 80 takes 255 registers and
+    # spills (sm_120), else 184. With shared queries it is the other way round.
+    for j in tl.range(0, tl.load(tile_counts + i_b * n_tiles + i_tile), disable_licm=Q_EACH):
         i_s = tl.load(tile_contexts + (i_b * n_tiles + i_tile).to(tl.int64) * n_contexts + j)
+        p_w = weights + i_b.to(tl.int64) * stride_wb + i_s.to(tl.int64) * stride_ws
+        b_w = tl.load(p_w + o_t, mask=t_ok, other=0.0).to(tl.float32)  # [BT]
         i_c = i_s
         if INDEXED:
             i_c = tl.load(context_index + i_b * n_contexts + i_s)
+            there = (i_c >= 0) & (i_c < n_all)  # else its tokens are NaN: other memory is never read, nothing waits
+            tl.device_assert(there, "context_index out of range")
+            i_c, b_w = tl.where(there, i_c, 0), tl.where(there, b_w, float("nan"))
         n_keys = L
         if RAGGED:
-            n_keys = tl.load(key_lengths + i_c).to(tl.int32)
-        p_w = weights + i_b.to(tl.int64) * stride_wb + i_s.to(tl.int64) * stride_ws
-        b_w = tl.load(p_w + o_t, mask=t_ok, other=0.0).to(tl.float32)  # [BT]
+            n_keys = tl.load(key_lengths + i_c)
+            there = (n_keys >= 0) & (n_keys <= L)
+            tl.device_assert(there, "key_lengths out of range")
+            n_keys, b_w = tl.where(there, n_keys, 0).to(tl.int32), tl.where(there, b_w, float("nan"))
         if Q_EACH:
             p_qs = _base(p_q, i_s, stride_qs, ALIGN)
             b_q1 = _load(p_qs, o_row, stride_qt, t_ok, 0, D1, D)
@@ -269,7 +277,7 @@ def kernel_arguments(
         "key_lengths": order if key_lengths is None else key_lengths,
         "order": order, "tile_counts": tile_counts, "tile_contexts": tile_contexts,
         "scale": scale * LOG2_E,
-        "n_contexts": weights.shape[1], "n_tiles": tile_counts.shape[1],
+        "n_contexts": weights.shape[1], "n_all": k.shape[0], "n_tiles": tile_counts.shape[1],
         "stride_wb": weights.stride(0), "stride_ws": weights.stride(1),
         **layout,
         "BT": tile,

@@ -47,8 +47,9 @@ def context_attention(
     k, v : [S', L, H, D]; any strides, views of projections are read in place
     weights : [B, S, T], any sign; in float16 as large as the type. A context may or may not be computed on tokens
         where its weight is zero
-    context_index : [B, S] integers into S'; None takes context s for s (then S' = S). The numbers are checked where
-        that is free, on the CPU
+    context_index : [B, S] integers into S'; None takes context s for s (then S' = S). On the CPU a number outside is
+        an error. On a GPU, where reading it would wait for the device, it makes the tokens it is alive on NaN and no
+        other memory is read; with TRITON_DEBUG=1 the kernel stops there and names it. So do `key_lengths`
     scale : positive; None is `1 / sqrt(D)`
     key_lengths : [S'] integers, how many of the L keys of a context count; None is all; a context of length 0 adds
         nothing. Padding is never trimmed otherwise: Stable Diffusion attends to it
@@ -93,7 +94,7 @@ def _cuda(q, k, v, weights, context_index, key_lengths, lists, tile_sizes, scale
     rows, n_contexts, n_tokens = weights.shape
     if 0 in (rows, n_contexts, n_tokens, *k.shape):
         return q.new_zeros(rows, n_tokens, *q.shape[-2:])
-    config = kernel_config(_OP, dim, 8 * q.element_size(), _arch(q.device.index))
+    config = kernel_config(_OP, dim, 8 * q.element_size(), _arch(q.device.index), q_each=q.ndim == 5)
     q, k, v, weights = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, weights))
     if tile_sizes:
         if config.tile not in tile_sizes:

@@ -97,7 +97,8 @@ class ContextPlan:
         if self.merged:
             weights = merge_equal(weights, context_index, same_as)
         self.weights.zero_()[:, :n_contexts] = weights
-        self.context_index.zero_()[:, :n_contexts] = context_index
+        in_type = context_index.clamp(-1, torch.iinfo(torch.int32).max)  # a number out of range must stay out of it
+        self.context_index.zero_()[:, :n_contexts] = in_type
         for buffer, new in zip(self.lists, self._lists(), strict=True):
             buffer.copy_(new)
 

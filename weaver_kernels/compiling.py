@@ -1,0 +1,184 @@
+"""Compile the kernel of `context_attention` for any NVIDIA GPU without one, and read what the binary takes.
+
+What is compiled is what the operation would launch: configurations come from the table it reads, arguments from the
+function that makes its own, and Triton specialises them as in a launch. Binaries land in Triton's cache, where a
+launch finds them. A process that compiled here stands for another GPU than its own: it must not launch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from weaver_kernels.tuning import KernelConfig, kernel_config
+
+__all__ = ["SHARED_KIB", "TEXT", "Case", "Compiled", "compile_case", "compile_each", "failures", "missing_tools"]
+
+OP = "context_attention"
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block may take, CUDA programming guide
+TEXT = 77
+NO_SPILLS_TO = 80  # head dimension, at 77 keys
+INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One binary: heads of `head_dim`, a type of `bits` bits, `n_keys` keys, compute capability `arch`."""
+
+    head_dim: int
+    arch: int
+    bits: int
+    n_keys: int = TEXT
+    variant: str = ""  # "q-each" or "ragged"
+    chosen: KernelConfig | None = None  # None: the table's
+
+    @property
+    def config(self) -> KernelConfig:
+        q_each = self.variant == "q-each"
+        return self.chosen or kernel_config(OP, self.head_dim, self.bits, self.arch, q_each=q_each)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a case takes: registers a thread, bytes of stack a thread (spills), bytes of shared memory a block."""
+
+    case: Case
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    instruction: str = "none"
+    error: str = ""  # why there is no binary
+
+
+def compile_case(case: Case) -> Compiled:
+    """Compile one case to a binary and read what it takes. Needs ptxas and cuobjdump, which Triton's wheel has."""
+    from triton.runtime import driver
+
+    from weaver_kernels.context_attention.kernel import build_options
+
+    kernel = _kernel()
+    driver.set_active(_Target(case.arch))
+    try:
+        binary = kernel.warmup(**_arguments(case), grid=(1, 1, 1), **build_options(case.config))
+    except Exception as error:  # of whatever kind, from any stage of the compiler: the case can't be launched
+        return Compiled(case, error=f"{type(error).__name__}: {error}".splitlines()[0])
+    usage = _resource_usage(binary.asm["cubin"])
+    instruction = next((name for name in INSTRUCTIONS if name in binary.asm["ptx"]), "none")
+    return Compiled(case, usage["REG"], usage["STACK"] + usage["LOCAL"], binary.metadata.shared, instruction)
+
+
+def compile_each(cases: Sequence[Case], jobs: int) -> Iterator[Compiled]:
+    """Compile cases in `jobs` processes of their own, so that this one may launch; results come in their order."""
+    fresh = multiprocessing.get_context("spawn")  # a fork could not use a GPU that its parent has
+    with ProcessPoolExecutor(min(jobs, len(cases)) or 1, fresh, torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(compile_case, cases)
+
+
+def failures(compiled: Compiled, shared_kib: int | None = None) -> list[str]:
+    """Why a binary must not be shipped; empty when it may. `shared_kib`: what a block may take, of other devices.
+
+    Spills are refused at 77 keys of 16 bits to D = 80, which is what Stable Diffusion runs; with larger heads, longer
+    or ragged texts and float32 they are only listed.
+    """
+    case, reasons = compiled.case, []
+    if compiled.error:
+        return [f"does not compile: {compiled.error}"]
+    limit = SHARED_KIB[case.arch] if shared_kib is None else shared_kib
+    strict = case.n_keys == TEXT and case.variant != "ragged" and case.bits == 16
+    if compiled.stack and strict and case.head_dim <= NO_SPILLS_TO:
+        reasons.append(f"spills {compiled.stack} bytes")
+    if compiled.shared > limit * 1024:
+        reasons.append(f"takes {compiled.shared} bytes of shared memory of {limit} KiB")
+    if compiled.instruction == "none" and case.bits == 16:
+        reasons.append("has no tensor-core instruction")
+    return reasons
+
+
+def missing_tools() -> list[str]:
+    """What compiling needs and is not installed."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return ["triton"]
+    missing = []
+    for name in ("ptxas", "cuobjdump"):
+        try:
+            getattr(knobs.nvidia, name)
+        except RuntimeError:
+            missing.append(name)
+    return missing
+
+
+class _Target:
+    """Stands where Triton asks for the GPU of the process."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # binaries are kept by device: each architecture has its own
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def _kernel():
+    from triton.runtime.jit import JITFunction
+
+    from weaver_kernels.context_attention.kernel import context_attention_kernel
+
+    if not isinstance(context_attention_kernel, JITFunction):
+        raise SystemExit("the kernel is interpreted and can't be compiled: unset TRITON_INTERPRET")
+    return context_attention_kernel
+
+
+def _arguments(case: Case) -> dict:
+    """Arguments as a U-Net of 8 heads hands them over, in tensors without storage."""
+    from weaver_kernels.context_attention.kernel import kernel_arguments
+
+    def empty(*shape, dtype=torch.int32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    dtype = torch.float16 if case.bits == 16 else torch.float32
+    rows, n_contexts, n_tokens, heads, tiles = 2, 5, 4096, 8, 4096 // case.config.tile
+    out = empty(rows, n_tokens, heads, case.head_dim, dtype=dtype)
+    q = empty(rows, n_contexts, *out.shape[1:], dtype=dtype) if case.variant == "q-each" else out
+    keys = empty(n_contexts, case.n_keys, heads, case.head_dim, dtype=dtype)
+    return kernel_arguments(
+        q,
+        keys,
+        keys,
+        empty(rows, n_contexts, n_tokens, dtype=torch.float32),
+        empty(rows, n_contexts),
+        empty(n_contexts) if case.variant == "ragged" else None,
+        case.head_dim**-0.5,
+        empty(rows, n_tokens),
+        empty(rows, tiles),
+        empty(rows, tiles, n_contexts),
+        out,
+        case.config.tile,
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
