@@ -1,10 +1,10 @@
-# make demo | test | style | sprites | train-embedded | compile-check | fuzz | test-gpu        make <target> PYTHON=python3   uses that interpreter as it is
+# make demo | test | style | sprites | train-embedded | compile-check | fuzz | test-gpu | tune | gpu        make <target> PYTHON=python3   uses that interpreter as it is
 #
 # Without PYTHON the targets set up .venv once and reuse it until setup.py or constraints.txt change.
 # With PYTHON nothing is installed, and the package runs from this folder.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style sprites train-embedded compile-check fuzz test-gpu
+.PHONY: help demo test style sprites train-embedded compile-check fuzz test-gpu tune gpu
 SHELL := /bin/sh
 ARGS ?=
 VENV := .venv
@@ -33,6 +33,8 @@ help:
 	@echo "make compile-check    compile the kernels for every GPU of the table, without one              (ARGS='--arch 90')"
 	@echo "make fuzz             random cases of the operations against float64 (N=2000 INTERPRETED=200; ARGS='--replay live:7')"
 	@echo "make test-gpu         the tests that need an NVIDIA GPU"
+	@echo "make tune             find the fastest configurations on this NVIDIA GPU               (ARGS='--dry 90': compile only)"
+	@echo "make gpu OUT=DIR      tests, tuning, benchmarks, profile and sanitizer on a GPU, 8 min (ARGS=--dry-run: without one)"
 	@echo "Add PYTHON=<interpreter> to use one that already has the dependencies; nothing is installed then."
 
 demo: $(READY)
@@ -53,7 +55,14 @@ fuzz: $(READY)
 	@TRITON_INTERPRET=1 PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(PY) -m operations.fuzz --live $(N) --interpreted $(INTERPRETED) $(ARGS)
 
 test-gpu: $(READY)
-	@TRITON_INTERPRET=0 $(PY) -m pytest -m gpu $(ARGS)
+	@TRITON_INTERPRET=0 $(PY) -m pytest -m gpu tests/operations $(ARGS)
+
+tune: $(READY)
+	@$(PY) -m weaver_kernels.tune $(ARGS)
+
+OUT ?=
+gpu: $(READY)
+	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(PY) -m operations.gpu_run $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 DRAWINGS := noto@1.2.9 noto-v1@1.2.5 twemoji@1.2.5 fxemoji@1.2.2 streamline-emojis@1.2.4 emojione@1.2.3 fluent-emoji-flat@1.2.6
 sprites: $(READY_TRAIN)

@@ -1,0 +1,109 @@
+"""Launches of the kernel on a GPU to be watched: its profile, and odd shapes for compute-sanitizer.
+
+`odd` is run under compute-sanitizer by `make gpu`. `profile` times the largest layer of each head dimension with
+PyTorch's profiler, and reads the hardware's counters with Nsight Compute where it is installed and may.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from operations.cases import make_case, on_gpu, soft_weights
+from weaver_kernels import context_attention
+from weaver_kernels.measure import LAYERS, LayerInputs, make_inputs
+from weaver_kernels.tuning import kernel_config
+
+KERNEL = "context_attention_kernel"
+COUNTERS = ("ncu", "--clock-control", "none", "--set", "detailed", "--kernel-name", KERNEL)
+
+ODD = {
+    "sd15": {"d": 40, "length": 77},
+    "sd21": {"d": 64, "length": 77, "s": 5},
+    "wide": {"d": 160, "length": 77},
+    "ragged": {"d": 80, "length": 77, "ragged": True, "contexts": 5, "weights": soft_weights},
+    "long": {"d": 64, "length": 154, "ragged": True},
+    "q-each": {"d": 80, "length": 77, "q_each": True},
+    "strided": {"d": 40, "length": 33, "strided": True},
+    "float32": {"d": 64, "length": 77, "dtype": torch.float32},
+}
+
+
+def odd(dry: bool) -> None:
+    """A launch of each variant, with tokens that fill no tile."""
+    # Each tensor in memory of its own, or a read past its end could fall into a neighbour and count as right.
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    for name, shape in ODD.items():
+        case = make_case(**{"b": 2, "t": 77, "h": 2, "dtype": torch.float16, **shape})
+        if dry:
+            print(f"{name}: {tuple(case['q'].shape)} prepared")
+            continue
+        out = context_attention(**on_gpu(case)).cpu()
+        print(f"{name}: {tuple(out.shape)}, {'finite' if torch.isfinite(out).all() else 'NOT FINITE'}", flush=True)
+
+
+def layers(device: str) -> dict[int, LayerInputs]:
+    """Of each head dimension the largest layer, with the tiles that the device's configuration takes."""
+    found = {}
+    for dim, sizes in LAYERS.items():
+        tile = kernel_config("context_attention", dim, 16, _arch(device)).tile
+        found[dim] = make_inputs(sizes[0], dim, torch.float16, q_each=False, tile_sizes=(tile,), device=device)
+    return found
+
+
+def _arch(device: str) -> int:
+    major, minor = torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
+    return 10 * major + minor
+
+
+def launch_layers(device: str) -> None:
+    for dim, inputs in layers(device).items():
+        inputs.launch(kernel_config("context_attention", dim, 16, _arch(device)))
+    torch.cuda.synchronize()
+
+
+def profile(dry: bool) -> None:
+    """What PyTorch's profiler and Nsight Compute say of those layers."""
+    if dry:
+        for dim, inputs in layers("cpu").items():
+            print(f"D = {dim}: q {tuple(inputs.q.shape)}, tiles {inputs.plan.lists[1].shape[1]}")
+        return
+    from torch.profiler import ProfilerActivity
+
+    launch_layers("cuda")  # compiles
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        launch_layers("cuda")
+    found = [event.device_time for event in profiler.events() if event.name == KERNEL]
+    print(f"PyTorch's profiler saw {len(found)} launches of {len(LAYERS)}")
+    for microseconds, dim in zip(found, LAYERS, strict=False):
+        print(f"D = {dim}: {microseconds:.1f} us")
+    if not shutil.which(COUNTERS[0]):
+        print("Nsight Compute (ncu) is not installed: no counters")
+        return
+    print(flush=True)
+    subprocess.run([*COUNTERS, sys.executable, "-m", "operations.gpu_launches", "layers"], check=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("odd", "layers", "profile"))
+    parser.add_argument("--dry", action="store_true", help="prepare all on the CPU and launch nothing")
+    arguments = parser.parse_args(argv)
+    if arguments.what == "odd":
+        odd(arguments.dry)
+    elif arguments.what == "layers":
+        launch_layers("cuda")
+    else:
+        profile(arguments.dry)
+    return 0
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        sys.exit(main())

@@ -1,0 +1,119 @@
+"""`make gpu` without a GPU: how its parts are run, kept apart, skipped and told, with commands that take no time."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+
+from operations.gpu_run import Part, fingerprint, main, make_parts, run_all, run_commands
+
+MACHINE = {"python": "3.12.3", "torch": "2.11.0", "triton": "3.6.0", "device": "NVIDIA H200 (sm_90)"}
+PYTHON = (sys.executable, "-c")
+
+
+def part(name, number, code, **options):
+    """A part that runs a line of Python in the project's folder."""
+    options = {"seconds": 20, "dry": (*PYTHON, "print('dry')"), "sources": ("*.py",), **options}
+    return Part(name=name, number=number, commands=((*PYTHON, code),), **options)
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "source.py").write_text("1")
+    return tmp_path / "root"
+
+
+def run(parts, root, **options):
+    """The exit status and the report."""
+    code = run_all(parts, root.parent / "out", options.pop("machine", MACHINE), root=root, **options)
+    return code, json.loads((root.parent / "out" / "report.json").read_text())["parts"]
+
+
+def test_a_broken_part_stops_no_other_and_the_status_says_which(root, capsys):
+    parts = [part("one", 1, "print('fine')"), part("two", 2, "1 / 0"), part("three", 4, "raise SystemExit(3)")]
+    code, report = run([*parts, part("four", 8, "print('fine')")], root)
+    assert code == 6
+    assert [report[name]["status"] for name in report] == ["passed", "exit status 1", "exit status 3", "passed"]
+    told = capsys.readouterr().out
+    assert "ZeroDivisionError" in told and "three: exit status 3" in told
+    assert "fine" in (root.parent / "out" / "one.txt").read_text()
+
+
+def test_what_passed_is_skipped_and_what_failed_is_tried_again(root):
+    count = "import pathlib; p = pathlib.Path('{0}'); p.write_text(p.read_text() + '.' if p.exists() else '.')"
+    parts = [part("good", 1, count.format("good")), part("bad", 2, count.format("bad") + "; 1 / 0")]
+    assert [run(parts, root)[0] for _ in range(3)] == [2, 2, 2]
+    assert (root / "good").read_text() == "." and (root / "bad").read_text() == "..."
+    assert run(parts, root, machine={**MACHINE, "triton": "4.0"})[0] == 2
+    (root / "source.py").write_text("2")
+    run(parts, root, machine={**MACHINE, "triton": "4.0"})
+    assert (root / "good").read_text() == "...", "another compiler, and another source"
+
+
+def test_a_part_that_takes_too_long_is_ended_with_all_it_started(root):
+    code = (
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', "
+        "'import time, pathlib; time.sleep(3); pathlib.Path(\"late\").touch()']); time.sleep(60)"
+    )
+    start = time.monotonic()
+    parts = [part("slow", 1, code, seconds=1, results=("kept",)), part("next", 2, "print(1)")]
+    (root / "kept").write_text("rows so far")
+    status, report = run(parts, root)
+    assert status == 1 and report["slow"]["status"] == "out of time after 1 s" and report["next"]["status"] == "passed"
+    assert time.monotonic() - start < 30
+    assert (root.parent / "out" / "kept").read_text() == "rows so far", "what was written until then is kept"
+    time.sleep(3)
+    assert not (root / "late").exists()
+
+
+def test_without_a_gpu_every_part_says_so_in_a_line(root, capsys):
+    parts = [part("one", 1, "1 / 0"), part("two", 2, "1 / 0")]
+    assert run(parts, root, machine={**MACHINE, "device": None})[0] == 3
+    assert capsys.readouterr().out.splitlines() == [
+        f"{name}: needs an NVIDIA GPU, and torch 2.11.0 sees none" for name in ("one", "two")
+    ]
+
+
+def test_a_dry_run_walks_all_parts_and_counts_for_nothing(root):
+    parts = [part("one", 1, "print('wet')"), part("two", 2, "print('wet')", dry=(*PYTHON, "1 / 0"))]
+    assert run(parts, root, dry=True, machine={**MACHINE, "device": None})[0] == 2
+    assert run(parts, root)[0] == 0
+    assert "wet" in (root.parent / "out" / "two.txt").read_text()
+
+
+def test_a_tool_that_is_not_installed_is_no_failure(root):
+    code, report = run([part("check", 1, "1 / 0", needs="no-such-program")], root)
+    assert code == 0 and "no-such-program is not installed" in report["check"]["status"]
+
+
+def test_all_commands_of_a_part_are_run(root, tmp_path):
+    commands = [("no-such-program",), (*PYTHON, "raise SystemExit(9)"), (*PYTHON, "print('last')")]
+    status = run_commands(commands, tmp_path / "log", 20, root)
+    assert status == "no-such-program does not start, exit status 9"
+    assert "last" in (tmp_path / "log").read_text()
+
+
+def test_commands_see_the_project_and_no_interpreter_of_kernels(root, tmp_path):
+    code = "import os; print(os.environ['PYTHONPATH'].split(os.pathsep)[:2], os.environ['TRITON_INTERPRET'])"
+    run_commands([(*PYTHON, code)], tmp_path / "log", 20, root)
+    assert f"['{root}/tests', '{root}'] 0" in (tmp_path / "log").read_text()
+
+
+def test_the_parts_fit_eight_minutes_and_leave_eight_files():
+    parts = make_parts()
+    assert [part.name for part in parts][:3] == ["tests", "tune", "benchmarks"]
+    assert sum(part.seconds for part in parts) <= 480 - 10
+    assert len({part.number for part in parts}) == len(parts)
+    assert 1 + len(parts) + sum(len(part.results) for part in parts) <= 8
+    for one in parts:
+        assert fingerprint(one.sources, MACHINE) != fingerprint((), MACHINE), "its sources are there"
+
+
+def test_a_folder_must_be_named(capsys):
+    with pytest.raises(SystemExit):
+        main([])
+    assert "--out" in capsys.readouterr().err

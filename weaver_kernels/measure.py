@@ -1,0 +1,192 @@
+"""Time configurations of the kernel of `context_attention` against each other on a GPU, each checked before.
+
+The layers are the cross-attentions of Stable Diffusion's U-Nets with three concepts, whose tokens have two live
+contexts each. Every configuration is a captured graph over several sets of buffers, more than the second-level cache
+holds, and configurations take turns, so that a change of clocks falls on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from weaver_kernels.compiling import TEXT
+from weaver_kernels.context_attention import ContextPlan, context_attention_reference
+from weaver_kernels.tuning import KernelConfig
+
+__all__ = [
+    "LAYERS",
+    "Layer",
+    "LayerInputs",
+    "eager_error",
+    "interleaved_medians",
+    "make_inputs",
+    "relative_error",
+    "time_configs",
+    "true_result",
+    "why_wrong",
+]
+
+Key = TypeVar("Key", bound=Hashable)
+CONCEPTS, SUPPRESSION = 3, 0.5
+ROUNDS, MOST_COPIES = 25, 48
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Cross-attentions of one U-Net forward: `count` of them with T tokens and H heads."""
+
+    tokens: int
+    heads: int
+    count: int
+
+
+# By head dimension: Stable Diffusion 1.5 at 512 has 40, 80 and 160; 2.1 at 768 and XL at 1024 have 64.
+LAYERS = {
+    40: (Layer(4096, 8, 5),),
+    64: (Layer(9216, 5, 5), Layer(2304, 10, 5), Layer(576, 20, 5), Layer(4096, 10, 10), Layer(1024, 20, 60)),
+    80: (Layer(1024, 8, 5),),
+    160: (Layer(256, 8, 5), Layer(64, 8, 1)),
+}
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """One set of buffers; `out` is written by `launch`."""
+
+    q: torch.Tensor  # [B, T, H, D] or [B, S, T, H, D]
+    k: torch.Tensor  # [S', L, H, D]
+    v: torch.Tensor
+    plan: ContextPlan
+    out: torch.Tensor  # [B, T, H, D]
+
+    def launch(self, config: KernelConfig) -> torch.Tensor:
+        """The kernel as the operation launches it, with this configuration."""
+        from weaver_kernels.context_attention.kernel import launch
+
+        plan = self.plan
+        first = 1 + 2 * plan.tile_sizes.index(config.tile)
+        lists = (plan.lists[0], *plan.lists[first : first + 2])
+        scale = self.q.shape[-1] ** -0.5
+        contexts = (self.k, self.v, plan.weights, plan.context_index, None)
+        return launch(self.q, *contexts, scale, *lists, config, self.out)
+
+    def again(self) -> LayerInputs:
+        """Other buffers with other numbers, and the same plan."""
+        q, k, v = (torch.randn_like(x) for x in (self.q, self.k, self.v))
+        return LayerInputs(q, k, v, self.plan, torch.empty_like(self.out))
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.q, self.k, self.v, self.out))
+
+
+def make_inputs(
+    layer: Layer, head_dim: int, dtype: torch.dtype, *, q_each: bool, tile_sizes: Sequence[int], device: str = "cuda"
+) -> LayerInputs:
+    """A fused row, whose concepts and background stand side by side over the base, and a negative row."""
+    side = round(layer.tokens**0.5)
+    label = torch.arange(layer.tokens, device=device) % side * (CONCEPTS + 1) // side
+    weights = torch.zeros(2, CONCEPTS + 3, layer.tokens, device=device)
+    for s in range(CONCEPTS + 1):
+        weights[0, s] = (label == s) * (1 + SUPPRESSION)
+    weights[0, CONCEPTS + 1] = -SUPPRESSION
+    weights[1, CONCEPTS + 2] = 1
+    contexts = (weights.shape[1],) if q_each else ()
+    q = torch.randn(2, *contexts, layer.tokens, layer.heads, head_dim, device=device).to(dtype)
+    k, v = torch.randn(2, weights.shape[1], TEXT, layer.heads, head_dim, device=device).to(dtype)
+    plan = ContextPlan(weights, merge=False, tile_sizes=tile_sizes)
+    out = torch.empty(2, layer.tokens, layer.heads, head_dim, dtype=dtype, device=device)
+    return LayerInputs(q, k, v, plan, out)
+
+
+def true_result(inputs: LayerInputs) -> torch.Tensor:
+    """The reference in float64, [B, T, H, D]."""
+    tensors = (x.double() for x in (inputs.q, inputs.k, inputs.v, inputs.plan.weights))
+    return context_attention_reference(*tensors, inputs.plan.context_index)
+
+
+def relative_error(out: torch.Tensor, true: torch.Tensor) -> float:
+    """Length of the difference over that of the truth; NaN where `out` has one."""
+    return float((out.double() - true).norm() / true.norm())
+
+
+def eager_error(inputs: LayerInputs, true: torch.Tensor) -> float:
+    """Relative error of a loop over the contexts with PyTorch's attention, in the type of the inputs."""
+    weights = inputs.plan.weights.to(inputs.q.dtype)
+    out = torch.zeros_like(inputs.out)
+    for s in range(weights.shape[1]):
+        q = inputs.q if inputs.q.ndim == 4 else inputs.q[:, s]
+        k, v = (x[s].expand(len(q), -1, -1, -1) for x in (inputs.k, inputs.v))
+        attended = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        out += weights[:, s, :, None, None] * attended
+    return relative_error(out, true)
+
+
+def why_wrong(inputs: LayerInputs, config: KernelConfig, true: torch.Tensor, limit: float) -> str:
+    """Launch once over NaN; empty when the result is within `limit` of the truth, else the reason."""
+    inputs.out.fill_(float("nan"))
+    try:
+        error = relative_error(inputs.launch(config), true)
+    except Exception as failure:  # resources that only loading shows to be too many
+        return f"{type(failure).__name__}: {failure}".splitlines()[0]
+    return "" if error <= limit else f"wrong by {error:.1e}, {limit:.1e} is allowed"
+
+
+def interleaved_medians(runs: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, float]:
+    """The median of what each of `runs` returns, a time: every round has each of them once."""
+    times: dict[Key, list[float]] = {key: [] for key in runs}
+    for _ in range(rounds):
+        for key, run in runs.items():
+            times[key].append(run())
+    return {key: median(found) for key, found in times.items()}
+
+
+def time_configs(
+    head_dim: int, dtype: torch.dtype, q_each: bool, configs: Sequence[KernelConfig], tell: Callable[[str], None]
+) -> dict[KernelConfig, float]:
+    """Microseconds of each configuration for all layers of its head dimension; those that are wrong are only told."""
+    totals = dict.fromkeys(configs, 0.0)
+    for layer in LAYERS[head_dim]:
+        tile_sizes = sorted({config.tile for config in totals})
+        inputs = make_inputs(layer, head_dim, dtype, q_each=q_each, tile_sizes=tile_sizes)
+        true = true_result(inputs)
+        limit = 2 * eager_error(inputs, true)
+        for config in list(totals):
+            if reason := why_wrong(inputs, config, true, limit):
+                tell(f"  {tuple(config)} {reason}")
+                del totals[config]
+        cache = torch.cuda.get_device_properties(inputs.q.device).L2_cache_size
+        copies = min(MOST_COPIES, 1 + 2 * cache // inputs.bytes)
+        sets = [inputs, *(inputs.again() for _ in range(copies - 1))]
+        times = interleaved_medians({config: _captured(sets, config) for config in totals}, ROUNDS)
+        for config, microseconds in times.items():
+            totals[config] += layer.count * microseconds
+    return totals
+
+
+def _captured(sets: Sequence[LayerInputs], config: KernelConfig) -> Callable[[], float]:
+    """A graph with one launch for each set of buffers; calling it replays it and returns microseconds a launch."""
+    for inputs in sets:
+        inputs.launch(config)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for inputs in sets:
+            inputs.launch(config)
+    return partial(_replay, graph, len(sets))
+
+
+def _replay(graph: torch.cuda.CUDAGraph, launches: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return 1000 * start.elapsed_time(end) / launches

@@ -1,0 +1,196 @@
+"""Find the fastest configurations of the kernel of `context_attention` on this GPU: `make tune`.
+
+For each head dimension, width of the type and kind of query: every candidate that passes the compile check and agrees
+with float64 is timed in a CUDA graph, and the fastest over the U-Nets' layers goes into
+`configs/context_attention.json`, with the device and the time. A row is written as soon as it is found, and what this
+device, this Triton and this kernel have measured is not measured again: a run that stopped goes on where it was.
+`--dry` compiles the candidates for any architecture, without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from weaver_kernels.compiling import OP, SHARED_KIB, Case, compile_each, failures, missing_tools
+from weaver_kernels.measure import time_configs
+from weaver_kernels.tuning import KernelConfig, with_row, write_table
+
+__all__ = ["Row", "Tuned", "candidates", "main", "measured_before", "rows", "stamp", "tune", "usable_configs"]
+
+TABLE = Path(str(files("weaver_kernels") / "configs" / f"{OP}.json"))
+TILES = {16: (16, 32, 64, 128), 32: (16, 32)}  # by bits; a float32 product has no matrix instruction to fill
+WARPS, STAGES = (4, 8), (1, 2, 3)
+HEAD_DIMS = (64, 40, 80, 160)
+UNFINISHED = 3  # exit status: time ran out
+
+
+class Row(NamedTuple):
+    """What a configuration is chosen for."""
+
+    head_dim: int
+    bits: int
+    q_each: bool
+
+    def __str__(self) -> str:
+        return (
+            f"D = {self.head_dim}, {self.bits} bits, {'queries of each context' if self.q_each else 'shared queries'}"
+        )
+
+
+class Tuned(NamedTuple):
+    """The table with what was found, and the rows that time did not suffice for or nothing usable was found for."""
+
+    table: dict
+    left: list[Row]
+    failed: list[Row]
+
+
+def rows(head_dims: Iterable[int] = HEAD_DIMS) -> list[Row]:
+    """All that is tuned, what most layers run first."""
+    kinds = ((16, False), (16, True), (32, False))
+    return [Row(dim, bits, q_each) for bits, q_each in kinds for dim in head_dims]
+
+
+def candidates(row: Row, arch: int) -> list[Case]:
+    """Every configuration worth compiling."""
+    variant = "q-each" if row.q_each else ""
+    grid = [KernelConfig(tile, warps, stages) for tile in TILES[row.bits] for warps in WARPS for stages in STAGES]
+    return [Case(row.head_dim, arch, row.bits, variant=variant, chosen=config) for config in grid]
+
+
+def stamp(device: str) -> dict[str, str]:
+    """With what a row is measured: another kernel or compiler asks for another measurement."""
+    sources = sorted((Path(__file__).parent / OP).glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources if path.stem in ("kernel", "blocks")))
+    return {"device": device, "triton": metadata.version("triton"), "kernel": digest.hexdigest()[:12]}
+
+
+def measured_before(table: dict, row: Row, arch: int, mark: Mapping[str, str]) -> bool:
+    """Whether the table has this row from the same device, compiler and kernel."""
+    return any(
+        arch in found["arch"]
+        and (found["head_dim"], found["bits"], found.get("q_each", False)) == row
+        and mark.items() <= found.get("measured", {}).items()
+        for found in table["rows"]
+    )
+
+
+def tune(
+    todo: Sequence[Row],
+    table: dict,
+    arch: int,
+    mark: Mapping[str, str],
+    *,
+    usable: Iterator[Sequence[KernelConfig]],
+    measure: Callable[[Row, Sequence[KernelConfig]], Mapping[KernelConfig, float]],
+    write: Callable[[dict], None],
+    seconds: float = float("inf"),
+    clock: Callable[[], float] = time.monotonic,
+) -> Tuned:
+    """Choose for each row the configuration with the least time, and write the table after each.
+
+    usable : for each row the configurations that may be shipped; measure : microseconds of those that are right; after
+    `seconds` no row is begun.
+    """
+    left, failed, end = [], [], clock() + seconds
+    for row in todo:
+        if clock() > end:
+            left.append(row)
+            continue
+        print(f"{row}", flush=True)
+        times = measure(row, next(usable))
+        for config, microseconds in sorted(times.items(), key=lambda item: item[1]):
+            print(f"  {tuple(config)} {microseconds:.1f} us", flush=True)
+        if not times:
+            failed.append(row)
+            continue
+        best = min(times, key=times.__getitem__)
+        key = {"arch": [arch], "bits": row.bits, **({"q_each": True} if row.q_each else {}), "head_dim": row.head_dim}
+        table = with_row(table, {**key, **best._asdict(), "measured": {**mark, "us": round(times[best], 1)}})
+        write(table)
+    return Tuned(table, left, failed)
+
+
+def usable_configs(
+    todo: Sequence[Row], arch: int, jobs: int, shared_kib: int | None = None
+) -> Iterator[list[KernelConfig]]:
+    """For each row the candidates that may be shipped; the others are told. All compile ahead of the question."""
+    compiled = compile_each([case for row in todo for case in candidates(row, arch)], jobs)
+    for row in todo:
+        found = list(islice(compiled, len(candidates(row, arch))))
+        for one in found:
+            if reasons := failures(one, shared_kib):
+                print(f"  {tuple(one.case.config)} {'; '.join(reasons)}", flush=True)
+        yield [one.case.config for one in found if not failures(one, shared_kib)]
+
+
+def _measure(row: Row, configs: Sequence[KernelConfig]) -> Mapping[KernelConfig, float]:
+    dtype = torch.float16 if row.bits == 16 else torch.float32
+    return time_configs(row.head_dim, dtype, row.q_each, configs, tell=print)
+
+
+def _dry(todo: Sequence[Row], arch: int, jobs: int) -> int:
+    poor = 0
+    for row, usable in zip(todo, usable_configs(todo, arch, jobs), strict=True):
+        print(f"sm_{arch}, {row}: {len(usable)} of {len(candidates(row, arch))} candidates may be timed", flush=True)
+        poor += not usable
+    return int(poor > 0)
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
+    """0 when every row is measured, 1 when nothing usable was found for one, 2 when it can't be done here, 3 when time
+    ran out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS, choices=HEAD_DIMS, help="only these")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after them")
+    parser.add_argument("--table", type=Path, default=TABLE, help="the file to complete (%(default)s)")
+    parser.add_argument("--dry", type=int, metavar="ARCH", choices=SHARED_KIB, help="compile for it, measure nothing")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile (%(default)s)")
+    arguments = parser.parse_args(argv)
+    todo = rows(arguments.head_dim)
+    if missing := missing_tools():
+        print(f"tune: {', '.join(missing)} not found; Triton's Linux wheels bring all of it", file=sys.stderr)
+        return 2
+    if arguments.dry:
+        return _dry(todo, arguments.dry, arguments.jobs)
+    if not torch.cuda.is_available():
+        print(f"tune: needs an NVIDIA GPU, and torch {torch.__version__} sees none (--dry ARCH)", file=sys.stderr)
+        return 2
+    device = torch.cuda.get_device_properties(0)
+    arch, mark = 10 * device.major + device.minor, stamp(device.name)
+    table = json.loads(arguments.table.read_text(encoding="utf-8"))
+    left = [row for row in todo if not measured_before(table, row, arch, mark)]
+    print(f"{device.name}: {len(todo) - len(left)} of {len(todo)} rows measured before", flush=True)
+    done = tune(
+        left,
+        table,
+        arch,
+        mark,
+        usable=usable_configs(left, arch, arguments.jobs, device.shared_memory_per_block_optin // 1024),
+        measure=_measure,
+        write=lambda changed: write_table(arguments.table, changed),
+        seconds=arguments.seconds,
+    )
+    for row in done.failed:
+        print(f"nothing usable: {row}")
+    for row in done.left:
+        print(f"no time for: {row}; run again")
+    return 1 if done.failed else UNFINISHED if done.left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
