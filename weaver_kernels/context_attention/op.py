@@ -67,9 +67,10 @@ def context_attention(
     reasons = shape_reasons(q, k, v, weights, context_index, key_lengths, scale)
     reasons += gradient_reasons(q=q, k=k, v=v, weights=weights)
     if plan is not None:
-        if plan.weights.shape != weights.shape or plan.weights.device != weights.device:
+        own = plan.weights
+        if own is not weights and (own.shape != weights.shape or own.device != weights.device):
             reasons.append(
-                f"plan is for weights {tuple(plan.weights.shape)} on {plan.weights.device}, "
+                f"plan is for weights {tuple(own.shape)} on {own.device}, "
                 f"got {tuple(weights.shape)} on {weights.device}: pass plan.weights and plan.context_index"
             )
         if plan.merged and q.ndim == 5:
@@ -91,11 +92,11 @@ def _cuda(q, k, v, weights, context_index, key_lengths, lists, tile_sizes, scale
     dim = q.shape[-1]
     if not has_kernel(q.device) or q.dtype not in _KERNEL_DTYPES or dim > _KERNEL_DIM:
         return _live(q, k, v, weights, context_index, key_lengths, lists, tile_sizes, scale)
-    rows, n_contexts, n_tokens = weights.shape
-    if 0 in (rows, n_contexts, n_tokens, *k.shape):
-        return q.new_zeros(rows, n_tokens, *q.shape[-2:])
+    if not weights.numel() or not k.numel():
+        return q.new_zeros(weights.shape[0], weights.shape[2], *q.shape[-2:])
     config = kernel_config(_OP, dim, 8 * q.element_size(), _arch(q.device.index), q_each=q.ndim == 5)
-    q, k, v, weights = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, weights))
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == weights.stride(-1) == 1:
+        q, k, v, weights = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, weights))
     if tile_sizes:
         if config.tile not in tile_sizes:
             raise ValueError(f"{_OP}: plan has tiles of {list(tile_sizes)}, this device takes {config.tile}")
@@ -105,10 +106,15 @@ def _cuda(q, k, v, weights, context_index, key_lengths, lists, tile_sizes, scale
         alive = weights != 0
         order = live_order(alive)
         counts, contexts = tile_lists(alive, order, config.tile)
-    # Imported where it runs: Triton decides at that moment whether its interpreter takes the kernel.
+    return _launch()(q, k, v, weights, context_index, key_lengths, scale, order, counts, contexts, config)
+
+
+@cache
+def _launch():
+    """Imported where it runs: Triton decides at that moment whether its interpreter takes the kernel."""
     from weaver_kernels.context_attention.kernel import launch
 
-    return launch(q, k, v, weights, context_index, key_lengths, scale, order, counts, contexts, config)
+    return launch
 
 
 @cache
