@@ -55,7 +55,7 @@ fuzz: $(READY)
 	@TRITON_INTERPRET=1 PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(PY) -m operations.fuzz --live $(N) --interpreted $(INTERPRETED) $(ARGS)
 
 test-gpu: $(READY)
-	@TRITON_INTERPRET=0 $(PY) -m pytest -m gpu tests/operations $(ARGS)
+	@TRITON_INTERPRET=0 $(PY) -m pytest -m gpu $(ARGS)
 
 tune: $(READY)
 	@$(PY) -m weaver_kernels.tune $(ARGS)

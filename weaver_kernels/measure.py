@@ -149,26 +149,34 @@ def interleaved_medians(runs: Mapping[Key, Callable[[], float]], rounds: int) ->
 
 
 def time_configs(
-    head_dim: int, dtype: torch.dtype, q_each: bool, configs: Sequence[KernelConfig], tell: Callable[[str], None]
+    head_dim: int,
+    dtype: torch.dtype,
+    q_each: bool,
+    configs: Sequence[KernelConfig],
+    tell: Callable[[str], None],
+    device: str = "cuda",
 ) -> dict[KernelConfig, float]:
     """Microseconds of each configuration for all layers of its head dimension; those that are wrong are only told."""
     totals = dict.fromkeys(configs, 0.0)
     for layer in LAYERS[head_dim]:
         tile_sizes = sorted({config.tile for config in totals})
-        inputs = make_inputs(layer, head_dim, dtype, q_each=q_each, tile_sizes=tile_sizes)
+        inputs = make_inputs(layer, head_dim, dtype, q_each=q_each, tile_sizes=tile_sizes, device=device)
         true = true_result(inputs)
         limit = 2 * eager_error(inputs, true)
         for config in list(totals):
             if reason := why_wrong(inputs, config, true, limit):
                 tell(f"  {tuple(config)} {reason}")
                 del totals[config]
-        cache = torch.cuda.get_device_properties(inputs.q.device).L2_cache_size
-        copies = min(MOST_COPIES, 1 + 2 * cache // inputs.bytes)
+        copies = min(MOST_COPIES, 1 + 2 * _cache_bytes() // inputs.bytes)
         sets = [inputs, *(inputs.again() for _ in range(copies - 1))]
         times = interleaved_medians({config: _captured(sets, config) for config in totals}, ROUNDS)
         for config, microseconds in times.items():
             totals[config] += layer.count * microseconds
     return totals
+
+
+def _cache_bytes() -> int:
+    return torch.cuda.get_device_properties(0).L2_cache_size
 
 
 def _captured(sets: Sequence[LayerInputs], config: KernelConfig) -> Callable[[], float]:

@@ -156,12 +156,13 @@ def main(argv: list[str] | None = None) -> int:
     ran out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS, choices=HEAD_DIMS, help="only these")
+    parser.add_argument("--first", type=int, metavar="N", help="only the first N rows of those")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after them")
     parser.add_argument("--table", type=Path, default=TABLE, help="the file to complete (%(default)s)")
     parser.add_argument("--dry", type=int, metavar="ARCH", choices=SHARED_KIB, help="compile for it, measure nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile (%(default)s)")
     arguments = parser.parse_args(argv)
-    todo = rows(arguments.head_dim)
+    todo = rows(arguments.head_dim)[: arguments.first]
     if missing := missing_tools():
         print(f"tune: {', '.join(missing)} not found; Triton's Linux wheels bring all of it", file=sys.stderr)
         return 2

@@ -156,6 +156,31 @@ def test_a_number_that_is_not_written_is_wrong(monkeypatch):
     assert "wrong by nan" in why_wrong(inputs, KernelConfig(16, 4, 1), true, 1.0)
 
 
+def test_a_configuration_that_is_wrong_on_one_layer_is_not_chosen(monkeypatch):
+    """All but the graphs: two layers, the kernel interpreted, and a clock that is invented."""
+    needs_interpreter()
+    right, wrong, sets_of = KernelConfig(16, 4, 1), KernelConfig(32, 4, 1), []
+    launch = measure.LayerInputs.launch
+
+    def broken(self, config):
+        return launch(self, config).add_(config == wrong and self.q.shape[1] == 25)
+
+    def captured(sets, config):
+        sets_of.append((config, len(sets)))
+        return lambda: 3.0
+
+    monkeypatch.setattr(measure, "LAYERS", {16: (Layer(16, 1, 10), Layer(25, 1, 1))})
+    monkeypatch.setattr(measure.LayerInputs, "launch", broken)
+    monkeypatch.setattr(measure, "_captured", captured)
+    monkeypatch.setattr(measure, "_cache_bytes", lambda: 40_000)
+    told = []
+    found = measure.time_configs(16, torch.float16, False, [right, wrong], told.append, device="cpu")
+    assert found == {right: 33.0}
+    assert len(told) == 1 and "(32, 4, 1) wrong by" in told[0]
+    assert [config for config, _ in sets_of] == [right, wrong, right]
+    assert all(n == 1 + 80_000 // measured for (_, n), measured in zip(sets_of, (31_616, 31_616, 32_768), strict=True))
+
+
 def test_inputs_have_two_live_contexts_a_token():
     inputs = make_inputs(Layer(64, 2, 1), 16, torch.float32, q_each=False, tile_sizes=(16,), device="cpu")
     assert (inputs.plan.weights[0] != 0).sum(0).tolist() == [2] * 64
