@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from importlib.resources import files
-from itertools import islice
+from itertools import islice, product, starmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +31,10 @@ from weaver_kernels.tuning import KernelConfig, with_row, write_table
 __all__ = ["Row", "Tuned", "candidates", "main", "measured_before", "rows", "stamp", "tune", "usable_configs"]
 
 TABLE = Path(str(files("weaver_kernels") / "configs" / f"{OP}.json"))
-TILES = {16: (16, 32, 64, 128), 32: (16, 32)}  # by bits; a float32 product has no matrix instruction to fill
-WARPS, STAGES = (4, 8), (1, 2, 3)
+# Tiles, warps and stages by bits. A float32 product has no matrix instruction to fill: tiles of 32 spill 456 bytes at
+# D = 64 and more above.
+GRID = {16: ((16, 32, 64, 128), (4, 8), (1, 2, 3)), 32: ((16,), (4, 8), (1, 2))}
+VARIANTS_KIB = 1  # of shared memory that longer and ragged texts may take beyond 77 keys; 0.13 is the most seen
 HEAD_DIMS = (64, 40, 80, 160)
 UNFINISHED = 3  # exit status: time ran out
 
@@ -60,15 +62,22 @@ class Tuned(NamedTuple):
 
 def rows(head_dims: Iterable[int] = HEAD_DIMS) -> list[Row]:
     """All that is tuned, what most layers run first."""
-    kinds = ((16, False), (16, True), (32, False))
-    return [Row(dim, bits, q_each) for bits, q_each in kinds for dim in head_dims]
+    dims = list(head_dims)
+    half = [Row(dim, 16, q_each) for dim in dims for q_each in (False, True)]
+    return half + [Row(dim, 32, False) for dim in dims]
 
 
-def candidates(row: Row, arch: int) -> list[Case]:
-    """Every configuration worth compiling."""
-    variant = "q-each" if row.q_each else ""
-    grid = [KernelConfig(tile, warps, stages) for tile in TILES[row.bits] for warps in WARPS for stages in STAGES]
-    return [Case(row.head_dim, arch, row.bits, variant=variant, chosen=config) for config in grid]
+def candidates(row: Row, arch: int) -> dict[KernelConfig, list[Case]]:
+    """Every configuration worth compiling, with what it is compiled for.
+
+    A row for shared queries serves those of each context too, until they have their own.
+    """
+    variants = ("q-each",) if row.q_each else ("", "q-each")
+    configs = starmap(KernelConfig, product(*GRID[row.bits]))
+    return {
+        config: [Case(row.head_dim, arch, row.bits, variant=variant, chosen=config) for variant in variants]
+        for config in configs
+    }
 
 
 def stamp(device: str) -> dict[str, str]:
@@ -128,13 +137,18 @@ def usable_configs(
     todo: Sequence[Row], arch: int, jobs: int, shared_kib: int | None = None
 ) -> Iterator[list[KernelConfig]]:
     """For each row the candidates that may be shipped; the others are told. All compile ahead of the question."""
-    compiled = compile_each([case for row in todo for case in candidates(row, arch)], jobs)
-    for row in todo:
-        found = list(islice(compiled, len(candidates(row, arch))))
-        for one in found:
-            if reasons := failures(one, shared_kib):
-                print(f"  {tuple(one.case.config)} {'; '.join(reasons)}", flush=True)
-        yield [one.case.config for one in found if not failures(one, shared_kib)]
+    limit = (SHARED_KIB[arch] if shared_kib is None else shared_kib) - VARIANTS_KIB
+    wanted = [candidates(row, arch) for row in todo]
+    compiled = compile_each([case for row in wanted for cases in row.values() for case in cases], jobs)
+    for row in wanted:
+        found = []
+        for config, cases in row.items():
+            reasons = [reason for one in islice(compiled, len(cases)) for reason in failures(one, limit)]
+            if reasons:
+                print(f"  {tuple(config)} {'; '.join(reasons)}", flush=True)
+            else:
+                found.append(config)
+        yield found
 
 
 def _measure(row: Row, configs: Sequence[KernelConfig]) -> Mapping[KernelConfig, float]:
