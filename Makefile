@@ -1,10 +1,10 @@
-# make demo | test | style | sprites | train-embedded | compile-check | fuzz | test-gpu | tune | gpu        make <target> PYTHON=python3   uses that interpreter as it is
+# make demo | test | style | sprites | train-embedded | compile-check | fuzz | test-gpu | tune | gpu | bench        make <target> PYTHON=python3   uses that interpreter as it is
 #
 # Without PYTHON the targets set up .venv once and reuse it until setup.py or constraints.txt change.
 # With PYTHON nothing is installed, and the package runs from this folder.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style sprites train-embedded compile-check fuzz test-gpu tune gpu
+.PHONY: help demo test style sprites train-embedded compile-check fuzz test-gpu tune gpu bench
 SHELL := /bin/sh
 ARGS ?=
 VENV := .venv
@@ -35,6 +35,7 @@ help:
 	@echo "make test-gpu         the tests that need an NVIDIA GPU"
 	@echo "make tune             find the fastest configurations on this NVIDIA GPU               (ARGS='--dry 90': compile only)"
 	@echo "make gpu OUT=DIR      tests, tuning, benchmarks, profile and sanitizer on a GPU, 8 min (ARGS=--dry-run: without one)"
+	@echo "make bench            time context_attention against its rivals on this device        (ARGS=--quick: two minutes)"
 	@echo "Add PYTHON=<interpreter> to use one that already has the dependencies; nothing is installed then."
 
 demo: $(READY)
@@ -64,13 +65,20 @@ OUT ?=
 gpu: $(READY)
 	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(PY) -m operations.gpu_run $(if $(OUT),--out "$(OUT)") $(ARGS)
 
+bench: $(READY)
+	@$(PY) -m benchmarks.context_attention $(ARGS)
+
 DRAWINGS := noto@1.2.9 noto-v1@1.2.5 twemoji@1.2.5 fxemoji@1.2.2 streamline-emojis@1.2.4 emojione@1.2.3 fluent-emoji-flat@1.2.6
+DRAWINGS += boxicons@1.2.0 griddy-icons@1.2.0 hugeicons@1.2.35 icon-park-outline@1.2.4 lucide@1.2.137 lucide-lab@1.2.3
+DRAWINGS += mdi@1.2.3 ph@1.2.2 streamline-flex@1.2.3 tabler@1.2.41
 sprites: $(READY_TRAIN)
 	@npm install --silent --no-save --prefix build/npm $(DRAWINGS:%=@iconify-json/%)
 	@$(PY) -m weaver.embedded.render_sprites build/npm/node_modules
 
 train-embedded: $(READY_TRAIN)
 	@$(PY) -m weaver.embedded.training all $(ARGS)
+	@$(PY) -m benchmarks.embedded_sites --record
+	@$(PY) -m benchmarks.embedded_seeds --record
 
 $(VENV)/.ready: $(SETUP_FILES)
 	@for candidate in python3 python3.13 python3.12 python3.11 python; do \

@@ -2,8 +2,8 @@
 
 Runs ``weaver demo --quick`` for seeds 0 to 9, each with another ordered pair of the animals that ship and one of the
 backgrounds, and prints each concept's similarities. A seed counts when ``own`` exceeds ``base`` and ``others`` for
-every concept. Results go to ``outputs/seeds``: one folder a seed, ``seeds.json`` and ``seeds.png`` (template and
-result of every seed).
+every concept. Results go to ``outputs/seeds``: one folder a seed, ``embedded_seeds.json`` and ``seeds.png``
+(template and result of every seed).
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import torch
 from PIL import Image
 
 from weaver.demo import demo_job, with_shipped_concepts
-from weaver.embedded import CONCEPTS
+from weaver.embedded import CONCEPTS, model_hash
 from weaver.models import quiet_libraries
 from weaver.run import run_job
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def choose(seed: int) -> tuple[str, str]:
@@ -42,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("outputs/seeds"))
+    parser.add_argument("--record", action="store_true", help="keep the figures in benchmarks/results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     quiet_libraries()
@@ -58,7 +61,9 @@ def main() -> None:
         print(f"seed {seed}  {'yes' if rows[-1]['shows'] else 'NO '}  own/base/others: {told}", flush=True)
     hits = sum(row["shows"] for row in rows)
     print(f"every concept nearest to its own pictures in {hits} of {len(rows)}")
-    (args.out / "seeds.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    for folder in [args.out] + [RESULTS] * args.record:
+        told = {"model": model_hash(), "shows": f"{hits} of {len(rows)}", "rows": rows}
+        (folder / "embedded_seeds.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     side = 192
     sheet = Image.new("RGB", (side * 2 * 5, side * -(-len(rows) // 5)), "white")
     for index, picture in enumerate(pictures):

@@ -21,15 +21,16 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from weaver import Concept, ConceptUse, collect_features, compose_masks, invert
-from weaver.embedded import CONCEPTS, concept_path, load_pipeline
+from weaver.embedded import CONCEPTS, concept_path, load_pipeline, model_hash
 from weaver.embedded.identity import score
 from weaver.embedded.world import draw_scene
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
 from weaver.inversion import ddim_scheduler
 from weaver.latents import decode_latents, tensor_to_images
-from weaver.layers import PAPER, PLUG_AND_PLAY, InjectionSites
+from weaver.layers import EMBEDDED, PAPER, PLUG_AND_PLAY, InjectionSites
 
+RESULTS = Path(__file__).parent / "results"
 ALL_ATTENTION = tuple(range(4, 12))
 
 
@@ -59,15 +60,13 @@ def _sites(name: str, resnets: tuple[int, ...], window: float, attention_window:
 def arms() -> list[Arm]:
     """The settings that are compared."""
     tables = [InjectionSites("none"), PAPER, PLUG_AND_PLAY]
+    tables.append(_sites("q,k only", (), 0.5))
     for window in (0.3, 0.5, 0.8):
-        tables.append(_sites("q,k only", (), window))
         tables.append(_sites("up1", (3, 4, 5), window))
         tables.append(_sites("up1+up2", (3, 4, 5, 6, 7, 8), window))
         tables.append(_sites("all up", tuple(range(3, 12)), window))
-    chosen = _sites("up1", (3, 4, 5), 0.5)
-    return [Arm(table) for table in tables] + [
-        Arm(chosen, guidance, suppression) for guidance, suppression in itertools.product((2.0, 3.0, 4.0), (0.0, 0.3))
-    ]
+    others = [Arm(EMBEDDED, guidance) for guidance in (2.0, 4.0)] + [Arm(EMBEDDED, suppression=0.3)]
+    return [Arm(table) for table in [*tables, EMBEDDED]] + others
 
 
 def _psnr(picture: np.ndarray, other: np.ndarray, mask: np.ndarray) -> float:
@@ -118,6 +117,7 @@ def main() -> None:
     parser.add_argument("--templates", type=int, default=6)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("outputs/sites"))
+    parser.add_argument("--record", action="store_true", help="keep the figures in benchmarks/results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,9 @@ def main() -> None:
         rows.append({"arm": arm.label, **figures})
         strips.append(pictures)
         print(f"{arm.label:28} {figures}", flush=True)
-    (args.out / "sites.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    for folder in [args.out] + [RESULTS] * args.record:
+        told = {"model": model_hash(), "templates": args.templates, "steps": args.steps, "rows": rows}
+        (folder / "embedded_sites.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     side = 128
     sheet = Image.new("RGB", (side * len(templates), side * (len(strips) + 1)))
     for row, pictures in enumerate([[template[0].image for template in templates], *strips]):

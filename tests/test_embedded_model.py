@@ -16,7 +16,7 @@ from weaver.embedded.identity import IDENTITY_FILE, classify_animal, score
 from weaver.embedded.segmenter import SEGMENTER_FILE
 from weaver.embedded.training.card import CARD_FILE, CURVE_FILE
 from weaver.embedded.training.derive import DERIVED_FILE, GATES_FILE, SHEET_FILE
-from weaver.embedded.training.segmenter import segmentation_iou
+from weaver.embedded.training.segmenter import held_out_scenes, segmentation_iou
 from weaver.embedded.world import draw_scene
 from weaver.errors import WeaverError
 
@@ -55,6 +55,13 @@ def test_everything_derived_is_of_this_model():
         assert record["sha256"] == hashlib.sha256((root / name).read_bytes()).hexdigest(), f"{name} was changed"
 
 
+@pytest.mark.parametrize("figures", ["embedded_sites.json", "embedded_seeds.json"])
+def test_recorded_figures_are_of_this_model(figures):
+    record = json.loads((DERIVED_FILE.parents[2] / "benchmarks" / "results" / figures).read_text(encoding="utf-8"))
+    assert record["model"] == model_hash(), "measured on another model: run it with --record"
+    assert record["rows"]
+
+
 @pytest.mark.parametrize("gate", json.loads(GATES_FILE.read_text()), ids=lambda gate: gate["name"])
 def test_gate_is_passed_or_told(gate):
     readme = (DERIVED_FILE.parents[2] / "README.md").read_text(encoding="utf-8")
@@ -75,6 +82,18 @@ def test_segmenter_finds_animals():
     assert SEGMENTER_FILE.stat().st_size <= 2 * 2**20
     scenes = [draw_scene(random.Random(770_000 + seed), count=2, varied=False) for seed in range(30)]
     assert segmentation_iou(load_segmenter(), scenes) >= 0.9
+
+
+def test_segmenter_told_the_words_gives_the_animals_out_among_them():
+    scenes = held_out_scenes(60)
+    alone, told = (segmentation_iou(load_segmenter(), scenes, told=told) for told in (False, True))
+    assert told >= alone and told >= 0.8
+    scene = draw_scene(random.Random(3), animals=["cat", "dog"], varied=False)
+    masks = load_segmenter().segment(scene.image, ["frog", "pig"], told=True)
+    shown = load_segmenter().segment(scene.image, list(ANIMALS)).sum(0)
+    assert np.allclose(masks.sum(0), shown, atol=1e-5)  # told so, what is an animal is one of the two
+    empty = Image.new("RGB", (64, 64), (120, 190, 250))
+    assert (load_segmenter().segment(empty, ["frog", "pig"], told=True) < 0.5).all()
 
 
 def test_segmenter_takes_any_size_and_names_unknown_words():

@@ -9,10 +9,20 @@ from PIL import Image
 from weaver.embedded.backgrounds import BACKGROUNDS, HELD_OUT_BACKGROUNDS, draw_background
 from weaver.embedded.catalog import CONCEPTS, card_of, concept_images, concept_scenes
 from weaver.embedded.crops import CROP_SIZE, crop_region
-from weaver.embedded.drawings import ANIMALS, DRAWINGS, HELD_OUT_VENDORS, TRAINING_VENDORS, load_sprite, vendors_of
+from weaver.embedded.drawings import (
+    ANIMALS,
+    DRAWINGS,
+    HELD_OUT_VENDORS,
+    LINE_DRAWINGS,
+    TRAINING_VENDORS,
+    load_sprite,
+    vendors_of,
+)
+from weaver.embedded.render_sprites import fill_fields
 from weaver.embedded.repaint import PALETTE, repaint_sprite
 from weaver.embedded.training.tokenizer import MAX_TOKENS, build_tokenizer
-from weaver.embedded.world import IMAGE_SIZE, draw_scene
+from weaver.embedded.training.vary import vary_drawing
+from weaver.embedded.world import IMAGE_SIZE, SceneObject, draw_scene
 from weaver.errors import WeaverError
 
 
@@ -32,6 +42,34 @@ def test_every_drawing_ships(vendor):
         sprite = load_sprite(vendor, animal)
         assert sprite.mode == "RGBA" and max(sprite.size) > 120
         assert np.asarray(sprite)[..., 3].max() == 255
+
+
+@pytest.mark.parametrize("vendor", LINE_DRAWINGS)
+def test_line_drawings_have_a_white_a_field(vendor):
+    for animal in LINE_DRAWINGS[vendor]:
+        pixels = np.asarray(load_sprite(vendor, animal))
+        inside = pixels[..., 3] == 255
+        assert (inside | (pixels[..., 3] == 0)).all()
+        tones, areas = np.unique(pixels[inside][:, 0], return_counts=True)
+        assert tones[0] == 0 and set(tones[1:]) <= set(range(200, 256))
+        assert areas[1:].sum() > 0.05 * inside.sum(), "its outline is not closed"
+
+
+def test_fields_of_a_line_drawing_are_what_its_lines_enclose():
+    lines = np.zeros((20, 30, 4), np.uint8)
+    lines[2:18, 2:28, 3] = 255  # a frame that holds a large and a small field
+    lines[4:16, 4:18, 3] = 0
+    lines[4:16, 20:26, 3] = 0
+    filled = np.asarray(fill_fields(Image.fromarray(lines, "RGBA")))
+    assert (filled[..., 3] == 255).sum() == 16 * 26 and filled[0, 0, 3] == 0
+    assert len({tuple(filled[y, x]) for y, x in ((2, 2), (5, 5), (5, 22))}) == 3
+    assert (filled[4:16, 4:18, :3] == filled[5, 5, :3]).all() and filled[2, 2, 0] == 0
+
+
+def test_a_varied_line_drawing_is_painted():
+    animal = SceneObject("cat", None, "lucide", repainted=False)
+    pixels = np.asarray(vary_drawing(load_sprite("lucide", "cat"), animal, random.Random(3)))
+    assert np.ptp(pixels[pixels[..., 3] == 255][:, :3].astype(int), axis=1).max() > 10  # no longer black and white
 
 
 def test_same_seed_same_scene():

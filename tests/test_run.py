@@ -142,7 +142,7 @@ REACHES = {
     "overlap": ({"masks": {"overlap": "share"}}, {"weights"}),
     "lambda": ({"fusion": {"lambda": 0.9}}, {"weights"}),
     "guidance": ({"fusion": {"guidance": 5}}, {"guidance"}),
-    "sites": ({"fusion": {"injection": {"sites": "plug-and-play"}}}, {"sites"}),
+    "sites": ({"fusion": {"injection": {"sites": "plug-and-play"}}}, {"sites", "windows"}),
     "ResNet window": ({"fusion": {"injection": {"resnet": 0.1}}}, {"windows"}),
     "attention window": ({"fusion": {"injection": {"attention": 0.1}}}, {"windows"}),
 }

@@ -91,7 +91,7 @@ PAPER = InjectionSites("paper", resnets=(4,), attentions=(4, 7, 9))
 PLUG_AND_PLAY = InjectionSites("plug-and-play", resnets=(4,), attentions=tuple(range(4, 12)))
 """Plug-and-Play Diffusion's own choice, for Stable Diffusion."""
 
-EMBEDDED = InjectionSites("embedded", resnets=tuple(range(3, 9)), attentions=tuple(range(4, 12)))
+EMBEDDED = InjectionSites("embedded", tuple(range(3, 9)), tuple(range(4, 12)), resnet_window=0.5)
 """For the embedded model, and others with latents so small that l=4 is a map of a few cells: found by the sweep
 ``benchmarks/embedded_sites.py``."""
 

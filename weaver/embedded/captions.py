@@ -8,8 +8,8 @@ from collections.abc import Sequence
 __all__ = ["caption_of", "partial_caption"]
 
 # How often a training caption leaves things out, of scenes it can be left out of.
-_BACKGROUND_ONLY = 0.08
-_SOME_ANIMALS = 0.18
+_BACKGROUND_ONLY = 0.05
+_SOME_ANIMALS = 0.12
 _SOME_ANIMALS_BEFORE = 0.06
 
 

@@ -15,6 +15,7 @@ __all__ = ["CONCEPTS", "ConceptCard", "card_of", "concept_images", "concept_path
 
 _ROOT = Path(__file__).parent / "concepts"
 PICTURES_PER_CONCEPT = 8
+_PORTRAIT = ((0.36, 0.64), (0.52, 0.66), (0.44, 0.62))  # the animal's spot in pictures of it: large, near the middle
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def concept_scenes(name: str, count: int = PICTURES_PER_CONCEPT, seed: int = 0) 
                 rng,
                 animals=[card.word],
                 background=grounds[index % len(grounds)],
+                spots=[_PORTRAIT],
                 vendors=(card.source,),
                 varied=False,
             )

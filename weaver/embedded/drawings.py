@@ -1,6 +1,7 @@
 """The drawings of the embedded world: which vendor draws which animal, and where the rendered sprites lie.
 
-Sprites are 160-pixel RGBA pictures cropped to the drawing, one file each in ``sprites/<vendor>/<animal>.png``.
+Sprites are 160-pixel RGBA pictures cropped to the drawing, one file each in ``sprites/<vendor>/<animal>.png``. Line
+drawings are black, and every field that their lines enclose has a white of its own: 255, 254, and so on.
 They ship with the package, so only :mod:`weaver.embedded.render_sprites` (``make sprites``) needs npm.
 """
 
@@ -16,6 +17,7 @@ __all__ = [
     "DRAWINGS",
     "HELD_OUT_VENDORS",
     "HELPER_VENDORS",
+    "LINE_DRAWINGS",
     "SPRITE_DIR",
     "TRAINING_VENDORS",
     "load_sprite",
@@ -26,7 +28,7 @@ ANIMALS = ("dog", "cat", "fox", "panda", "frog", "pig")
 
 _PLAIN = {"dog": "dog-face", "cat": "cat-face", "fox": "fox", "panda": "panda", "frog": "frog", "pig": "pig-face"}
 
-# Icon names inside the Iconify set of the same name; fxemoji and streamline-emojis draw no fox from the front.
+# Icon names inside the Iconify set of the same name; fxemoji draws no fox from the front.
 DRAWINGS: dict[str, dict[str, str]] = {
     "noto": _PLAIN,
     "noto-v1": _PLAIN,
@@ -35,6 +37,7 @@ DRAWINGS: dict[str, dict[str, str]] = {
     "streamline-emojis": {
         "dog": "dog-face",
         "cat": "cat-face",
+        "fox": "fox-face-2",
         "panda": "panda-face",
         "frog": "frog-face",
         "pig": "pig-face",
@@ -42,8 +45,21 @@ DRAWINGS: dict[str, dict[str, str]] = {
     "emojione": _PLAIN,
     "fluent-emoji-flat": _PLAIN,
 }
+# Drawn in one line, to be painted (`training/vary.py`): more shapes for the segmenter to know an animal by.
+LINE_DRAWINGS: dict[str, dict[str, str]] = {
+    "boxicons": {"dog": "dog", "cat": "cat"},
+    "griddy-icons": {"dog": "dog", "cat": "cat", "panda": "panda", "pig": "pig"},
+    "hugeicons": {"panda": "panda"},
+    "icon-park-outline": {"dog": "dog", "frog": "frog", "panda": "panda", "pig": "pig"},
+    "lucide": {"dog": "dog", "cat": "cat", "panda": "panda"},
+    "lucide-lab": {"frog": "frog-face", "pig": "pig-head"},
+    "mdi": {"dog": "dog", "cat": "cat", "panda": "panda", "pig": "pig"},
+    "ph": {"dog": "dog", "cat": "cat"},
+    "streamline-flex": {"dog": "dog-1", "cat": "cat-2"},
+    "tabler": {"dog": "dog", "cat": "cat"},
+}
 TRAINING_VENDORS = ("noto", "noto-v1", "twemoji")  # what the model itself learns
-HELPER_VENDORS = (*TRAINING_VENDORS, "fxemoji", "streamline-emojis")  # what segmenter and classifier learn
+HELPER_VENDORS = (*TRAINING_VENDORS, "fxemoji", "streamline-emojis")  # what segmenter and classifier learn as well
 HELD_OUT_VENDORS = ("emojione", "fluent-emoji-flat")
 
 SPRITE_DIR = Path(__file__).parent / "sprites"
@@ -51,7 +67,8 @@ SPRITE_DIR = Path(__file__).parent / "sprites"
 
 def vendors_of(animal: str, vendors: tuple[str, ...] = TRAINING_VENDORS) -> tuple[str, ...]:
     """The vendors among `vendors` that draw `animal`."""
-    return tuple(vendor for vendor in vendors if animal in DRAWINGS[vendor])
+    known = DRAWINGS | LINE_DRAWINGS
+    return tuple(vendor for vendor in vendors if animal in known[vendor])
 
 
 @cache

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from weaver.embedded.drawings import DRAWINGS, SPRITE_DIR
+from weaver.embedded.drawings import DRAWINGS, LINE_DRAWINGS, SPRITE_DIR
+from weaver.masks.components import connected_components
 
 SPRITE_SIZE = 160
 
@@ -46,16 +47,32 @@ def render(svg: str, size: int = SPRITE_SIZE) -> Image.Image:
     return image.crop(image.getbbox())
 
 
+def fill_fields(lines: Image.Image) -> Image.Image:
+    """A line drawing with its lines black, and the fields they enclose each in a white of its own."""
+    free = np.pad(np.asarray(lines)[..., 3] <= 127, 1, constant_values=True)  # a frame, so that outside is one field
+    fields = connected_components(free)
+    areas = np.bincount(fields.ravel())
+    areas[0] = 0  # the lines
+    whites = np.zeros(len(areas), np.uint8)
+    whites[np.argsort(-areas, kind="stable")] = 255 - np.arange(len(areas))
+    pixels = np.zeros((*free.shape, 4), np.uint8)
+    pixels[..., :3] = np.where(free, whites[fields], 0)[..., None]
+    pixels[..., 3] = np.where(fields == fields[0, 0], 0, 255)
+    return Image.fromarray(pixels[1:-1, 1:-1].copy(), "RGBA")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("node_modules", type=Path, help="folder with the npm packages @iconify-json/<vendor>")
     args = parser.parse_args(argv)
-    for vendor, animals in DRAWINGS.items():
+    for vendor, animals in (DRAWINGS | LINE_DRAWINGS).items():
         icons = json.loads((args.node_modules / "@iconify-json" / vendor / "icons.json").read_text(encoding="utf-8"))
         folder = SPRITE_DIR / vendor
         folder.mkdir(parents=True, exist_ok=True)
         for animal, name in animals.items():
-            render(icon_svg(icons, name)).save(folder / f"{animal}.png", optimize=True)
+            sprite = render(icon_svg(icons, name))
+            sprite = fill_fields(sprite) if vendor in LINE_DRAWINGS else sprite
+            sprite.save(folder / f"{animal}.png", optimize=True)
         print(f"{vendor}: {len(animals)} drawings")
 
 

@@ -16,7 +16,7 @@ from weaver.embedded.drawings import ANIMALS
 from weaver.embedded.world import IMAGE_SIZE
 from weaver.errors import WeaverError
 
-__all__ = ["Segmenter", "load_segmenter"]
+__all__ = ["Segmenter", "load_segmenter", "word_probabilities"]
 
 SEGMENTER_FILE = Path(__file__).parent / "helpers" / "segmenter.safetensors"
 
@@ -49,7 +49,10 @@ class Segmenter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits [B, words, 64, 64] of every word of the world for pictures [B, 3, 64, 64] in [-1, 1]."""
+        """Logits [B, words, 64, 64] of every word of the world for pictures [B, 3, 64, 64] in [-1, 1].
+
+        The background's logit is 0: `word_probabilities` is the softmax over it and the words.
+        """
         maps = [self.stem(pixels)]
         for block in self.down:
             maps.append(block(maps[-1]))
@@ -61,13 +64,16 @@ class Segmenter(nn.Module):
         return torch.einsum("bchw,nc->bnhw", features, self.words.weight) + self.bias
 
     @torch.no_grad()
-    def segment(self, image: Image.Image, words: list[str]) -> np.ndarray:
+    def segment(self, image: Image.Image, words: list[str], *, told: bool = False) -> np.ndarray:
         """Soft masks of `words` in `image`.
 
         Parameters
         ----------
         image : RGB picture of any size; it is looked at in 64x64 pixels.
         words : class words; objects of one class share one mask.
+        told : whether `words` are all the animals of the picture, none missing. Otherwise every word is sought by
+            itself, and may be nowhere. With it, what is an animal at all is given out among `words`, each a like
+            share: a drawing of a new style, which may look more like a third animal, is still told from its neighbour.
 
         Returns
         -------
@@ -88,10 +94,39 @@ class Segmenter(nn.Module):
         small = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
         chosen = [ANIMALS.index(word) for word in words]
-        masks = self(pixels)[:, chosen].sigmoid()
+        logits = self(pixels)
+        probabilities = word_probabilities(logits)
+        if told:
+            masks = probabilities.sum(1, keepdim=True) * _give_out(
+                logits[:, chosen], probabilities.sum(1, keepdim=True)
+            )
+        else:
+            masks = probabilities[:, chosen]
         if image.size != small.size:
             masks = F.interpolate(masks, (image.height, image.width), mode="bilinear", align_corners=False)
         return masks[0].numpy()
+
+
+def word_probabilities(logits: Tensor) -> Tensor:
+    """How likely each pixel is each word [B, words, h, w], from logits; what is left of one is background."""
+    return F.pad(logits, (0, 0, 0, 0, 1, 0)).softmax(1)[:, 1:]
+
+
+def _give_out(logits: Tensor, animal: Tensor, softness: float = 8.0, reach: int = 4, rounds: int = 50) -> Tensor:
+    """How animals' pixels [1, 1, h, w] are divided among words [1, K, h, w]: each gets about a like share.
+
+    Logits are averaged over a pixel's neighbours that are animals too. A bias a word is found so that, softly
+    assigned, all words hold the same area (one side of Sinkhorn's balancing).
+    """
+    animal = (animal > 0.5).to(logits)
+    window = {"kernel_size": 2 * reach + 1, "stride": 1, "padding": reach}
+    around = F.avg_pool2d(logits * animal, **window) / F.avg_pool2d(animal, **window).clamp(min=1e-3)
+    inside = around[0, :, animal[0, 0] > 0]
+    bias = torch.zeros(len(inside), 1)
+    for _ in range(rounds if inside.numel() else 0):
+        share = ((inside + bias) / softness).softmax(0).mean(1, keepdim=True)
+        bias -= 0.5 * softness * (share.clamp(min=1e-6) * len(inside)).log()
+    return (around + bias.view(1, -1, 1, 1)).softmax(1)
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,7 @@ embedded model is trained on, what its helpers learn their truth from, and what 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,11 @@ __all__ = ["IMAGE_SIZE", "Scene", "SceneObject", "draw_scene"]
 IMAGE_SIZE = 64
 _CANVAS = 128  # drawn at twice the size, then averaged
 
-# Places of n objects as (centre x, centre y, size) fractions of the picture, each with (least, most).
-_LAYOUTS = {
+# Where an object stands: (centre x, centre y, size) as fractions of the picture, each with (least, most).
+Spot = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+
+# The spots of n objects.
+_LAYOUTS: dict[int, list[Spot]] = {
     1: [((0.24, 0.76), (0.5, 0.7), (0.4, 0.64))],
     2: [((0.23, 0.31), (0.52, 0.7), (0.40, 0.54)), ((0.69, 0.77), (0.52, 0.7), (0.40, 0.54))],
     3: [
@@ -105,7 +108,7 @@ def _draw_ground(kind: str, rng: random.Random, varied: bool) -> tuple[Image.Ima
     return image, f"{colour} {word}", True
 
 
-def _place(sprite: Image.Image, spot: tuple, rng: random.Random) -> tuple[Image.Image, tuple[int, int]]:
+def _place(sprite: Image.Image, spot: Spot, rng: random.Random) -> tuple[Image.Image, tuple[int, int]]:
     """Scale, stretch, tilt and mirror a sprite, and choose its top left corner inside the canvas."""
     centre_x, centre_y, side = (rng.uniform(*limits) * _CANVAS for limits in spot)
     scale = side / max(sprite.size)
@@ -120,9 +123,8 @@ def _place(sprite: Image.Image, spot: tuple, rng: random.Random) -> tuple[Image.
     return sprite, (left, top)
 
 
-def _compose(sprites: list[Image.Image], rng: random.Random) -> tuple[list, np.ndarray]:
+def _compose(sprites: list[Image.Image], spots: Sequence[Spot], rng: random.Random) -> tuple[list, np.ndarray]:
     """Place all sprites so that each stays visible; returns the placements and the label map at canvas size."""
-    spots = _LAYOUTS[len(sprites)]
     while True:
         placed, areas = [], []
         labels = Image.new("L", (_CANVAS, _CANVAS), 0)
@@ -143,9 +145,10 @@ def draw_scene(
     animals: list[str] | None = None,
     count: int | None = None,
     background: str | None = None,
+    spots: Sequence[Spot] | None = None,
     vendors: tuple[str, ...] = TRAINING_VENDORS,
     varied: bool = True,
-    alter: Callable[[Image.Image, random.Random], Image.Image] | None = None,
+    alter: Callable[[Image.Image, SceneObject, random.Random], Image.Image] | None = None,
 ) -> Scene:
     """Draw one scene.
 
@@ -155,10 +158,11 @@ def draw_scene(
     animals : the animals from left to right, top to bottom (default: `count` drawn at random, repeats allowed).
     count : number of animals, 1 to 4 (default: mostly one or two).
     background : a key of ``BACKGROUNDS`` or ``HELD_OUT_BACKGROUNDS`` (default: one of the learned ones).
+    spots : where the animals stand (default: all over the picture, as their number allows).
     vendors : whose drawings to take.
     varied : repaint drawings and backgrounds. Captions tell it, but for a tenth of the animals: what a word alone
         means stays the usual drawing, and guidance does not drift to odd colours.
-    alter : changes every RGBA drawing before it is placed.
+    alter : changes every RGBA drawing before it is placed, told what it is.
     """
     kind = background or rng.choice(list(BACKGROUNDS))
     if animals is None:
@@ -169,9 +173,9 @@ def draw_scene(
     for word in animals:
         vendor = rng.choice(vendors_of(word, vendors))
         sprite, animal = _draw_animal(word, vendor, rng, varied)
-        sprites.append(sprite if alter is None else alter(sprite, rng))
+        sprites.append(sprite if alter is None else alter(sprite, animal, rng))
         objects.append(animal)
-    placed, labels = _compose(sprites, rng)
+    placed, labels = _compose(sprites, spots or _LAYOUTS[len(sprites)], rng)
     for sprite, corner in placed:
         ground.paste(sprite, corner, sprite)
     size = (IMAGE_SIZE, IMAGE_SIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -12,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from weaver.embedded.drawings import HELPER_VENDORS
+from weaver.embedded import backgrounds, captions, drawings, repaint, world
+from weaver.embedded.drawings import HELPER_VENDORS, LINE_DRAWINGS
+from weaver.embedded.training import vary
 from weaver.embedded.training.vary import vary_drawing
 from weaver.embedded.world import draw_scene
 
@@ -24,7 +27,7 @@ _CHUNK = 500
 
 @dataclass(frozen=True)
 class Bank:
-    """Pictures [n, 64, 64, 3] uint8, labels [n, 64, 64] uint8, training captions [n] and the animals' words, scene by scene."""
+    """Pictures [n, 64, 64, 3] and labels [n, 64, 64] uint8, training captions [n] and the animals' words by scene."""
 
     pictures: np.ndarray
     labels: np.ndarray
@@ -40,7 +43,7 @@ def to_pixels(pictures: np.ndarray) -> torch.Tensor:
 def _draw_chunk(seed: int, for_helpers: bool) -> tuple[np.ndarray, np.ndarray, list[str], list[list[str]]]:
     rng = random.Random(seed)
     torch.set_num_threads(1)
-    options = {"vendors": HELPER_VENDORS, "alter": vary_drawing} if for_helpers else {}
+    options = {"vendors": (*HELPER_VENDORS, *LINE_DRAWINGS), "alter": vary_drawing} if for_helpers else {}
     scenes = [draw_scene(rng, **options) for _ in range(_CHUNK)]
     return (
         np.stack([np.asarray(scene.image) for scene in scenes]),
@@ -50,13 +53,19 @@ def _draw_chunk(seed: int, for_helpers: bool) -> tuple[np.ndarray, np.ndarray, l
     )
 
 
+def _world_hash() -> str:
+    """SHA-256 of the code that draws."""
+    modules = (backgrounds, captions, drawings, repaint, vary, world)
+    return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
+
+
 def make_bank(folder: Path, scenes: int, seed: int = 0, *, for_helpers: bool = False) -> Path:
-    """Draw at least `scenes` scenes into `folder` and return it; an existing bank of that size and seed is kept.
+    """Draw at least `scenes` scenes into `folder` and return it; an existing one is kept if it is what would be drawn.
 
     `for_helpers` takes the drawings of more vendors, bent and marked anew, for the segmenter to learn shapes.
     """
     chunks = -(-scenes // _CHUNK)
-    card = {"scenes": chunks * _CHUNK, "seed": seed, "for_helpers": for_helpers}
+    card = {"scenes": chunks * _CHUNK, "seed": seed, "for_helpers": for_helpers, "world": _world_hash()}
     if (folder / "bank.json").exists() and json.loads((folder / "bank.json").read_text())["card"] == card:
         return folder
     folder.mkdir(parents=True, exist_ok=True)

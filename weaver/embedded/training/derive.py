@@ -96,7 +96,8 @@ def run(stage: str, work: Path) -> None:
         _record(map(concept_path, CONCEPTS))
     if stage in ("gates", "derive"):
         pipe = load_pipeline()
-        gates = measure_gates(pipe, load_segmenter(), measure_identity())
+        segmenter = load_segmenter()
+        gates = measure_gates(pipe, segmenter, measure_identity())
         for gate in gates:
             print(
                 f"{'pass' if gate.passed else 'FAIL'}  {gate.name}: {gate.value:.3f}{gate.unit} (at least {gate.least})"
@@ -104,5 +105,5 @@ def run(stage: str, work: Path) -> None:
         rows = [{"name": g.name, "value": round(g.value, 4), "least": g.least, "unit": g.unit} for g in gates]
         GATES_FILE.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         sample_sheet(pipe).save(SHEET_FILE, optimize=True)
-        write_card(gates)
+        write_card(gates, segmenter)
         _record([GATES_FILE, SHEET_FILE, CARD_FILE, CURVE_FILE])

@@ -1,4 +1,4 @@
-"""Drawings bent and marked anew: a segmenter must know an animal by its shape, not by the vendors it has seen."""
+"""Drawings painted, bent and marked: a segmenter must know an animal by its shape, not by the vendors it has seen."""
 
 from __future__ import annotations
 
@@ -9,10 +9,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from weaver.embedded.repaint import PALETTE, jitter
+from weaver.embedded.drawings import HELPER_VENDORS, LINE_DRAWINGS, load_sprite, vendors_of
+from weaver.embedded.repaint import PALETTE, jitter, shade
+from weaver.embedded.world import SceneObject
 
 __all__ = ["vary_drawing"]
 
+# Colours an animal may have.
+_FURS = {
+    "dog": ("brown", "orange", "white", "grey", "black", "yellow"),
+    "cat": ("orange", "grey", "black", "white", "brown", "yellow"),
+    "fox": ("orange", "red", "white", "grey"),
+    "panda": ("white", "white", "grey", "brown"),
+    "frog": ("green", "green", "brown", "yellow", "blue"),
+    "pig": ("pink", "pink", "white", "brown"),
+}
 _NEAR = 110  # sum over channels within which a pixel counts as the fur's colour
 # Markings as ellipses in a square of [-1, 1]: (centre x, centre y, half width, half height), each with (least, most).
 _MARKINGS = {
@@ -69,8 +80,49 @@ def _bend(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
     return moved.permute(1, 2, 0).clamp(0, 255).byte().numpy()
 
 
-def vary_drawing(sprite: Image.Image, rng: random.Random) -> Image.Image:
-    """An RGBA drawing, six of ten times as it is; of the others most have markings, and most are bent."""
+def _paint_lines(pixels: np.ndarray, word: str, rng: random.Random) -> np.ndarray:
+    """A line drawing [h, w, 4] in the colours of an animal: fields alike or in a second colour, lines dark."""
+    fur = jitter(PALETTE[rng.choice(_FURS[word] if rng.random() < 0.8 else tuple(PALETTE))], rng, 18)
+    second = jitter(PALETTE[rng.choice(("white", "black", "brown", "grey", "pink"))], rng, 18)
+    colours = np.zeros((256, 3), np.uint8)
+    colours[0] = shade(fur, -rng.uniform(0.2, 0.7)) if rng.random() < 0.6 else (35, 35, 40)
+    for white in range(128, 256):
+        main = white == 255 or rng.random() < 0.6
+        colours[white] = fur if main else second
+    result = pixels.copy()
+    result[..., :3] = colours[pixels[..., 0]]
+    return result
+
+
+def _coloured(vendor: str, word: str, rng: random.Random) -> np.ndarray:
+    """A vendor's drawing [h, w, 4], painted if it is a line drawing."""
+    pixels = np.asarray(load_sprite(vendor, word))
+    return _paint_lines(pixels, word, rng) if vendor in LINE_DRAWINGS else pixels
+
+
+def _mix(pixels: np.ndarray, other: np.ndarray, rng: random.Random) -> np.ndarray:
+    """A drawing [h, w, 4] that turns into another of the same animal along a random direction."""
+    height, width = pixels.shape[:2]
+    other = np.asarray(Image.fromarray(other, "RGBA").resize((width, height), Image.Resampling.BILINEAR))
+    angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.6)
+    along = np.linspace(-1, 1, height)[:, None] * np.sin(angle) + np.linspace(-1, 1, width)[None] * np.cos(angle)
+    share = 1 / (1 + np.exp(-(along - rng.uniform(-0.5, 0.5)) / reach))[..., None]
+    first, second = (1 - share) * pixels[..., 3:], share * other[..., 3:]
+    alpha = first + second
+    colour = (first * pixels[..., :3] + second * other[..., :3]) / np.maximum(alpha, 1)
+    return np.concatenate([colour, alpha], -1).clip(0, 255).astype(np.uint8)
+
+
+def vary_drawing(sprite: Image.Image, animal: SceneObject, rng: random.Random) -> Image.Image:
+    """An RGBA drawing, half the time mixed with another vendor's of the same animal, then at times marked and bent.
+
+    Line drawings that are not repainted yet are painted first.
+    """
+    if animal.vendor in LINE_DRAWINGS and not animal.repainted:
+        sprite = Image.fromarray(_paint_lines(np.asarray(sprite), animal.word, rng), "RGBA")
+    if rng.random() < 0.5:
+        vendor = rng.choice(vendors_of(animal.word, (*HELPER_VENDORS, *LINE_DRAWINGS)))
+        sprite = Image.fromarray(_mix(np.asarray(sprite), _coloured(vendor, animal.word, rng), rng), "RGBA")
     if rng.random() < 0.6:
         return sprite
     pixels = np.asarray(sprite)
