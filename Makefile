@@ -53,7 +53,7 @@ compile-check: $(READY)
 N ?= 100
 INTERPRETED ?= 10
 fuzz: $(READY)
-	@TRITON_INTERPRET=1 PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(PY) -m operations.fuzz --live $(N) --interpreted $(INTERPRETED) $(ARGS)
+	@TRITON_INTERPRET=1 PYTHONPATH="$(CURDIR)/tests:$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" $(PY) -m operations.fuzz --live $(N) --interpreted $(INTERPRETED) $(ARGS)
 
 test-gpu: $(READY)
 	@TRITON_INTERPRET=0 $(PY) -m pytest -m gpu $(ARGS)
@@ -63,7 +63,7 @@ tune: $(READY)
 
 OUT ?=
 gpu: $(READY)
-	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(PY) -m operations.gpu_run $(if $(OUT),--out "$(OUT)") $(ARGS)
+	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" $(PY) -m operations.gpu_run $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 bench: $(READY)
 	@$(PY) -m benchmarks.context_attention $(ARGS)
