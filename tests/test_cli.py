@@ -32,12 +32,6 @@ def finished(report):
     return lambda job, folder, **options: run.Run(folder, None, (), report)
 
 
-@pytest.fixture
-def unread(monkeypatch):
-    """Take input files as read: these tests are about what stands around a run."""
-    monkeypatch.setattr("weaver.inputs.read_inputs", lambda job, source="job": ())
-
-
 def test_help_names_the_commands_and_exit_codes(capsys):
     code, out, _ = run_cli(capsys)
     assert code == 0 and "demo" in out and "run" in out and "exit codes: 0 done; 2 bad input" in out
@@ -76,7 +70,7 @@ def test_a_shipped_concept_that_does_not_ship(capsys, tmp_path, job_file):
     assert code == 2 and "concepts[0].file: no concept 'pgu' ships with the package; did you mean 'pug'?" in err
 
 
-def test_a_finished_run_says_where_and_how_near(capsys, monkeypatch, tmp_path, job_file, unread):
+def test_a_finished_run_says_where_and_how_near(capsys, monkeypatch, tmp_path, job_file):
     scores = {"pug": {"own": 0.9, "base": 0.4, "others": -0.1}, "mine": {"own": None, "base": None, "others": None}}
     monkeypatch.setattr(run, "run_job", finished({"concepts": scores, "total_seconds": 12.3}))
     code, out, err = run_cli(capsys, "run", job_file, "--out", tmp_path / "out")
@@ -85,7 +79,7 @@ def test_a_finished_run_says_where_and_how_near(capsys, monkeypatch, tmp_path, j
     assert out.splitlines()[-1] == f"{tmp_path / 'out'}: sheet.png shows it all (12 s)" and "mine" not in out
 
 
-def test_the_command_line_passes_its_wishes_on(capsys, monkeypatch, job_file, unread):
+def test_the_command_line_passes_its_wishes_on(capsys, monkeypatch, job_file):
     seen = {}
 
     def note(job, folder, **options):
@@ -101,7 +95,7 @@ def test_the_command_line_passes_its_wishes_on(capsys, monkeypatch, job_file, un
     assert seen["folder"].as_posix() == "outputs/demo" and not any(spec.train for spec in seen["job"].everyone)
 
 
-def test_a_manifest_is_run_beside_what_it_made(capsys, monkeypatch, tmp_path, job_file, unread):
+def test_a_manifest_is_run_beside_what_it_made(capsys, monkeypatch, tmp_path, job_file):
     manifest = {"weaver_manifest": 1, "job": yaml.safe_load(job_file.read_text()), "inputs": {}}
     manifest["record"] = {"versions": {"torch": "0.1"}, "weights": {}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
@@ -126,7 +120,7 @@ def test_a_manifest_is_run_beside_what_it_made(capsys, monkeypatch, tmp_path, jo
     ],
     ids=["bad input", "interrupted", "unexpected"],
 )
-def test_how_a_run_ends(capsys, monkeypatch, job_file, unread, error, code, message):
+def test_how_a_run_ends(capsys, monkeypatch, job_file, error, code, message):
     def fail(*args, **kwargs):
         raise error
 
@@ -134,7 +128,7 @@ def test_how_a_run_ends(capsys, monkeypatch, job_file, unread, error, code, mess
     assert run_cli(capsys, "run", job_file) == (code, "", message)
 
 
-def test_a_traceback_on_request(capsys, monkeypatch, job_file, unread):
+def test_a_traceback_on_request(capsys, monkeypatch, job_file):
     monkeypatch.setattr(run, "run_job", lambda *a, **k: 1 / 0)
     code, _, err = run_cli(capsys, "run", job_file, "--traceback")
     assert code == 1 and "ZeroDivisionError" in err and "Traceback" in err

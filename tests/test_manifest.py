@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from jobs import TRAINED, job_of, picture
 
 from weaver import run
 from weaver.errors import WeaverError
-from weaver.inputs import read_inputs
+from weaver.inputs import file_hash, read_inputs
 from weaver.jobfile import load_job, read_manifest
 from weaver.manifest import changed_versions, check_inputs
 from weaver.models import load_model, weights_hash
@@ -20,7 +21,6 @@ from weaver.run import run_job
 def test_the_manifest_makes_the_same_picture_again(finished, tmp_path):
     path = finished.folder / "manifest.json"
     job, manifest = load_job(path), read_manifest(path)
-    check_inputs(manifest, read_inputs(job), "manifest.json")
     assert changed_versions(manifest) == []
     again = run_job(job, tmp_path / "again", manifest=manifest)
     for name in ("fused.png", "template.png", "masks.png"):
@@ -47,9 +47,27 @@ def test_a_manifest_tells_what_has_changed_since(changed):
     assert changed_versions(manifest) == [f"torch {torch.__version__} (was 0.1)"]
 
 
+@pytest.mark.parametrize("name", ["9.png", "0.txt"], ids=["picture", "caption"])
+def test_what_was_not_there_is_told_too(job_folder, tmp_path, monkeypatch, name):
+    pictures = shutil.copytree(job_folder / "pictures", tmp_path / "pictures")
+    train = TRAINED["train"] | {"images": str(pictures)}
+    job = job_of(job_folder, concepts=[TRAINED | {"train": train}])
+    manifest = {"inputs": {file.field: file.sha256 for file in read_inputs(job)}}
+    check_inputs(manifest, read_inputs(job), "m.json")
+    if name == "9.png":
+        picture(9).save(pictures / name)
+    else:
+        (pictures / name).write_text("a {token} {word} at night")
+    monkeypatch.setattr(run, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    with pytest.raises(WeaverError, match=rf"^m.json: concepts\[0\].train.images\[.*: {name} was not there when"):
+        run_job(job, tmp_path / "out", source="m.json", manifest=manifest)
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_weights_are_not_taken_for_the_same_model(changed, tmp_path, monkeypatch):
     manifest, job = changed
     monkeypatch.setattr(run, "choose_template", lambda *a, **k: pytest.fail("sampling began"))
+    manifest["inputs"]["concepts[1].file"] = file_hash(job.concepts[1].file)
     with pytest.raises(WeaverError, match="^m.json: model: its weights are not those that the manifest was written"):
         run_job(job, tmp_path / "out", source="m.json", manifest=manifest)
     assert list(tmp_path.iterdir()) == []

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
-from jobs import job_of
+from jobs import TRAINED, job_of, picture
 
-from weaver import outputs
+from weaver import folder, outputs, run
 from weaver.errors import WeaverError
+from weaver.folder import check_folder
 from weaver.run import run_job
 
 
@@ -36,18 +38,64 @@ def test_results_can_not_go_into_a_file(job_folder, tmp_path):
 
 
 def test_results_can_not_go_where_nothing_can_be_written(tmp_path):
-    with pytest.raises(WeaverError, match=r"out: can't write into /proc \("):
-        outputs.check_folder(Path("/proc/none"))
+    results = [Path("sheet.png"), Path("concepts/tom.safetensors")]
+    with pytest.raises(WeaverError, match=r"out: /proc is not writable \("):
+        check_folder(Path("/proc/none"), results)
     (tmp_path / "sheet.png").mkdir()
     with pytest.raises(WeaverError, match="out: .*sheet.png is a folder"):
-        outputs.check_folder(tmp_path)
+        check_folder(tmp_path, results)
     (tmp_path / "sheet.png").rmdir()
     (tmp_path / "concepts").write_text("")
     with pytest.raises(WeaverError, match="out: .*concepts is a file"):
-        outputs.check_folder(tmp_path)
+        check_folder(tmp_path, results)
+    check_folder(tmp_path, results[:1])
     assert [path.name for path in tmp_path.iterdir()] == ["concepts"]
-    outputs.check_folder(tmp_path / "new" / "run")
+    check_folder(tmp_path / "new" / "run", results)
     assert not (tmp_path / "new").exists()
+
+
+def test_no_result_replaces_what_the_run_reads(job_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    (tmp_path / "concepts").mkdir()
+    (tmp_path / "manifest.json").write_text("the job")
+    picture(5).save(tmp_path / "template.png")
+    own = tmp_path / "concepts" / "tom.safetensors"
+    own.write_bytes((job_folder / "rex.safetensors").read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    job = job_of(
+        job_folder,
+        template={"image": str(tmp_path / "template.png")},
+        concepts=[TRAINED | {"train": TRAINED["train"] | {"images": str(tmp_path)}}, {"file": str(own), "name": "rex"}],
+    )
+    with pytest.raises(WeaverError) as caught:
+        run_job(job, tmp_path, source=str(tmp_path / "manifest.json"))
+    for told in (
+        f"template.image: {tmp_path}/template.png would be overwritten by a result",
+        f"concepts[0].train.images: results in {tmp_path} would be among its pictures",
+        f"concepts[1].file: {own} would be overwritten by a result",
+        f"the job file: {tmp_path}/manifest.json would be overwritten by a result; choose another --out",
+    ):
+        assert told in str(caught.value)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_an_interrupt_between_two_moves_loses_nothing(tmp_path, monkeypatch, call):
+    """The interrupt comes right after a move, before anything else can be noted."""
+    (tmp_path / "a.png").write_text("earlier")
+    moves, replace = [], os.replace
+
+    def interrupted(*paths):
+        moves.append(paths)
+        replace(*paths)
+        if len(moves) == call + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), folder.all_or_nothing(tmp_path) as partial:
+        for name in ("a.png", "b.png", "c.png"):
+            (partial / name).write_text("new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.png": "earlier"}
 
 
 def test_an_error_while_moving_puts_an_earlier_run_back(tmp_path):
@@ -55,7 +103,7 @@ def test_an_error_while_moving_puts_an_earlier_run_back(tmp_path):
     for name, text in before.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    with pytest.raises(OSError), outputs._all_or_nothing(tmp_path) as partial:
+    with pytest.raises(OSError), folder.all_or_nothing(tmp_path) as partial:
         for name in ("a.png", "b.png", "concepts/tom", "z.png"):
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_text("new")
@@ -67,7 +115,7 @@ def test_a_new_run_replaces_an_earlier_one_and_keeps_its_concept_files(tmp_path)
     (tmp_path / "concepts").mkdir()
     for name in ("a.png", "concepts/tom", "concepts/rex"):
         (tmp_path / name).write_text("earlier")
-    with outputs._all_or_nothing(tmp_path) as partial:
+    with folder.all_or_nothing(tmp_path) as partial:
         (partial / "concepts").mkdir()
         for name in ("a.png", "concepts/tom"):
             (partial / name).write_text("new")

@@ -85,13 +85,11 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from weaver.inputs import read_inputs
     from weaver.jobfile import load_job, read_manifest
-    from weaver.manifest import changed_versions, check_inputs
+    from weaver.manifest import changed_versions
 
     job, manifest, name = load_job(args.job), read_manifest(args.job), args.job.stem
     if manifest:
-        check_inputs(manifest, read_inputs(job, str(args.job)), str(args.job))
         if changed := changed_versions(manifest):
             print(f"weaver: the manifest was made with other versions: {', '.join(changed)}", file=sys.stderr)
         name = f"{args.job.resolve().parent.name}-again"  # beside what it is to be compared with

@@ -16,7 +16,7 @@ from weaver.fields import EMBEDDED
 from weaver.job import BackgroundSpec, Job, JobError
 from weaver.pictures import open_picture, open_rgb
 
-__all__ = ["InputFile", "file_hash", "read_inputs", "shipped_name", "training_pictures"]
+__all__ = ["InputFile", "file_hash", "read_inputs", "shipped_name", "training_folders", "training_pictures"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,17 @@ def training_pictures(spec: BackgroundSpec) -> list[Path]:
 
         images = (embedded.concept_images(images.removeprefix(EMBEDDED)),)
     return [path for source in images for path in (picture_files(source) if source.is_dir() else [source])]
+
+
+def training_folders(job: Job) -> dict[str, Path]:
+    """The folders of the user's own whose pictures a job trains on, by their fields."""
+    return {
+        f"{place}.train.images[{number}]" if len(spec.train.images) > 1 else f"{place}.train.images": path
+        for place, spec in job.places()
+        if spec.train and not isinstance(spec.train.images, str)
+        for number, path in enumerate(spec.train.images)
+        if path.is_dir()
+    }
 
 
 def shipped_name(spec: BackgroundSpec) -> str | None:

@@ -75,13 +75,18 @@ def make_manifest(job: Job, folder: Path, record: dict, inputs: tuple[InputFile,
 
 
 def check_inputs(manifest: Mapping, inputs: tuple[InputFile, ...], source: str) -> None:
-    """Raise `JobError`, led by `source`, when a file that a manifest's run was made from has changed since."""
-    found = {file.field: file for file in inputs}
+    """Raise `JobError`, led by `source`, when the files that a manifest's run was made from are no longer the same."""
+    was, found = manifest["inputs"], {file.field: file for file in inputs}
     changed = [
         f"{field}: {found[field].path.name if field in found else 'the file'} is not what it was when the manifest was "
         f"written (sha256 {sha256[:12]}...); restore it, or run the job file"
-        for field, sha256 in manifest["inputs"].items()
+        for field, sha256 in was.items()
         if field not in found or found[field].sha256 != sha256
+    ]
+    changed += [
+        f"{field}: {file.path.name} was not there when the manifest was written; move it away, or run the job file"
+        for field, file in found.items()
+        if field not in was
     ]
     if changed:
         raise JobError(f"{source}: " + "; ".join(changed))

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from weaver.concepts.concept import Concept
-from weaver.errors import WeaverError
+from weaver.folder import all_or_nothing
 from weaver.inputs import InputFile, shipped_name, training_pictures
 from weaver.job import BackgroundSpec, Job
 from weaver.manifest import make_manifest, save_png
@@ -23,11 +19,10 @@ from weaver.pipeline import WeaveResult
 from weaver.sheet import Card, contact_sheet
 from weaver.version import __version__
 
-__all__ = ["STAGES", "check_folder", "make_report", "write_outputs"]
+__all__ = ["STAGES", "make_report", "result_files", "write_outputs"]
 
 STAGES = ("bank", "template", "inversion", "masks", "fusion")
 _FILES = ("template.png", "masks.png", "fused.png", "sheet.png", "manifest.json", "report.json")
-_PARTIAL = ".partial-"  # of the scratch folders
 _CARD_PICTURES = 9  # more do not fit on the sheet
 
 
@@ -55,21 +50,9 @@ def make_report(job: Job, result: WeaveResult, seconds: dict[str, float]) -> dic
     }
 
 
-def check_folder(folder: Path) -> None:
-    """Raise `WeaverError` unless results can be written into a folder, there already or not; leaves nothing there."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise WeaverError(f"out: {there} is a file, not a folder; choose another with --out")
-    try:  # what os.access says is not so for an administrator, on Windows and in folders of the system
-        os.rmdir(tempfile.mkdtemp(prefix=_PARTIAL, dir=there))
-    except OSError as error:
-        raise WeaverError(f"out: can't write into {there} ({error.strerror}); choose another with --out") from error
-    for path in [folder / name for name in _FILES if (folder / name).is_dir()]:
-        raise WeaverError(
-            f"out: {path} is a folder, a result is to have its name; move it, or choose another with --out"
-        )
-    if (folder / "concepts").exists() and not (folder / "concepts").is_dir():
-        raise WeaverError(f"out: {folder / 'concepts'} is a file; move it, or choose another folder with --out")
+def result_files(job: Job) -> list[Path]:
+    """What a run of the job writes, relative to its folder."""
+    return [*map(Path, _FILES), *(_concept_file(spec) for spec in job.everyone if spec.train)]
 
 
 def write_outputs(
@@ -86,7 +69,7 @@ def write_outputs(
 
     `elapsed` gives the run's seconds so far, for the report, which comes last.
     """
-    with _all_or_nothing(folder) as partial:
+    with all_or_nothing(folder) as partial:
         overlay = draw_masks(result.template, result.masks, [spec.name for spec in job.everyone])
         save_png(result.template, partial / "template.png")
         save_png(overlay, partial / "masks.png")
@@ -94,10 +77,14 @@ def write_outputs(
         save_png(_sheet(job, result, concepts, overlay), partial / "sheet.png")
         for spec, concept in zip(job.everyone, concepts, strict=True):
             if spec.train:
-                concept.save(partial / "concepts" / f"{spec.name}.safetensors")
+                concept.save(partial / _concept_file(spec))
         _write_json(partial / "manifest.json", make_manifest(job, folder.resolve(), record, inputs))
         report["total_seconds"] = round(elapsed(), 2)
         _write_json(partial / "report.json", report)
+
+
+def _concept_file(spec: BackgroundSpec) -> Path:
+    return Path("concepts") / f"{spec.name}.safetensors"
 
 
 def _sheet(job: Job, result: WeaveResult, concepts: Sequence[Concept], overlay: Image.Image) -> Image.Image:
@@ -136,44 +123,3 @@ def _card_pictures(spec: BackgroundSpec) -> list[Image.Image]:
 
 def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _all_or_nothing(folder: Path) -> Iterator[Path]:
-    """A scratch folder whose files move into `folder` at the end, unless something goes wrong, then too."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
-    try:
-        yield partial
-        _move_in(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial)
-        for path in new:
-            if any(path.iterdir()):
-                break
-            path.rmdir()
-        raise
-    shutil.rmtree(partial)
-
-
-def _move_in(partial: Path, folder: Path) -> None:
-    """Move all files of one folder into another; if one fails, what was there before is there again."""
-    paths = sorted(partial.rglob("*"))
-    earlier = Path(tempfile.mkdtemp(dir=partial))
-    with ExitStack() as undo:
-        for number, path in enumerate(paths):
-            target, aside = folder / path.relative_to(partial), earlier / str(number)
-            if path.is_dir():
-                if not target.is_dir():
-                    target.mkdir()
-                    undo.callback(target.rmdir)
-                continue
-            if target.is_file():
-                os.replace(target, aside)
-                undo.callback(os.replace, aside, target)
-                os.replace(path, target)
-            else:
-                os.replace(path, target)
-                undo.callback(target.unlink)
-        undo.pop_all()

@@ -10,13 +10,14 @@ from pathlib import Path
 from weaver.bank import read_concept, resolve_prompts, train_bank, worker_count
 from weaver.choose import choose_template
 from weaver.concepts.concept import Concept
+from weaver.folder import check_folder, clashes
 from weaver.fusion.contexts import ConceptUse
-from weaver.inputs import read_inputs
+from weaver.inputs import InputFile, read_inputs, training_folders
 from weaver.job import SAME_MODEL, Job, JobError
 from weaver.layers import SITES
-from weaver.manifest import check_weights, picture_record
+from weaver.manifest import check_inputs, check_weights, picture_record
 from weaver.models import ModelError, choose_device, load_model, threads_for, weights_hash
-from weaver.outputs import check_folder, make_report, write_outputs
+from weaver.outputs import make_report, result_files, write_outputs
 from weaver.pipeline import WeaveResult, weave
 from weaver.places import Places
 from weaver.progress import Stages
@@ -49,18 +50,21 @@ def run_job(
 
     Parameters
     ----------
-    source : what to call the job in errors, usually its file
+    source : the job's file, or what else to call it in errors
     offline : take models from the local cache only
     processes : how many concepts train at once; None decides by model and machine. More than one, on the CPU only,
         starts fresh Python processes, so a script that asks for it needs the usual `if __name__ == "__main__":`
     stages : shows progress; None shows nothing
-    manifest : of the run that this one repeats, as `read_manifest` gives it: the models must have the same weights
+    manifest : of the run that this one repeats, as `read_manifest` gives it: files and models must be the same
 
     Raises `WeaverError`, one line, before any sampling where that can be known; then nothing is written.
     """
     stages, folder = stages or Stages(bars=False), Path(folder)
-    check_folder(folder)
+    check_folder(folder, result_files(job))
     inputs = read_inputs(job, source)
+    _check_kept(job, folder, inputs, source)
+    if manifest:
+        check_inputs(manifest, inputs, source)
     with stages.stage("bank"):
         known = {spec.name: read_concept(spec) for spec in job.everyone if spec.file}
     prompts = resolve_prompts(job, known, source)
@@ -93,6 +97,14 @@ def run_job(
         report = make_report(job, result, stages.seconds)
         write_outputs(folder, job, result, concepts, record, report, inputs, stages.elapsed)
     return Run(folder, result, tuple(concepts), report)
+
+
+def _check_kept(job: Job, folder: Path, inputs: Sequence[InputFile], source: str) -> None:
+    """Raise `JobError` where results would change what the job was made from, its own file among it."""
+    read = {file.field: file.path for file in inputs} | training_folders(job)
+    read |= {"the job file": Path(source)} if Path(source).is_file() else {}
+    if reasons := clashes(folder, result_files(job), read):
+        raise JobError(f"{source}: " + "; ".join(reasons))
 
 
 def _weave(job: Job, pipe, concepts: Sequence[Concept], template, places: Places, stages: Stages) -> WeaveResult:
