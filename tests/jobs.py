@@ -54,6 +54,7 @@ def write_folder(pipe, folder) -> None:
     Image.fromarray(left).save(folder / "left.png")
     Image.fromarray(np.zeros_like(left)).save(folder / "empty.png")
     Image.fromarray(left[:20]).save(folder / "flat.png")
+    Image.fromarray(left.repeat(2, 0).repeat(2, 1)).save(folder / "large.png")
     (folder / "broken.png").write_bytes((folder / "template.png").read_bytes()[:200])
     (folder / "broken.safetensors").write_bytes(b"no tensors")
 

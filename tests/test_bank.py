@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from weaver.bank import resolve_prompts, train_bank, training_settings, worker_count
 from weaver.concepts.settings import TrainSettings
+from weaver.embedded import load_pipeline
 from weaver.errors import WeaverError
 from weaver.job import JobError
 from weaver.jobparse import job_from_mapping
@@ -44,8 +46,6 @@ class Watched(Stages):
         self.moves: dict[str, list] = {}
 
     def bar(self, label, total=None):
-        from contextlib import nullcontext
-
         return nullcontext(lambda done, whole: self.moves.setdefault(label, []).append((done, whole)))
 
 
@@ -61,6 +61,30 @@ def test_training_at_once_and_one_by_one_agree(job):
         assert concept.settings == other.settings and concept.token == other.token
         assert all(torch.equal(delta, other.deltas[path]) for path, delta in concept.deltas.items())
         assert any(delta.any() for delta in concept.deltas.values())
+
+
+def test_an_interrupt_ends_every_training_and_leaves_nothing(job, tmp_path, monkeypatch):
+    """Whatever ends the process that waits, a signal too, is an exception in it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    class Interrupt(BaseException):
+        pass
+
+    class Interrupted(Watched):
+        def bar(self, label, total=None):
+            def move(done, whole):
+                raise Interrupt(len(multiprocessing.active_children()))
+
+            return nullcontext(move)
+
+    long = [
+        replace(spec, train=replace(spec.train, settings=(*spec.train.settings, ("steps", 10**6))))
+        for spec in job.concepts
+    ]
+    with pytest.raises(Interrupt, match="2"):
+        pipe = load_model(job.model, device="cpu")
+        train_bank(replace(job, concepts=tuple(long)), pipe, Interrupted(), processes=2)
+    assert multiprocessing.active_children() == [] and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -81,7 +105,7 @@ def test_a_training_that_fails_names_its_concept_and_leaves_nothing(job, tmp_pat
 
 def test_several_processes_are_for_the_cpu(job):
     elsewhere = make_pipeline().to("meta")
-    assert worker_count(job, elsewhere) == 1
+    assert worker_count(elsewhere) == 1
     with pytest.raises(WeaverError, match="processes: is 2; on meta concepts train one by one"):
         train_bank(job, elsewhere, Watched(), processes=2)
 
@@ -98,8 +122,9 @@ def test_a_token_is_a_whole_word(job, token, there):
 
 def test_training_settings_start_from_the_models_own(job):
     cat, dog = job.concepts
-    assert training_settings(cat.train, "some/model") == TrainSettings(
+    assert training_settings(cat.train, make_pipeline()) == TrainSettings(
         steps=2, prior_images=2, prior_steps=1, learning_rate=1e-3
     )
-    assert training_settings(dog.train, "embedded").batch == TrainSettings.embedded().batch
-    assert training_settings(dog.train, "embedded").seed == 5
+    embedded = load_pipeline()
+    assert training_settings(dog.train, embedded).batch == TrainSettings.embedded().batch
+    assert training_settings(dog.train, embedded).seed == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import yaml
@@ -45,13 +46,18 @@ def test_version(capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["demo", "--seed", "-1"], ["demo", "--seed", "9" * 23], ["run"], ["paint"], ["demo", "--slow"]],
+    [
+        *(["demo", "--seed", seed] for seed in ("-1", "9" * 23, "abc", "1.5")),
+        *(["run"], ["paint"], ["demo", "--slow"], ["demo", "--seed"]),
+    ],
     ids=str,
 )
-def test_wrong_arguments_end_with_2(capsys, arguments):
+def test_wrong_arguments_end_with_2_and_one_line(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
-    assert caught.value.code == 2 and "error:" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == "" and err.startswith("weaver: ") and err.count("\n") == 1
+    assert "_seed" not in err and ("--seed" in err) == ("--seed" in arguments)
 
 
 def test_a_wrong_job_is_told_in_one_line(capsys, tmp_path):
@@ -89,7 +95,12 @@ def test_the_command_line_passes_its_wishes_on(capsys, monkeypatch, job_file):
     monkeypatch.setattr(run, "run_job", note)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert run_cli(capsys, "run", job_file, "--seed", "5", "--offline")[0] == 0
-    assert seen["job"].seed == 5 and seen["offline"] and seen["folder"].as_posix() == "outputs/job"
+    assert (
+        seen["job"].seed == 5
+        and seen["offline"]
+        and seen["processes"] is None
+        and seen["folder"].as_posix() == "outputs/job"
+    )
     assert cli.os.environ["HF_HUB_OFFLINE"] == "1"
     assert run_cli(capsys, "demo", "--quick")[0] == 0
     assert seen["folder"].as_posix() == "outputs/demo" and not any(spec.train for spec in seen["job"].everyone)
@@ -126,6 +137,32 @@ def test_how_a_run_ends(capsys, monkeypatch, job_file, error, code, message):
 
     monkeypatch.setattr(run, "run_job", fail)
     assert run_cli(capsys, "run", job_file) == (code, "", message)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_to_end_is_an_exception_for_the_run(capsys, monkeypatch, job_file, name, code):
+    number, cleaned = getattr(signal, name), []
+
+    def ended(*args, **kwargs):
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            cleaned.append(signal.getsignal(number))
+            raise
+
+    monkeypatch.setattr(run, "run_job", ended)
+    before = signal.getsignal(number)
+    assert run_cli(capsys, "run", job_file) == (code, "", "weaver: terminated; nothing was written\n")
+    assert cleaned == [signal.SIG_DFL] and signal.getsignal(number) == before
+
+
+def test_a_signal_that_is_ignored_stays_so(capsys, monkeypatch, job_file):
+    monkeypatch.setattr(run, "run_job", lambda *a, **k: signal.raise_signal(signal.SIGHUP) or 1 / 0)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert run_cli(capsys, "run", job_file)[0] == 1
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_traceback_on_request(capsys, monkeypatch, job_file):

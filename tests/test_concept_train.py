@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from weaver.concepts import train as train_module
 from weaver.concepts.concept import ConceptError, attn2_hash, attn2_projections
 from weaver.concepts.images import TrainingSet
+from weaver.concepts.prior import class_pictures
 from weaver.concepts.prompts import PromptError, encode_prompt
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.train import train_concept
+from weaver.concepts.training_state import added
 from weaver.errors import WeaverError
 
 FAST = TrainSettings(steps=2, learning_rate=1e-3, batch=1, prior_batch=1, prior_images=2, prior_steps=1)
@@ -155,7 +156,7 @@ def test_training_adds_what_a_reader_of_the_deltas_adds(tiny_pipe, alone):
     z, text = torch.ones(1, 4, 16, 16, dtype=torch.float64), encode_prompt(tiny_pipe, "a <v1> cat", concept)
     unet = copy.deepcopy(tiny_pipe.unet)
     with torch.no_grad():
-        with train_module._added(tiny_pipe.unet, concept.deltas):
+        with added(tiny_pipe.unet, concept.deltas):
             hooked = tiny_pipe.unet(z, 300, encoder_hidden_states=text).sample
         for path, delta in concept.deltas.items():
             unet.get_submodule(path).weight += delta
@@ -204,6 +205,29 @@ def test_progress_is_told_or_shown_on_terminals_only(tiny_pipe, capfd):
     assert told == [(2, 4), (3, 4), (4, 4)]
     train_concept(tiny_pipe, pictures(), **NAMES, settings=ALONE)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("black", [{1, 2, 4}, set(range(100))], ids=["some", "all"])
+def test_class_pictures_that_the_safety_checker_blacks_out_are_made_anew(tiny_pipe, black):
+    made = []
+
+    class Checked(type(tiny_pipe)):
+        def __call__(self, *args, **kwargs):
+            output = super().__call__(*args, **kwargs)
+            numbers = range(len(made), len(made) + len(output.images))
+            made.extend(output.images)
+            output.nsfw_content_detected = [number in black for number in numbers]
+            return output
+
+    checked = Checked(**tiny_pipe.components, requires_safety_checker=False)
+    settings, done = replace(FAST, prior_images=5), []
+    if len(black) > 5:
+        with pytest.raises(WeaverError, match="safety checker of Checked blacked out 8 of 8 pictures of 'a cat'"):
+            class_pictures(checked, "cat", settings, done.append)
+        return
+    pictures = class_pictures(checked, "cat", settings, done.append)
+    kept = [image.tobytes() for number, image in enumerate(made) if number not in black]
+    assert [image.tobytes() for image in pictures.images] == kept and len(set(kept)) == done[-1] == 5
 
 
 def test_paper_defaults():

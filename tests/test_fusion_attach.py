@@ -213,6 +213,12 @@ def test_another_scheduler_from_noise(tiny_pipe, plan_from_noise):
     assert seen == [(i, 6) for i in range(6)]
 
 
+def test_from_noise_any_number_of_steps_will_do(tiny_pipe, plan_from_noise):
+    with attach(tiny_pipe, plan_from_noise):
+        images = draw(tiny_pipe, plan_from_noise, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert torch.isfinite(images).all()
+
+
 def test_rows_are_never_guessed(tiny_pipe, plan, plan_from_noise):
     text = plan.text[[0, 1]]
     z = plan.features.z_T.repeat(2, 1, 1, 1)

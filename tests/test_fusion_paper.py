@@ -9,7 +9,7 @@ every step (rows: source, negative, fused). In float64, where the two differ by 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import pytest
 import torch
@@ -24,6 +24,17 @@ STEPS = 5
 WORDS = ("dog", "cat", "fox", "panda")
 
 
+@dataclass(frozen=True)
+class Sites:
+    """Layers and windows as plain numbers, so that the reference needs nothing of the package."""
+
+    name: str
+    resnets: tuple[int, ...] = ()
+    attentions: tuple[int, ...] = ()
+    resnet_window: float = 0.8
+    attention_window: float = 0.5
+
+
 @dataclass
 class Case:
     name: str
@@ -35,13 +46,13 @@ class Case:
     background: bool = False
     soft: bool = False
     pixels: tuple[int, int] = (32, 32)
-    sites: InjectionSites | None = None
+    sites: Sites | None = None
     strengths: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
     windows: dict[int, tuple[float, float]] = field(default_factory=dict)
     scale: float = 1.0
 
 
-BOTH = InjectionSites("both", resnets=(3, 4), attentions=(4, 7, 9), resnet_window=0.8, attention_window=0.4)
+BOTH = Sites("both", resnets=(3, 4), attentions=(4, 7, 9), resnet_window=0.8, attention_window=0.4)
 CASES = [
     Case("one", 1),
     Case("two-suppressed", 2, lam=0.4),
@@ -58,13 +69,13 @@ CASES = [
     Case("scaled-deltas", 1, scale=0.5, lam=0.2),
 ]
 SITES = [
-    InjectionSites("resnet-4", resnets=(4,), resnet_window=1.0),
-    InjectionSites("resnets-3-4-5-half", resnets=(3, 4, 5), resnet_window=0.5),
-    InjectionSites("resnets-shallow", resnets=(0, 8, 11), resnet_window=0.7),
-    InjectionSites("attention-4", attentions=(4,), attention_window=1.0),
-    InjectionSites("attention-4-to-11-part", attentions=tuple(range(4, 12)), attention_window=0.5),
-    InjectionSites("both-other-windows", resnets=(4,), attentions=(4, 7, 9), resnet_window=0.6, attention_window=0.9),
-    InjectionSites("never", resnets=(4,), attentions=(4,), resnet_window=0.0, attention_window=0.1),
+    Sites("resnet-4", resnets=(4,), resnet_window=1.0),
+    Sites("resnets-3-4-5-half", resnets=(3, 4, 5), resnet_window=0.5),
+    Sites("resnets-shallow", resnets=(0, 8, 11), resnet_window=0.7),
+    Sites("attention-4", attentions=(4,), attention_window=1.0),
+    Sites("attention-4-to-11-part", attentions=tuple(range(4, 12)), attention_window=0.5),
+    Sites("both-other-windows", resnets=(4,), attentions=(4, 7, 9), resnet_window=0.6, attention_window=0.9),
+    Sites("never", resnets=(4,), attentions=(4,), resnet_window=0.0, attention_window=0.1),
 ]
 
 
@@ -173,7 +184,7 @@ class Reference:
         return self.masks[tokens]
 
     def install(self):
-        sites = self.case.sites or InjectionSites("none")
+        sites = self.case.sites or Sites("none")
         for path, module in self.unet.named_modules():
             if path.endswith("attn2"):
                 module.set_processor(CrossAttention(self, path))
@@ -241,7 +252,7 @@ def compare(case, pipe, concepts, templates):
     z = torch.randn(1, 4, *(n // 2 for n in case.pixels), generator=torch.Generator().manual_seed(9)).double()
     if case.sites is not None:
         inversion = templates(pipe, case.prediction, case.pixels)
-        features, z = collect_features(pipe, inversion, case.sites), inversion.z_T
+        features, z = collect_features(pipe, inversion, InjectionSites(**asdict(case.sites))), inversion.z_T
     plan = FusionPlan.build(
         pipe,
         uses[: case.n],

@@ -38,23 +38,28 @@ def build(pipe, uses, masks, **arguments):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps is 0"),
-        ({"steps": 2.5}, "steps is 2.5"),
-        ({"height": 30}, "height is 30, expected a multiple of 8"),
-        ({"suppression": -0.1}, "suppression is -0.1"),
-        ({"suppression": float("nan")}, "suppression is nan"),
+        ({"steps": 0}, "steps: is 0, expected a whole number from 1 to 999"),
+        ({"steps": 2.5}, "steps: is 2.5"),
+        ({"steps": 1001}, "steps: is 1001, expected a whole number from 1 to 999"),
+        ({"height": 30}, "size: is 32x30, expected multiples of 8"),
+        ({"suppression": -0.1}, "suppression: is -0.1"),
+        ({"suppression": float("nan")}, "suppression: is nan"),
         ({"masks": None}, "no masks for the 2 concepts"),
         ({"masks": torch.zeros(1, 32, 32)}, r"expected \[2 or 3, height, width\]"),
         ({"masks": torch.ones(2, 40, 32)}, "masks are 40 x 32, expected the picture's 32 x 32 or the latents' 16 x 16"),
-        ({"guidance": float("nan")}, "guidance is nan, expected a finite number, 0 or more"),
-        ({"guidance": "7"}, "guidance is '7'"),
+        ({"guidance": float("nan")}, "guidance: is nan, expected a finite number, 0 or more"),
+        ({"guidance": "7"}, "guidance: is '7'"),
         ({"masks": torch.ones(2, 32, 32)}, "the masks of c1 and c2 overlap in 1024 pixels: use compose_masks"),
         ({"masks": torch.tensor([0.6, 0.6, 0.0])[:, None, None].expand(3, 32, 32)}, "masks of c1 and c2 overlap"),
         ({"masks": torch.full((2, 32, 32), -1.0)}, "mask of c1 has values outside 0..1; the mask of c2 has"),
         ({"masks": torch.full((3, 32, 32), 0.3)}, "sum to 0.9"),
         ({"masks": torch.full((2, 32, 32), float("nan"))}, "mask of c1 has values outside 0..1"),
         ({"prompt": "a cat, mountain"}, "names 'dog' 0 times"),
-        ({"first": {"prompt": "a dog"}}, "token '<v1>' is not in its prompt 'a dog'"),
+        ({"first": {"prompt": "a dog"}}, "the prompt of c1: 'a dog' lacks the concept's token '<v1>'; put it before"),
+        ({"first": {"prompt": "a <v1> dog, <v2> cat"}}, "the prompt of c1: .* holds another concept's token '<v2>'"),
+        ({"first": {"concept": None, "prompt": "a <v2> cat"}}, "the prompt of region .* holds another concept's token"),
+        ({"prompt": "a dog and a <v2> cat"}, "prompt: 'a dog and a <v2> cat' holds '<v2>', the token of c2"),
+        ({"negative_prompt": "<v1> dog"}, "negative_prompt: '<v1> dog' holds '<v1>'"),
         ({"first": {"strength": -1.0}}, "strength of c1 is -1.0"),
         ({"first": {"strength": float("inf")}}, "strength of c1 is inf"),
         ({"first": {"window": (0.5, 0.5)}}, "window of c1"),
@@ -88,7 +93,7 @@ def test_a_concept_of_another_base_is_an_error(tiny_pipe, concepts_v, masks):
 
 def test_features_of_another_size_or_number_of_steps_are_an_error(tiny_pipe, concepts, masks, features):
     uses = [ConceptUse(c) for c in concepts[:2]]
-    with pytest.raises(WeaverError, match="features are for 32 x 32"):
+    with pytest.raises(WeaverError, match="size: is 48x32, the template's features are for 32x32"):
         build(tiny_pipe, uses, torch.nn.functional.pad(masks, (0, 16)), features=features, width=48)
     with pytest.raises(WeaverError, match="inverted in 3"):
         build(tiny_pipe, uses, masks, features=features, steps=4)
@@ -101,7 +106,15 @@ def test_all_reasons_come_at_once(tiny_pipe, concepts, concepts_v):
     with pytest.raises(WeaverError) as error:
         build(tiny_pipe, uses, torch.zeros(2, 32, 32), steps=0, suppression=-1.0)
     message = str(error.value)
-    for reason in ("steps is 0", "suppression", "strength of c1", "window of c2", "another base", "mask of c1", "<v1>"):
+    for reason in (
+        "steps: is 0",
+        "suppression",
+        "strength of c1",
+        "window of c2",
+        "another base",
+        "mask of c1",
+        "<v1>",
+    ):
         assert reason in message
     assert "\n" not in message
 
@@ -212,7 +225,7 @@ def test_a_region_without_a_concept_is_the_base_model_under_its_prompt(tiny_pipe
 def test_contexts_that_are_equal_are_computed_once(tiny_pipe, concepts, masks):
     """A region under the base prompt is base; one concept twice is one only under one prompt and scale."""
     own = ConceptUse(concepts[0], "a <v1> dog")
-    uses = [ConceptUse(None, PROMPT), own, own, dataclasses.replace(own, scale=0.5), ConceptUse(None, "a <v1> dog")]
+    uses = [ConceptUse(None, PROMPT), own, own, dataclasses.replace(own, scale=0.5), ConceptUse(None, "a <v9> dog")]
     stripes = torch.zeros(5, 32, 32)
     for i, stripe in enumerate(stripes):
         stripe[:, 6 * i : 6 * i + 6] = 1

@@ -9,9 +9,10 @@ from PIL import Image
 
 from weaver import WeaverError
 from weaver.features import collect_features
-from weaver.inversion import ddim_scheduler, invert, most_steps
+from weaver.inversion import ddim_scheduler, invert
 from weaver.latents import encode_image
 from weaver.layers import InjectionSites
+from weaver.schedule import most_steps
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_the_most_steps_have_a_noise_level_each(tiny_pipe, spacing, offset):
 
 
 def test_bad_input(tiny_pipe, z):
-    with pytest.raises(WeaverError, match="steps is 0.*50 x 32 pixels, expected multiples of 8"):
+    with pytest.raises(WeaverError, match="steps: is 0.*size: is 50x32, expected multiples of 8"):
         invert(tiny_pipe, Image.new("RGB", (50, 32)), "a dog", 0)
     for steps in (-1, 1000, 2.0):
         with pytest.raises(WeaverError, match="from 1 to 999"):

@@ -12,7 +12,7 @@ from jobs import TRAINED, job_of, picture
 from weaver import run
 from weaver.errors import WeaverError
 from weaver.inputs import file_hash, read_inputs
-from weaver.jobfile import load_job, read_manifest
+from weaver.jobfile import read_job
 from weaver.manifest import changed_versions, check_inputs
 from weaver.models import load_model, weights_hash
 from weaver.run import run_job
@@ -20,7 +20,7 @@ from weaver.run import run_job
 
 def test_the_manifest_makes_the_same_picture_again(finished, tmp_path):
     path = finished.folder / "manifest.json"
-    job, manifest = load_job(path), read_manifest(path)
+    job, manifest = read_job(path)
     assert changed_versions(manifest) == []
     again = run_job(job, tmp_path / "again", manifest=manifest)
     for name in ("fused.png", "template.png", "masks.png"):
@@ -33,11 +33,11 @@ def test_the_manifest_makes_the_same_picture_again(finished, tmp_path):
 def changed(finished):
     """The run's manifest and job, with files, libraries and weights recorded that are not there."""
     path = finished.folder / "manifest.json"
-    manifest = read_manifest(path)
+    job, manifest = read_job(path)
     manifest["inputs"]["concepts[1].file"] = "0" * 64
     manifest["record"]["versions"]["torch"] = "0.1"
     manifest["record"]["weights"]["model"] = "0" * 64
-    return manifest, load_job(path)
+    return manifest, job
 
 
 def test_a_manifest_tells_what_has_changed_since(changed):

@@ -17,6 +17,13 @@ def picture(size=32):
     return Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8))
 
 
+def test_every_pass_of_the_model_is_told(tiny_pipe):
+    told = []
+    image, prompt = picture(), "a dog and a cat, mountain"
+    attention_maps(tiny_pipe, image, prompt, ["dog"], progress=lambda *step: told.append(step))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 def test_captured_attention_is_what_the_model_attends_with(tiny_pipe):
     """Values of one-hot rows make attention itself the output of the layer."""
     unet = tiny_pipe.unet

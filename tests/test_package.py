@@ -17,6 +17,8 @@ def test_importing_the_package_loads_no_library():
 def test_every_public_name_is_there():
     for name in weaver.__all__:
         assert getattr(weaver, name) is not None
+    for name, module in weaver._LAZY.items():
+        assert getattr(weaver, name).__module__ == f"weaver.{module}", name
     assert set(weaver.__all__) <= set(dir(weaver))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = weaver.nothing

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import pytest
+
 from weaver.progress import Stages
 
 
-def test_stages_are_timed_and_bars_are_drawn_only_when_asked(capfd):
-    for bars in (False, True):
-        stages = Stages(bars=bars)
-        with stages.stage("fusion"), stages.bar("fusion", 2) as move:
-            move(1, 2)
-            move(2, 2)
-        assert stages.seconds["fusion"] > 0
-        assert ("fusion" in capfd.readouterr().err) == bars
+@pytest.mark.parametrize(("bars", "terminal"), [(False, True), (True, False), (None, False), (None, True)], ids=str)
+def test_stages_are_timed_and_bars_are_drawn_on_a_terminal_or_when_asked(capfd, monkeypatch, bars, terminal):
+    if bars is None:
+        monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    stages = Stages(bars=bars)
+    with stages.stage("fusion"), stages.bar("fusion", 2) as move:
+        move(1, 2)
+        move(2, 2)
+    assert stages.seconds["fusion"] > 0
+    assert ("fusion" in capfd.readouterr().err) == (terminal if bars is None else bars)
+
+
+def test_nothing_is_drawn_into_a_pipe(capfd):
+    with Stages().step("starting"):
+        pass
+    assert capfd.readouterr() == ("", "")

@@ -199,6 +199,11 @@ def test_the_template_comes_from_sdxl_unless_said_otherwise(job_folder, job_pipe
     assert resolve_job(job_of(job_folder, template=PICTURE), job_pipe, prompts).template.model is None
 
 
+def test_the_device_is_written_down(finished):
+    manifest = json.loads((finished.folder / "manifest.json").read_text())
+    assert manifest["job"]["device"] == manifest["record"]["device"]["type"] == "cpu"
+
+
 def test_another_model_makes_the_template_without_a_negative_prompt_it_does_not_know(
     job_folder, job_pipe, monkeypatch, tmp_path
 ):
@@ -223,3 +228,4 @@ def test_another_model_makes_the_template_without_a_negative_prompt_it_does_not_
     record = json.loads((done.folder / "manifest.json").read_text())["record"]
     assert record["template"]["model"] == "some/model" and set(record["weights"]) == {"model", "template.model"}
     assert labels[:2] == ["loading the model", "loading the template's model"]
+    assert labels[2:] == ["masks", "inversion", "features", "fusion"]

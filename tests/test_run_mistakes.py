@@ -24,7 +24,7 @@ MISTAKES = {
     ),
     "token of another concept": (
         {"concepts": [{"file": "tom.safetensors", "prompt": "a <v1> cat, <v2> dog"}, {"file": "rex.safetensors"}]},
-        "concepts[0].prompt: holds another concept's token '<v2>'",
+        "concepts[0].prompt: 'a <v1> cat, <v2> dog' holds another concept's token '<v2>'",
     ),
     "class word missing in the prompt": (
         {"prompt": "a dog", "concepts": [{"file": "tom.safetensors"}]},
@@ -33,6 +33,23 @@ MISTAKES = {
     "mask of another size": (
         {"concepts": [{"file": "tom.safetensors", "mask": {"file": "flat.png"}}]},
         "concepts[0].mask: ",
+    ),
+    "mask of the same shape and another size": (
+        {"concepts": [{"file": "tom.safetensors", "mask": {"file": "large.png"}}]},
+        "large.png: the mask is 64x64, expected the template's 32x32",
+    ),
+    "label that is nowhere": (
+        {"concepts": [{"file": "tom.safetensors", "mask": {"file": "left.png", "label": 7}}]},
+        "left.png: label 7 is nowhere in it; it holds 0, 255",
+    ),
+    "segmenter for another model": ({"masks": {"source": "segmenter"}}, "masks.source: the segmenter knows"),
+    "shipped concept for another model": (
+        {"prompt": "a dog", "concepts": [{"file": "embedded:pug"}]},
+        "concepts[0]: 'pug' belongs to the embedded model, the model is ",
+    ),
+    "shipped pictures for another model": (
+        {"prompt": "a dog", "concepts": [{"word": "dog", "train": {"images": "embedded:pug"}}]},
+        "concepts[0]: 'pug' belongs to the embedded model, the model is ",
     ),
     "empty mask": (
         {"concepts": [{"file": "tom.safetensors", "mask": {"file": "empty.png"}}]},
@@ -77,7 +94,7 @@ MISTAKES = {
         {"concepts": [{"file": "tom.safetensors", "mask": {"word": "unicorn"}}]},
         "concepts[0].mask: no attention map for 'unicorn'",
     ),
-    "more steps than the model has": ({"steps": 1000}, "steps: is 1000, expected 1 to 999"),
+    "more steps than the model has": ({"steps": 1000}, "steps: is 1000, expected a whole number from 1 to 999"),
     "size the model can't draw": ({"size": [30, 32]}, "size: is 30x32, expected multiples of 8"),
 }
 

@@ -39,10 +39,10 @@ def calls(tiny_pipe):
 
 
 FAULTS = {
-    "suppression below 0": ({"suppression": -1}, "suppression is -1, expected a finite number, 0 or more"),
-    "suppression as text": ({"suppression": "0.2"}, "suppression is '0.2'"),
-    "guidance as text": ({"guidance": "7"}, "guidance is '7'"),
-    "guidance that is no number": ({"guidance": float("nan")}, "guidance is nan"),
+    "suppression below 0": ({"suppression": -1}, "suppression: is -1, expected a finite number, 0 or more"),
+    "suppression as text": ({"suppression": "0.2"}, "suppression: is '0.2'"),
+    "guidance as text": ({"guidance": "7"}, "guidance: is '7'"),
+    "guidance that is no number": ({"guidance": float("nan")}, "guidance: is nan"),
     "absent site": ({"sites": InjectionSites("odd", attentions=(1,))}, "attention l=1, where the U-Net has none"),
     "overlap": ({"overlap": "mix"}, "overlap is 'mix'"),
     "dilation below 0": ({"dilation": -1}, "dilation is -1"),
@@ -60,7 +60,7 @@ FAULTS = {
     ),
     "template steps": ({"template_steps": 0}, "template steps is 0"),
     "steps": ({"steps": 2.0}, "steps: is 2.0"),
-    "one step too many": ({"steps": 1000}, "steps: is 1000, expected 1 to 999"),
+    "one step too many": ({"steps": 1000}, "steps: is 1000, expected a whole number from 1 to 999"),
 }
 
 
@@ -105,11 +105,32 @@ def test_a_model_that_can_not_be_attached_to_is_told_before_the_first_step(tiny_
     finally:
         for attention, processor in zip(attentions, own, strict=True):
             attention.processor = processor
-    with pytest.raises(JobError, match=r"job.yaml: suppression is -1, .*; guidance is nan, "):
+    with pytest.raises(JobError, match=r"job.yaml: fusion.guidance: is nan, .*; fusion.lambda: is -1, "):
         wrong = dataclasses.replace(job.fusion, suppression=-1, guidance=float("nan"))
         check_model(dataclasses.replace(job, fusion=wrong), {}, tiny_pipe, "job.yaml")
     check_model(job, {}, tiny_pipe, "job.yaml")
     assert calls == []
+
+
+def test_arguments_of_another_kind_are_told(tiny_pipe, concepts):
+    with pytest.raises(
+        WeaverError, match="Cannot weave: concepts: is a Concept, expected a list of concepts; size: is 64"
+    ):
+        weave(tiny_pipe, PROMPT, concepts[0], size=64)
+    with pytest.raises(WeaverError, match="concepts: 'c1' is a str, no Concept and .*; background: is a str"):
+        weave(tiny_pipe, PROMPT, ["c1"], background="hills")
+
+
+def test_a_mask_may_be_drawn_on_the_template_file(tiny_pipe, concepts, tmp_path):
+    Image.new("RGB", (100, 50), "orange").save(tmp_path / "photo.png")
+    drawn = np.zeros((50, 100), np.uint8)
+    drawn[:, 30:50] = 255  # the left part of the middle 50 columns
+    Image.fromarray(drawn).save(tmp_path / "mask.png")
+    arguments = {"places": [MaskSpec(file=tmp_path / "mask.png")], "steps": 1, "dilation": 0}
+    woven = weave(tiny_pipe, PROMPT, concepts[:1], template=tmp_path / "photo.png", **arguments)
+    assert woven.masks[0, 5].nonzero().flatten().tolist() == list(range(3, 16))
+    with pytest.raises(WeaverError, match="the mask is 100x50, expected the template's 32x32"):
+        weave(tiny_pipe, PROMPT, concepts[:1], template=Image.new("RGB", (32, 32)), **arguments)
 
 
 def test_other_things_than_fusing_pipelines_are_refused(tiny_pipe, concepts):
@@ -125,12 +146,11 @@ def test_all_that_stands_against_a_fusion_comes_at_once(tiny_pipe, concepts_v):
         size=(30, 32),
         steps=0,
         sites=InjectionSites("odd", resnets=(99,)),
-        guidance=-1,
-        suppression=-1,
+        amounts={"guidance": -1, "suppression": -1},
     )
     for part in ("steps: is 0", "size: is 32x30", "suppression", "guidance", "l=99", "strength of c1", "another base"):
         assert sum(part in reason for reason in reasons) == 1, part
-    assert not fusion_reasons(tiny_pipe, size=(32, 32), steps=1, sites=EMBEDDED, guidance=0, suppression=0)
+    assert not fusion_reasons(tiny_pipe, size=(32, 32), steps=1, sites=EMBEDDED, amounts={"guidance": 0})
 
 
 def test_composed_masks_are_taken_as_they_are(tiny_pipe, concepts):

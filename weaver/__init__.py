@@ -12,12 +12,12 @@ from weaver.version import __version__
 
 _LAZY = {
     "Concept": "concepts.concept",
-    "ConceptUse": "fusion.plan",
+    "ConceptUse": "fusion.contexts",
     "Features": "features",
     "FusionPlan": "fusion.plan",
     "InjectionSites": "layers",
     "Inversion": "inversion",
-    "TrainSettings": "concepts.train",
+    "TrainSettings": "concepts.settings",
     "attach": "fusion.attach",
     "collect_features": "features",
     "compose_masks": "masks.compose",

@@ -11,6 +11,7 @@ from PIL import Image
 from weaver.inputs import shipped_name
 from weaver.job import Job, JobError
 from weaver.masks import MaskError
+from weaver.models import is_embedded
 from weaver.places import Places
 from weaver.progress import Stages
 from weaver.resolve import final_masks, mask_fields
@@ -39,6 +40,7 @@ def choose_template(
     """
     spec = job.template
     takes_negative = "negative_prompt" in inspect.signature(maker.__call__).parameters
+    embedded = is_embedded(pipe)
     best, fewest, failure = None, len(job.concepts) + 1, None
     for extra in range(spec.tries):
         template = template_picture(
@@ -52,9 +54,9 @@ def choose_template(
             stages=stages,
         )
         try:
-            with stages.stage("masks"):
-                found, masks = _find(job, pipe, template, places)
-                unlike = _unlike(job, template, masks) if spec.tries > 1 else 0
+            with stages.stage("masks"), stages.bar("masks") as move:
+                found, masks = _find(job, pipe, template, places, move)
+                unlike = _unlike(job, template, masks) if spec.tries > 1 and embedded else 0
         except MaskError as error:
             failure = error
             continue
@@ -71,10 +73,10 @@ def choose_template(
     return job, template, found
 
 
-def _find(job: Job, pipe, template: Image.Image, places: Places) -> tuple[Places, torch.Tensor]:
+def _find(job: Job, pipe, template: Image.Image, places: Places, move) -> tuple[Places, torch.Tensor]:
     """Every mask, and the final ones [N + 1, height, width]; `MaskError` with the fields of those that will not do."""
     try:
-        found = places.find(pipe, template, job.inversion_prompt)
+        found = places.find(pipe, template, job.inversion_prompt, progress=move)
     except MaskError as error:
         words = zip(mask_fields(job), places.words, strict=True)
         named = [field for field, word in words if word and repr(word.lower()) in str(error)]
@@ -83,9 +85,7 @@ def _find(job: Job, pipe, template: Image.Image, places: Places) -> tuple[Places
 
 
 def _unlike(job: Job, template: Image.Image, masks: torch.Tensor) -> int:
-    """How many regions do not look like their class word to the embedded model's classifier; 0 for other models."""
-    if not job.embedded:
-        return 0
+    """How many regions do not look like their class word to the embedded model's classifier."""
     from weaver.embedded import CONCEPTS
     from weaver.embedded.identity import classify_animal
 

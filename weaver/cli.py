@@ -1,17 +1,22 @@
 """The command line: `weaver demo`, `weaver run job.yaml`.
 
-Exit codes: 0 done; 2 something that was given is wrong, told in one line; 1 anything unexpected; 130 interrupted.
+Exit codes: 0 done; 2 something that was given is wrong, told in one line; 1 anything unexpected; 130 interrupted;
+143 and 129 ended by the signals TERM and HUP.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from weaver.errors import WeaverError
 from weaver.progress import Stages
@@ -19,7 +24,12 @@ from weaver.version import __version__
 
 __all__ = ["main"]
 
-_EPILOG = """exit codes: 0 done; 2 bad input, told in one line; 1 unexpected error; 130 interrupted"""
+_EPILOG = "exit codes: 0 done; 2 bad input, told in one line; 1 unexpected error; 130 interrupted, 143 terminated"
+_ENDING_SIGNALS = ("SIGTERM", "SIGHUP")
+
+
+class _Ended(BaseException):
+    """The process was asked to end by a signal."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,18 +44,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["HF_HUB_OFFLINE"] = "1"
     args.stages = Stages()
     try:
-        return args.command(args)
+        with _ending_by_exception():
+            return args.command(args)
     except WeaverError as error:
         return _fail(str(error), 2, args)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", 130, args)
+    except _Ended as error:
+        return _fail("terminated; nothing was written", 128 + error.args[0], args)
     except Exception as error:
         hint = "" if args.traceback else " (--traceback shows where)"
         return _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1, args)
 
 
+@contextmanager
+def _ending_by_exception() -> Iterator[None]:
+    """Let the signals that end a process raise `_Ended`, so that a run cleans up as after Ctrl-C; the next one ends it.
+
+    A signal that is ignored stays so, and only the main thread can do this.
+    """
+
+    def end(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        raise _Ended(number)
+
+    numbers = [getattr(signal, name) for name in _ENDING_SIGNALS if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="weaver",
         description="Several personalised concepts in one picture, each in its place.",
         epilog=_EPILOG,
@@ -68,6 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line; its subcommands' parsers are of the same class."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"weaver: {message}; `{self.prog} --help` shows what there is\n")
+
+
 def _common(parser: argparse.ArgumentParser, out: str | None) -> None:
     where = out or "outputs/ and the job's name, for a manifest its folder's with -again"
     default = Path(out) if out else None
@@ -78,33 +122,50 @@ def _common(parser: argparse.ArgumentParser, out: str | None) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from weaver.demo import demo_job, with_shipped_concepts
+    def job():
+        from weaver.demo import demo_job, with_shipped_concepts
 
-    job = demo_job(args.concepts, args.background)
-    return _execute(with_shipped_concepts(job) if args.quick else job, args.out, "demo", args)
+        job = demo_job(args.concepts, args.background)
+        return (with_shipped_concepts(job) if args.quick else job), None
+
+    return _execute(job, "demo", args)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from weaver.jobfile import load_job, read_manifest
-    from weaver.manifest import changed_versions
+    def job():
+        from weaver.jobfile import read_job
 
-    job, manifest, name = load_job(args.job), read_manifest(args.job), args.job.stem
-    if manifest:
-        if changed := changed_versions(manifest):
-            print(f"weaver: the manifest was made with other versions: {', '.join(changed)}", file=sys.stderr)
-        name = f"{args.job.resolve().parent.name}-again"  # beside what it is to be compared with
-    return _execute(job, args.out or Path("outputs") / name, str(args.job), args, manifest)
+        return read_job(args.job)
+
+    return _execute(job, str(args.job), args)
 
 
-def _execute(job, out: Path, source: str, args: argparse.Namespace, manifest: dict | None = None) -> int:
-    if args.seed is not None:
-        job = replace(job, seed=args.seed, template=replace(job.template, seed=None))
+def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
+    """Run the job that `read` gives, with the manifest it comes from or None."""
     with args.stages.step("starting"):
+        job, manifest = read()
+        from weaver.manifest import changed_versions
         from weaver.models import quiet_libraries
 
         quiet_libraries()
         from weaver.run import run_job
-    run = run_job(job, out, source=source, offline=args.offline, stages=args.stages, manifest=manifest)
+    out = args.out
+    if manifest:
+        if changed := changed_versions(manifest):
+            print(f"weaver: the manifest was made with other versions: {', '.join(changed)}", file=sys.stderr)
+        # beside what it is to be compared with
+        out = out or Path("outputs") / f"{args.job.resolve().parent.name}-again"
+    if args.seed is not None:
+        job = replace(job, seed=args.seed, template=replace(job.template, seed=None))
+    run = run_job(
+        job,
+        out or Path("outputs") / args.job.stem,
+        source=source,
+        offline=args.offline,
+        processes=None,
+        stages=args.stages,
+        manifest=manifest,
+    )
     for name, scores in run.report["concepts"].items():
         if scores["own"] is not None:
             print(f"{name:20} own {scores['own']:6.3f}   base {scores['base']:6.3f}   others {scores['others']:6.3f}")
@@ -115,10 +176,9 @@ def _execute(job, out: Path, source: str, args: argparse.Namespace, manifest: di
 def _seed(text: str) -> int:
     from weaver.fields import LARGEST
 
-    value = int(text)
-    if not 0 <= value <= LARGEST:
-        raise argparse.ArgumentTypeError(f"must be 0 to {LARGEST}, is {value}")
-    return value
+    if not text.isdecimal() or int(text) > LARGEST:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 to {LARGEST}, is {text!r}")
+    return int(text)
 
 
 def _fail(message: str, code: int, args: argparse.Namespace) -> int:

@@ -14,9 +14,10 @@ from types import MappingProxyType
 import torch
 
 from weaver.errors import raise_if
-from weaver.inversion import Inversion, ddim_scheduler
+from weaver.inversion import Inversion
 from weaver.latents import decode_latents, psnr
 from weaver.layers import InjectionSites, site_reasons
+from weaver.schedule import ddim_scheduler
 
 __all__ = ["Features", "collect_features", "reconstruction_psnr"]
 

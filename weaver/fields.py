@@ -149,13 +149,13 @@ class Fields:
         value = self._values[name] if self.has(name) else {}
         return Fields(value, ".".join(part for part in (self.path, name) if part), self.problems, self.folder)
 
-    def sections(self, name: str) -> list[Fields]:
-        """A list of nested mappings."""
+    def sections(self, name: str) -> list[Fields] | None:
+        """A list of nested mappings, empty when the field is absent; None for anything but a list."""
         if not self.has(name):
             return []
         value = self._values[name]
         if not _is_list(value):
-            return self._refuse(name, "a list (each entry on a line that starts with '- ')", [])
+            return self._refuse(name, "a list (each entry on a line that starts with '- ')", None)
         prefix = f"{self.path}." if self.path else ""
         return [Fields(v, f"{prefix}{name}[{i}]", self.problems, self.folder) for i, v in enumerate(value)]
 

@@ -134,11 +134,6 @@ class Job:
     fusion: FusionSpec = field(default_factory=FusionSpec)
 
     @property
-    def embedded(self) -> bool:
-        """Whether the model is the one that ships with the package."""
-        return self.model == "embedded"
-
-    @property
     def everyone(self) -> tuple[BackgroundSpec, ...]:
         """All concepts, the background last."""
         return (*self.concepts, self.background) if self.background else self.concepts

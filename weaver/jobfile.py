@@ -11,7 +11,7 @@ import yaml
 from weaver.job import Job, JobError, TrainSpec
 from weaver.jobparse import job_from_mapping
 
-__all__ = ["MANIFEST_VERSION", "job_to_mapping", "load_job", "read_manifest", "read_mapping"]
+__all__ = ["MANIFEST_VERSION", "job_to_mapping", "read_job", "read_mapping"]
 
 MANIFEST_VERSION = 1
 _MANIFEST_KEY = "weaver_manifest"
@@ -38,31 +38,19 @@ class _UniqueKeys(yaml.SafeLoader):
         return yaml.composer.ComposerError(None, None, problem, node.start_mark)
 
 
-def load_job(path: str | os.PathLike) -> Job:
-    """Read a job file, or the job in a manifest; relative paths in it are relative to its own folder.
+def read_job(path: str | os.PathLike) -> tuple[Job, dict | None]:
+    """Read a job file, or a manifest and the job in it; relative paths are relative to the file's own folder.
 
-    Raises `JobError`, one line that names the file and every field that is wrong.
+    Returns the job and the manifest, None for a job file. A manifest has "job", "inputs" {field: SHA-256} and "record"
+    with at least "versions" and "weights", as `weaver.manifest` makes them. Raises `JobError`, one line that names the
+    file and every field that is wrong.
     """
     path = Path(path)
-    mapping = read_mapping(path)
-    if _is_manifest(mapping):
-        mapping = _checked(mapping, path)["job"]
-    return job_from_mapping(mapping, folder=path.resolve().parent, source=str(path))
-
-
-def read_manifest(path: str | os.PathLike) -> dict | None:
-    """The manifest in a file, or None for a file that holds none.
-
-    It has "job" (for `job_from_mapping`), "inputs" {field: SHA-256} and "record" with at least "versions" and
-    "weights", as `weaver.manifest` makes them. Raises `JobError` for another version or a missing section.
-    """
-    path = Path(path)
-    mapping = read_mapping(path)
-    return _checked(mapping, path) if _is_manifest(mapping) else None
-
-
-def _is_manifest(mapping: object) -> bool:
-    return isinstance(mapping, dict) and _MANIFEST_KEY in mapping
+    mapping, manifest = read_mapping(path), None
+    if isinstance(mapping, dict) and _MANIFEST_KEY in mapping:
+        manifest = _checked(mapping, path)
+        mapping = manifest["job"]
+    return job_from_mapping(mapping, folder=path.resolve().parent, source=str(path)), manifest
 
 
 def _checked(manifest: dict, path: Path) -> dict:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from weaver.choices import MASK_SOURCES, OVERLAPS
 from weaver.conceptparse import parse_concept
 from weaver.fields import Fields, resolve_path
 from weaver.job import SAME_MODEL, BackgroundSpec, ConceptSpec, FusionSpec, Job, JobError, MasksSpec, TemplateSpec
+from weaver.layers import SITES
 
 __all__ = ["job_from_mapping"]
 
-MASK_SOURCES = ("segmenter", "attention")
-OVERLAPS = ("priority", "share")
-SITES = ("embedded", "paper", "plug-and-play")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _PATHLIKE = re.compile(r"^[.~]|^/|\\|^[A-Za-z]:")
 _HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$")
@@ -31,6 +30,7 @@ def job_from_mapping(mapping: object, *, folder: Path, source: str = "job") -> J
     """
     problems: list[str] = []
     fields = Fields(mapping, "", problems, folder)
+    entries = fields.sections("concepts")
     values = dict(
         model=_model(fields, "model", "embedded"),
         prompt=fields.text("prompt", "", required=True),
@@ -42,13 +42,13 @@ def job_from_mapping(mapping: object, *, folder: Path, source: str = "job") -> J
         template=_template(fields.section("template")),
         masks=_masks(fields.section("masks")),
         fusion=_fusion(fields.section("fusion")),
-        concepts=tuple(parse_concept(entry, ConceptSpec) for entry in fields.sections("concepts")),
+        concepts=tuple(parse_concept(entry, ConceptSpec) for entry in entries or ()),
         background=parse_concept(fields.section("background"), BackgroundSpec) if fields.has("background") else None,
     )
     inversion = fields.section("inversion")
     values["inversion_prompt"] = inversion.text("prompt", empty=True)
     inversion.finish()
-    if not values["concepts"] and not values["background"]:
+    if entries == [] and not values["background"]:
         fields.complain("concepts", "is missing; list at least one concept")
     fields.finish()
     job = Job(**values)
@@ -87,6 +87,9 @@ def _size(fields: Fields) -> tuple[int, int] | None:
 
 def _template(fields: Fields) -> TemplateSpec:
     if fields.has("image"):
+        for name in ("prompt", "model", "seed", "steps", "guidance", "tries"):
+            if fields.has(name):
+                fields.complain(name, "has no meaning beside image, which is taken as it is; remove one of the two")
         spec = TemplateSpec(image=fields.file("image"))
     else:
         spec = TemplateSpec(
@@ -116,7 +119,7 @@ def _fusion(fields: Fields) -> FusionSpec:
     spec = FusionSpec(
         suppression=fields.number("lambda", least=0),
         guidance=fields.number("guidance", least=0),
-        sites=injection.choice("sites", SITES),
+        sites=injection.choice("sites", tuple(SITES)),
         resnet_window=injection.number("resnet", least=0, most=1),
         attention_window=injection.number("attention", least=0, most=1),
     )
@@ -134,9 +137,3 @@ def _check_whole(job: Job, fields: Fields) -> None:
         if other := names.get(spec.name):
             fields.complain(f"{place}.name", f"{spec.name!r} is taken by {other}; give each concept its own name")
         names.setdefault(spec.name, place)
-        shipped = [value for value in (spec.file, spec.train and spec.train.images) if isinstance(value, str) and value]
-        if shipped and not job.embedded:
-            fields.complain(place, f"{shipped[0]!r} belongs to the embedded model, the model is {job.model!r}")
-    if job.masks.source == "segmenter" and not job.embedded:
-        fields.complain("masks.source", "the segmenter knows the embedded model's world only; use 'attention', "
-                        "or give every concept a mask file or box")  # fmt: skip

@@ -10,10 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
+from weaver.concepts.concept import attn2_projections
 from weaver.errors import WeaverError
 
-__all__ = ["ModelError", "choose_device", "load_model", "quiet_libraries", "threads_for", "weights_hash"]
+__all__ = [
+    "ModelError",
+    "choose_device",
+    "is_embedded",
+    "load_model",
+    "quiet_libraries",
+    "quietly",
+    "threads_for",
+    "weights_hash",
+]
 
 _SMALL_MODEL = 50_000_000  # parameters of the U-Net; Stable Diffusion's has 860 million
 
@@ -80,6 +91,22 @@ def choose_device(device: str = "auto") -> str:
     return device
 
 
+def is_embedded(pipe) -> bool:
+    """Whether a pipeline is the model that ships with the package, wherever it was loaded from.
+
+    It has the same weights then, which one of them tells: training moves them all.
+    """
+    from weaver.embedded import MODEL_DIR
+
+    name, linear = next(iter(attn2_projections(pipe.unet).items()), (None, None))
+    with safe_open(MODEL_DIR / "unet" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
+        if f"{name}.weight" not in file.keys():
+            return False
+        own = file.get_tensor(f"{name}.weight")
+    weight = linear.weight.detach()
+    return own.shape == weight.shape and torch.equal(own.to(weight.dtype), weight.cpu())
+
+
 @contextmanager
 def threads_for(pipe) -> Iterator[None]:
     """One thread for a small model on the CPU: ten times faster on a busy machine, and the same numbers on any."""
@@ -119,6 +146,30 @@ def quiet_libraries() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """`quiet_libraries`, and afterwards as before."""
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    logs = [library.utils.logging for library in (diffusers, transformers)]
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    hub_bars = not huggingface_hub.utils.are_progress_bars_disabled()
+    try:
+        with warnings.catch_warnings():
+            quiet_libraries()
+            yield
+    finally:
+        for log, (verbosity, bars) in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            (log.enable_progress_bar if bars else log.disable_progress_bar)()
+        if hub_bars:  # which go with transformers'
+            huggingface_hub.utils.enable_progress_bars()
+        else:
+            huggingface_hub.utils.disable_progress_bars()
 
 
 def _first_line(error: Exception) -> str:

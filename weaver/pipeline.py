@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from weaver.checks import fusion_reasons
+from weaver.checks import argument_reasons, fusion_reasons
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.concepts.own_prompts import token_reasons
 from weaver.defaults import default_dilation, defaults_for, model_size
@@ -21,14 +21,15 @@ from weaver.fusion.contexts import ConceptUse, encode_contexts
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
 from weaver.fusion.support import unet_reasons
-from weaver.inversion import ddim_scheduler, invert
+from weaver.inversion import invert
 from weaver.job import MaskSpec
 from weaver.latents import decode_latents, tensor_to_images
 from weaver.layers import InjectionSites
 from weaver.models import threads_for
-from weaver.places import Places, best_source
+from weaver.places import Places, places_of
 from weaver.progress import Stages
-from weaver.template import template_picture
+from weaver.schedule import ddim_scheduler
+from weaver.template import file_size, template_picture
 
 __all__ = ["WeaveResult", "template_picture", "weave"]
 
@@ -124,6 +125,7 @@ def weave(
     """
     stages = stages or Stages(bars=False)
     defaults = defaults_for(pipe)
+    raise_if(argument_reasons(concepts, background, size), "Cannot weave")
     uses, ground = [_use(concept) for concept in concepts], background and _use(background)
     everyone, names = [*uses, *([ground] if ground else [])], [use.name for use in uses]
     guidance = defaults.guidance if guidance is None else guidance
@@ -133,13 +135,14 @@ def weave(
     dilation = default_dilation(size) if dilation is None else dilation
     source_prompt = prompt if source_prompt is None else source_prompt
     amounts, base_hash = {"guidance": guidance, "suppression": suppression}, attn2_hash(pipe.unet)
-    reasons = fusion_reasons(pipe, everyone, size=size, steps=steps, sites=sites, base_hash=base_hash, **amounts)
+    reasons = fusion_reasons(pipe, everyone, size=size, steps=steps, sites=sites, base_hash=base_hash, amounts=amounts)
     reasons += [] if everyone else ["there is no concept to draw"]
-    texts = {"prompt": prompt, "negative_prompt": negative_prompt, "source_prompt": source_prompt}
-    reasons += token_reasons(texts, [use.concept for use in everyone if use.concept])
+    source = {} if source_prompt == prompt else {"source_prompt": source_prompt}
+    reasons += token_reasons(source, [use.concept for use in everyone if use.concept])
     reasons += encode_contexts(pipe, prompt, negative_prompt, uses, ground)[2]
     try:
-        places = _places(pipe, uses, places, masks, mask_source, size)
+        own_size = None if template is None or isinstance(template, Image.Image) else file_size(template)
+        places = places_of(pipe, uses, places, masks, source=mask_source, size=size, source_size=own_size)
         reasons += places.word_reasons(pipe, source_prompt)
         known = places.compose(size, dilation=dilation, overlap=overlap, names=names)
         reasons += ["the masks leave the background's concept nothing"] if ground and not known[-1].any() else []
@@ -161,8 +164,8 @@ def weave(
     if template.size != (size[1], size[0]):
         raise WeaverError(f"the template is {template.width}x{template.height}, expected {size[1]}x{size[0]}")
     template = template.convert("RGB")
-    with stages.stage("masks"):
-        places = places.find(pipe, template, source_prompt)
+    with stages.stage("masks"), stages.bar("masks") as move:
+        places = places.find(pipe, template, source_prompt, progress=move)
         final = places.compose(size, dilation=dilation, overlap=overlap, names=names)
     with stages.stage("inversion"):
         with stages.bar("inversion", steps) as move:
@@ -196,21 +199,6 @@ def weave(
         "masks": {"sources": list(places.sources), "dilation": dilation, "overlap": overlap},
     }
     return WeaveResult(image, template, final, tuple(names), plan.prompts, quality, settings, dict(stages.seconds))
-
-
-def _places(pipe, uses, places, masks, source, size) -> Places:
-    if places is not None and masks is not None:
-        raise WeaverError("give either masks or places, not both")
-    if isinstance(places, Places):
-        return places
-    if masks is not None:
-        return Places.from_masks(masks, [use.name for use in uses], size)
-    places = [MaskSpec()] * len(uses) if places is None else places
-    if len(places) != len(uses):
-        raise WeaverError(f"{len(places)} places for {len(uses)} concepts; give one a concept")
-    words = [use.concept.word if use.concept else None for use in uses]
-    labels = [f"the place of {use.name}" for use in uses]
-    return Places.build(places, words, labels, source=source or best_source(pipe), size=size)
 
 
 def _use(concept: Concept | ConceptUse) -> ConceptUse:

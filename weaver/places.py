@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from weaver.choices import MASK_SOURCES
 from weaver.errors import WeaverError
+from weaver.fusion.contexts import ConceptUse
 from weaver.job import MaskSpec
 from weaver.masks import MaskError, attention_masks, box_mask, compose_masks, load_mask, segmenter_masks
 from weaver.masks.attention import word_positions
 from weaver.masks.compose import partition_reasons
 from weaver.masks.segmenter import segmenter_reasons
+from weaver.models import is_embedded
 
-__all__ = ["MASK_SOURCES", "Places", "best_source"]
-
-MASK_SOURCES = ("segmenter", "attention")
+__all__ = ["Places", "best_source", "places_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +120,12 @@ class Places:
                 reasons.append(str(error))
         return reasons
 
-    def find(self, pipe, template: Image.Image, prompt: str) -> Places:
+    def find(
+        self, pipe, template: Image.Image, prompt: str, *, progress: Callable[[int, int], None] | None = None
+    ) -> Places:
         """Find the words in the template, which `prompt` describes; afterwards every mask is given.
 
-        Raises `MaskError` for what can't be found.
+        `progress` is called with (done, total). Raises `MaskError` for what can't be found.
         """
         words = [word.lower() for word in self.words if word]
         if not words:
@@ -131,7 +133,7 @@ class Places:
         if self.source == "segmenter":
             found = iter(segmenter_masks(template, words))
         else:
-            found = iter(attention_masks(pipe, template, prompt, words))
+            found = iter(attention_masks(pipe, template, prompt, words, progress=progress))
         given = tuple(next(found) if mask is None else mask for mask in self.given)
         return replace(self, given=given, words=(None,) * len(given))
 
@@ -154,6 +156,33 @@ class Places:
 
 def best_source(pipe) -> str:
     """Who finds words best in this model's pictures: its own segmenter for the embedded model, else its attention."""
-    from weaver.embedded import MODEL_DIR
+    return "segmenter" if is_embedded(pipe) else "attention"
 
-    return "segmenter" if Path(pipe.config.get("_name_or_path") or ".") == MODEL_DIR else "attention"
+
+def places_of(
+    pipe,
+    uses: Sequence[ConceptUse],
+    places: Places | Sequence[MaskSpec] | None,
+    masks: torch.Tensor | np.ndarray | None,
+    *,
+    source: str | None,
+    size: tuple[int, int],
+    source_size: tuple[int, int] | None = None,
+) -> Places:
+    """Where the concepts stand that `weave` draws, whichever way it was told; the arguments are its own.
+
+    Raises `WeaverError` with every reason.
+    """
+    if places is not None and masks is not None:
+        raise WeaverError("give either masks or places, not both")
+    if isinstance(places, Places):
+        return places
+    if masks is not None:
+        return Places.from_masks(masks, [use.name for use in uses], size)
+    places = [MaskSpec()] * len(uses) if places is None else places
+    if len(places) != len(uses):
+        raise WeaverError(f"{len(places)} places for {len(uses)} concepts; give one a concept")
+    words = [use.concept.word if use.concept else None for use in uses]
+    labels = [f"the place of {use.name}" for use in uses]
+    source = source or best_source(pipe)
+    return Places.build(places, words, labels, source=source, size=size, source_size=source_size)

@@ -11,11 +11,13 @@ from weaver.checks import fusion_reasons
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.defaults import default_dilation, defaults_for, model_size
 from weaver.errors import WeaverError
+from weaver.inputs import shipped_name
 from weaver.job import SAME_MODEL, BackgroundSpec, Job, JobError
 from weaver.layers import SITES
 from weaver.masks import MaskError
-from weaver.pictures import open_picture
+from weaver.models import is_embedded
 from weaver.places import Places, best_source
+from weaver.template import file_size
 
 __all__ = ["TEMPLATE_MODEL", "check_model", "final_masks", "mask_fields", "place_concepts", "resolve_job"]
 
@@ -25,15 +27,15 @@ TEMPLATE_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"  # the paper's
 def resolve_job(job: Job, pipe, prompts: list[str]) -> Job:
     """The same job with every default of the model written out, so that it no longer depends on defaults.
 
-    `prompts` are those of `Job.everyone`.
+    The device is the one the model is on: another may draw another picture. `prompts` are those of `Job.everyone`.
     """
-    defaults = defaults_for(pipe)
+    defaults, embedded = defaults_for(pipe), is_embedded(pipe)
     size = job.size or model_size(pipe)
     wishes, template = job.fusion, job.template
     sites = SITES[wishes.sites] if wishes.sites else defaults.sites
-    everyone = [_resolve_spec(job, spec, prompt) for spec, prompt in zip(job.everyone, prompts, strict=True)]
+    everyone = [_resolve_spec(spec, prompt, pipe) for spec, prompt in zip(job.everyone, prompts, strict=True)]
     if template.image is None:
-        model = template.model or (SAME_MODEL if job.embedded else TEMPLATE_MODEL)
+        model = template.model or (SAME_MODEL if embedded else TEMPLATE_MODEL)
         model = SAME_MODEL if model == job.model else model
         template = replace(
             template,
@@ -44,6 +46,7 @@ def resolve_job(job: Job, pipe, prompts: list[str]) -> Job:
         )
     return replace(
         job,
+        device=pipe.device.type,
         size=size,
         inversion_prompt=_or(job.inversion_prompt, job.prompt),
         template=template,
@@ -70,8 +73,9 @@ def check_model(job: Job, known: dict[str, Concept], pipe, source: str) -> None:
 
     `job` has its defaults resolved. Raises `JobError` with every field that is wrong.
     """
-    sites, amounts = SITES[job.fusion.sites], {"guidance": job.fusion.guidance, "suppression": job.fusion.suppression}
-    problems = fusion_reasons(pipe, size=job.size, steps=job.steps, sites=sites, **amounts)
+    amounts = {"fusion.guidance": job.fusion.guidance, "fusion.lambda": job.fusion.suppression}
+    problems = fusion_reasons(pipe, size=job.size, steps=job.steps, sites=SITES[job.fusion.sites], amounts=amounts)
+    problems += [] if is_embedded(pipe) else _embedded_only(job)
     base_hash = attn2_hash(pipe.unet) if known else None
     for place, spec in job.places():
         if spec.name in known:
@@ -83,15 +87,27 @@ def check_model(job: Job, known: dict[str, Concept], pipe, source: str) -> None:
         raise JobError(f"{source}: " + "; ".join(problems))
 
 
+def _embedded_only(job: Job) -> list[str]:
+    """What a job takes from the embedded model's world, which another model can't use."""
+    reasons = [
+        f"{place}: {name!r} belongs to the embedded model, the model is {job.model!r}"
+        for place, spec in job.places()
+        if (name := shipped_name(spec)) is not None
+    ]
+    if job.masks.source == "segmenter":
+        reasons.append(
+            "masks.source: the segmenter knows the embedded model's world only; use 'attention', or give every "
+            "concept a mask file or box"
+        )
+    return reasons
+
+
 def place_concepts(job: Job, known: dict[str, Concept], pipe, source: str) -> Places:
     """Read the masks that are given; `JobError` with every field that holds an unusable one, or a word nobody can find.
 
     They are composed to see that each leaves the others something; what is still to be found can only take more away.
     """
-    own_size = None
-    if job.template.image:
-        image = open_picture(job.template.image)
-        own_size = (image.height, image.width)
+    own_size = file_size(job.template.image) if job.template.image else None
     specs = [spec.mask for spec in job.concepts]
     words = [spec.word or known[spec.name].word for spec in job.concepts]
     labels = mask_fields(job)
@@ -130,10 +146,10 @@ def final_masks(job: Job, places: Places) -> torch.Tensor:
     return final
 
 
-def _resolve_spec(job: Job, spec: BackgroundSpec, prompt: str) -> BackgroundSpec:
+def _resolve_spec(spec: BackgroundSpec, prompt: str, pipe) -> BackgroundSpec:
     train = spec.train
     if train:
-        train = replace(train, settings=tuple(asdict(training_settings(train, job.model)).items()))
+        train = replace(train, settings=tuple(asdict(training_settings(train, pipe)).items()))
     return replace(spec, prompt=prompt, train=train)
 
 

@@ -42,7 +42,7 @@ def run_job(
     *,
     source: str = "job",
     offline: bool = False,
-    processes: int | None = None,
+    processes: int | None = 1,
     stages: Stages | None = None,
     manifest: Mapping | None = None,
 ) -> Run:
@@ -50,12 +50,13 @@ def run_job(
 
     Parameters
     ----------
-    source : the job's file, or what else to call it in errors
+    source : the job's file, which no result replaces, or what else to call it in errors
     offline : take models from the local cache only
     processes : how many concepts train at once; None decides by model and machine. More than one, on the CPU only,
-        starts fresh Python processes, so a script that asks for it needs the usual `if __name__ == "__main__":`
+        starts fresh Python processes, so a script that asks for it, by None too, needs the usual
+        `if __name__ == "__main__":`
     stages : shows progress; None shows nothing
-    manifest : of the run that this one repeats, as `read_manifest` gives it: files and models must be the same
+    manifest : of the run that this one repeats, as `read_job` gives it: files and models must be the same
 
     Raises `WeaverError`, one line, before any sampling where that can be known; then nothing is written.
     """
@@ -81,7 +82,7 @@ def run_job(
 
     pipe = load("model", job.model, "loading the model")
     with threads_for(pipe):
-        processes = worker_count(job, pipe, processes)
+        processes = worker_count(pipe, processes)
         job = resolve_job(job, pipe, prompts)
         check_model(job, known, pipe, source)
         places, maker = place_concepts(job, known, pipe, source), pipe

@@ -11,10 +11,10 @@ from PIL import Image
 
 from weaver.defaults import defaults_for
 from weaver.errors import WeaverError
-from weaver.pictures import fit, open_rgb
+from weaver.pictures import fit, open_picture, open_rgb
 from weaver.progress import Stages
 
-__all__ = ["load_template", "make_template", "template_picture"]
+__all__ = ["file_size", "load_template", "make_template", "template_picture"]
 
 
 def make_template(
@@ -71,6 +71,12 @@ def load_template(path: str | os.PathLike, size: tuple[int, int]) -> Image.Image
     if reasons := _size_reasons(size):
         raise WeaverError("; ".join(reasons))
     return fit(open_rgb(path), size)
+
+
+def file_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) of a picture file as it is shown; `PictureError` when it can't be read."""
+    image = open_picture(path)
+    return image.height, image.width
 
 
 def template_picture(

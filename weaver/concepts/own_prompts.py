@@ -8,7 +8,7 @@ from weaver.concepts.concept import Concept
 from weaver.concepts.prompts import derive_prompt, names_token
 from weaver.errors import WeaverError
 
-__all__ = ["own_prompts", "token_reasons"]
+__all__ = ["own_prompt_reasons", "own_prompts", "token_reasons"]
 
 
 def own_prompts(prompt: str, concepts: Sequence[Concept], background: Concept | None = None) -> list[str | WeaverError]:
@@ -34,6 +34,20 @@ def own_prompts(prompt: str, concepts: Sequence[Concept], background: Concept | 
         except WeaverError as error:
             found.append(error)
     return found
+
+
+def own_prompt_reasons(prompt: str, concept: Concept | None, everyone: Sequence[Concept]) -> list[str]:
+    """What is wrong with the prompt p_+i of a concept, or of a region without one: it names its own token, no other.
+
+    `everyone` are the concepts of the picture; all are anything with a token and a class word.
+    """
+    own = None if concept is None else concept.token
+    reasons = []
+    if concept is not None and not names_token(prompt, own):
+        reasons.append(f"{prompt!r} lacks the concept's token {own!r}; put it before {concept.word!r}")
+    if strange := sorted(other.token for other in everyone if other.token != own and names_token(prompt, other.token)):
+        reasons.append(f"{prompt!r} holds another concept's token {strange[0]!r}; each names its own only")
+    return reasons
 
 
 def token_reasons(texts: Mapping[str, str | None], concepts: Sequence[Concept]) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 
 from weaver.concepts.images import TrainingSet
 from weaver.concepts.settings import TrainSettings
+from weaver.errors import WeaverError
 
 __all__ = ["class_pictures"]
 
@@ -18,20 +19,30 @@ def class_pictures(pipe, word: str, settings: TrainSettings, report: Callable[[i
     """Make `settings.prior_images` pictures of "a <word>" with a `StableDiffusionPipeline`.
 
     Every picture has its own noise, drawn on the CPU from the seed and its number. `report` is told how many are done.
+    One that the pipeline's safety checker blacks out is left out and another made; `WeaverError` when it does so too
+    often.
     """
     caption = f"a {word}"
     shown = dict(getattr(pipe, "_progress_bar_config", {}))
-    images = []
+    images, made = [], 0
     pipe.set_progress_bar_config(**shown | {"disable": True})
     try:
         while len(images) < settings.prior_images:
-            numbers = range(len(images), min(len(images) + _AT_ONCE, settings.prior_images))
-            images += pipe(
+            numbers = range(made, made + min(_AT_ONCE, settings.prior_images - len(images)))
+            output = pipe(
                 [caption] * len(numbers),
                 num_inference_steps=settings.prior_steps,
                 guidance_scale=settings.prior_guidance,
                 generator=[torch.Generator("cpu").manual_seed(settings.seed * 100_003 + i) for i in numbers],
-            ).images
+            )
+            black = output.nsfw_content_detected or [False] * len(numbers)
+            images += [image for image, is_black in zip(output.images, black, strict=True) if not is_black]
+            made += len(numbers)
+            if made - len(images) > settings.prior_images:
+                raise WeaverError(
+                    f"the safety checker of {type(pipe).__name__} blacked out {made - len(images)} of {made} pictures "
+                    f"of {caption!r}: pass prior pictures of your own, or take a pipeline without it"
+                )
             report(len(images))
     finally:
         pipe.set_progress_bar_config(**shown)

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -23,10 +22,11 @@ from weaver.concepts.images import TrainingSet
 from weaver.concepts.prior import class_pictures
 from weaver.concepts.prompts import names_token
 from weaver.concepts.settings import TrainSettings
+from weaver.concepts.training_state import added, checkpointed, frozen
 from weaver.errors import WeaverError
 from weaver.version import __version__
 
-__all__ = ["TrainSettings", "train_concept"]
+__all__ = ["train_concept"]
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def train_concept(
             prior = class_pictures(pipe, word, settings, report)
         other = prepare(pipe, prior) if settings.prior_batch else None
         with (
-            _frozen(pipe.unet, pipe.text_encoder),
-            _added(pipe.unet, learned.deltas),
-            _checkpointed(pipe.unet, settings.checkpointing),
+            frozen(pipe.unet, pipe.text_encoder),
+            added(pipe.unet, learned.deltas),
+            checkpointed(pipe.unet, settings.checkpointing),
             torch.enable_grad(),
         ):
             _optimise(pipe, own, other, learned, settings, lambda steps: report(to_make + steps))
@@ -189,51 +189,6 @@ def _rate(step: int, settings: TrainSettings) -> float:
     """Part of the learning rates in use at `step`: a linear rise, then a linear fall to `final_rate`."""
     fall = 1 - (1 - settings.final_rate) * step / settings.steps
     return min(1.0, (step + 1) / (settings.warmup + 1)) * fall
-
-
-@contextmanager
-def _frozen(*modules: torch.nn.Module) -> Iterator[None]:
-    """Let no parameter of the modules receive gradients, and no dropout act; both as before afterwards."""
-    gradients = {p: p.requires_grad for module in modules for p in module.parameters()}
-    training = {m: m.training for module in modules for m in module.modules()}
-    try:
-        for module in modules:
-            module.requires_grad_(False).eval()
-        yield
-    finally:
-        for parameter, flag in gradients.items():
-            parameter.requires_grad_(flag)
-        for module, flag in training.items():
-            module.training = flag
-
-
-@contextmanager
-def _checkpointed(unet: torch.nn.Module, wanted: bool) -> Iterator[None]:
-    """Let the U-Net's blocks keep their activations or not; as before afterwards."""
-    before = {m: m.gradient_checkpointing for m in unet.modules() if hasattr(m, "gradient_checkpointing")}
-    try:
-        if wanted:
-            unet.enable_gradient_checkpointing()
-        yield
-    finally:
-        for module, flag in before.items():
-            module.gradient_checkpointing = flag
-
-
-@contextmanager
-def _added(unet: torch.nn.Module, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Add the deltas to the projections they are named after, without touching the weights."""
-
-    def adder(delta: torch.Tensor):
-        return lambda module, args, output: output + F.linear(args[0], delta.to(args[0].dtype))
-
-    projections = attn2_projections(unet)
-    handles = [projections[path].register_forward_hook(adder(delta)) for path, delta in deltas.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

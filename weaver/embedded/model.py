@@ -7,22 +7,26 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+
+from weaver.models import quietly
 
 __all__ = ["MODEL_DIR", "load_pipeline", "model_hash"]
 
 MODEL_DIR = Path(__file__).parent / "weights"
 
 
-def load_pipeline(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """The embedded pipeline: 64x64 pictures, latents [8, 16, 16], v-prediction, 8.6 M parameters.
+def load_pipeline(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+    """The embedded `StableDiffusionPipeline`: 64x64 pictures, latents [8, 16, 16], v-prediction, 8.6 M parameters.
 
     Parameters
     ----------
     device : where to put it.
     dtype : the weights are stored in float16; float32 is right on CPUs.
     """
-    pipe = StableDiffusionPipeline.from_pretrained(MODEL_DIR, dtype=dtype, local_files_only=True)
+    with quietly():  # the libraries' notices are of what this model does without
+        from diffusers import StableDiffusionPipeline
+
+        pipe = StableDiffusionPipeline.from_pretrained(MODEL_DIR, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -1,7 +1,8 @@
 """Fusion: a plan, what attention does under it, and how to draw (Concept Weaver, section 3.5)."""
 
 from weaver.fusion.attach import attach
-from weaver.fusion.plan import ConceptUse, FusionPlan
+from weaver.fusion.contexts import ConceptUse
+from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
 
 __all__ = ["ConceptUse", "FusionPlan", "attach", "sample_fusion"]

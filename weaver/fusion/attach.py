@@ -36,7 +36,8 @@ def attach(target, plan: FusionPlan, *, rows: Sequence[str] | None = None) -> It
     without guidance there is no negative row. Several images a prompt each get the plan.
 
     Raises `WeaverError` with every reason when the plan does not fit, and when the pipeline is called with other
-    prompts, another size or other steps than the plan's.
+    prompts or another size than the plan's or, where it injects features, with other steps than theirs. From plain
+    noise any number of steps will do: windows are parts of them.
     """
     unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
     pipe = None if unet is target else target

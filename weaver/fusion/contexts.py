@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from weaver.concepts.concept import Concept, attn2_hash
-from weaver.concepts.own_prompts import own_prompts
+from weaver.concepts.own_prompts import own_prompt_reasons, own_prompts, token_reasons
 from weaver.concepts.prompts import encode_prompt
 from weaver.errors import WeaverError
 from weaver.layers import cross_attention_paths
@@ -100,23 +100,30 @@ def encode_contexts(
     Returns the prompts and their encodings [S', L, C], negative and base first; or the reasons why one can't be had,
     and None for the encodings.
     """
-    plans = [(negative_prompt, None), (prompt, None)]
-    named = [use.concept for use in uses if use.concept is not None]
-    derived = iter(own_prompts(prompt, named, background and background.concept))
-    reasons, texts = [], []
-    for use in [*uses, *([background] if background is not None else [])]:
+    uses = [*uses, *([background] if background is not None else [])]
+    concepts = [use.concept for use in uses if use.concept is not None]
+    last = background and background.concept
+    derived = iter(own_prompts(prompt, concepts[:-1] if last else concepts, last))
+    prompts: list[tuple[str, Concept | None]] = [(negative_prompt, None), (prompt, None)]
+    reasons = token_reasons({"prompt": prompt, "negative_prompt": negative_prompt}, concepts)
+    for use in uses:
         own = next(derived) if use.concept is not None else None
         own = own if use.prompt is None else use.prompt
         if isinstance(own, WeaverError):
             reasons.append(str(own))
-        else:
-            plans.append((own, use.concept))
-    for text, concept in plans:
+            continue
+        reasons += [f"the prompt of {use.name}: {reason}" for reason in own_prompt_reasons(own, use.concept, concepts)]
+        prompts.append((own, use.concept))
+    texts = tuple(text for text, _ in prompts)
+    if reasons:
+        return texts, None, reasons
+    encoded = []
+    for text, concept in prompts:
         try:
-            texts.append(encode_prompt(pipe, text, concept))
+            encoded.append(encode_prompt(pipe, text, concept))
         except WeaverError as error:
             reasons.append(str(error))
-    return tuple(text for text, _ in plans), None if reasons else torch.cat(texts), reasons
+    return texts, None if reasons else torch.cat(encoded), reasons
 
 
 @torch.no_grad()

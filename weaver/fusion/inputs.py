@@ -3,55 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 
 import numpy as np
 import torch
 
+from weaver.defaults import model_size
 from weaver.features import Features
+from weaver.latents import vae_scale_factor
 from weaver.layers import site_reasons
+from weaver.limits import size_reasons, step_reasons
 from weaver.masks.compose import partition_reasons
 
 __all__ = ["amount_reasons", "full_masks", "steps_and_size"]
 
 _DEFAULT_STEPS = 50
-_PIXEL_MULTIPLE = 8  # diffusers' Stable Diffusion pipelines take no other size
 
 
 def steps_and_size(
-    unet, factor: int, features: Features | None, steps: int | None, height: int | None, width: int | None
+    pipe, features: Features | None, steps: int | None, height: int | None, width: int | None
 ) -> tuple[int, tuple[int, int], list[str]]:
     """The number of steps, (h, w) of the latents, and what is wrong with them."""
-    reasons = []
+    factor, reasons = vae_scale_factor(pipe.vae), []
     if features is not None:
-        reasons += site_reasons(unet, features.sites)
+        reasons += site_reasons(pipe.unet, features.sites)
         own = (features.size[0] * factor, features.size[1] * factor)
         height, width = height or own[0], width or own[1]
         if (height, width) != own:
-            reasons.append(f"picture is {height} x {width}, the template's features are for {own[0]} x {own[1]}")
+            reasons.append(f"size: is {width}x{height}, the template's features are for {own[1]}x{own[0]}")
         if steps is not None and steps != features.steps:
-            reasons.append(f"steps is {steps!r}, the template was inverted in {features.steps}: use the same number")
+            reasons.append(f"steps: is {steps!r}, the template was inverted in {features.steps}: use the same number")
         steps = features.steps if steps is None else steps
-    sample = unet.config.sample_size
-    own = (sample, sample) if isinstance(sample, int) else tuple(sample)
-    height = own[0] * factor if height is None else height
-    width = own[1] * factor if width is None else width
-    multiple = max(factor, _PIXEL_MULTIPLE)
-    for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, int) or value < 1 or value % multiple:
-            reasons.append(f"{name} is {value!r}, expected a multiple of {multiple} pixels")
+    own = model_size(pipe)
+    height = own[0] if height is None else height
+    width = own[1] if width is None else width
     steps = _DEFAULT_STEPS if steps is None else steps
-    if not isinstance(steps, int) or steps < 1:
-        reasons.append(f"steps is {steps!r}, expected a whole number from 1")
-    return steps, (int(height) // factor, int(width) // factor), reasons
+    reasons += step_reasons(pipe, steps) + (wrong := size_reasons(pipe, (height, width)))
+    return steps, (0, 0) if wrong else (height // factor, width // factor), reasons
 
 
-def amount_reasons(suppression: float, guidance: float) -> list[str]:
-    """What is wrong with lambda and omega."""
+def amount_reasons(amounts: Mapping[str, float]) -> list[str]:
+    """What is wrong with lambda and omega, by what they are called."""
     return [
-        f"{name} is {value!r}, expected a finite number, 0 or more"
-        for name, value in (("suppression", suppression), ("guidance", guidance))
+        f"{name}: is {value!r}, expected a finite number, 0 or more"
+        for name, value in amounts.items()
         if not isinstance(value, Real) or isinstance(value, bool) or not (math.isfinite(value) and value >= 0)
     ]
 

@@ -29,7 +29,7 @@ from weaver.layers import layer_size
 from weaver.masks.compose import mask_pyramid
 from weaver_kernels import ContextKV
 
-__all__ = ["ConceptUse", "FusionPlan"]
+__all__ = ["FusionPlan"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +116,8 @@ class FusionPlan:
         uses = [*concepts, *([background] if background is not None else [])]
         raise_if(unet_reasons(unet), "Cannot fuse with this model")
         factor = vae_scale_factor(pipe.vae)
-        steps, size, reasons = steps_and_size(unet, factor, features, steps, height, width)
-        reasons += amount_reasons(suppression, guidance)
+        steps, size, reasons = steps_and_size(pipe, features, steps, height, width)
+        reasons += amount_reasons({"suppression": suppression, "guidance": guidance})
         full, mask_reasons = full_masks(
             masks, [use.name for use in concepts], background.name if background else None, size, factor
         )

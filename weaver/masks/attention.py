@@ -6,7 +6,7 @@ embedded world the mean intersection over union with the true masks is about 0.6
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from weaver.concepts.prompts import encode_prompt, tokenize
-from weaver.inversion import ddim_scheduler
 from weaver.latents import encode_image
 from weaver.layers import cross_attention_paths, layer_size
 from weaver.masks.components import assign_objects, tidy
 from weaver.masks.compose import MaskError
+from weaver.schedule import ddim_scheduler
 
 __all__ = ["attention_masks", "attention_maps", "capture_cross_attention", "word_positions"]
 
@@ -31,6 +31,7 @@ def attention_masks(
     *,
     noise_levels: Sequence[float] = (0.1, 0.25, 0.4, 0.55),
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """Find the object of every class word in a picture that `prompt` describes.
 
@@ -42,7 +43,7 @@ def attention_masks(
     holds too few objects.
     """
     labels = list(dict.fromkeys(words))
-    maps = attention_maps(pipe, image, prompt, labels, noise_levels=noise_levels, seed=seed)
+    maps = attention_maps(pipe, image, prompt, labels, noise_levels=noise_levels, seed=seed, progress=progress)
     size = (image.height, image.width)
     maps = F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0][: len(labels)]
     leading = maps.argmax(0)
@@ -59,6 +60,7 @@ def attention_maps(
     *,
     noise_levels: Sequence[float] = (0.1, 0.25, 0.4, 0.55),
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """Average the attention to every word over heads, layers and noise levels.
 
@@ -68,6 +70,7 @@ def attention_maps(
     Parameters
     ----------
     noise_levels : parts of the training timesteps at which noise is added to the picture and attention is read.
+    progress : called after each of them with (done, total)
 
     Returns [N + 1, h, w] float32 at the size of the latents, mean one each; the last is of the rest of the prompt.
     """
@@ -79,12 +82,14 @@ def attention_maps(
     generator = torch.Generator("cpu").manual_seed(seed)
     sums: dict[str, torch.Tensor] = {}
     with capture_cross_attention(pipe.unet) as captured:
-        for level in noise_levels:
+        for done, level in enumerate(noise_levels, start=1):
             t = torch.tensor([min(int(level * total), total - 1)], device=latents.device)
             noise = torch.randn(latents.shape, generator=generator).to(latents)
             pipe.unet(scheduler.add_noise(latents, noise, t), t, encoder_hidden_states=text)
             for path, attention in captured.items():
                 sums[path] = sums.get(path, 0) + torch.stack([attention[0][:, place].mean(1) for place in places])
+            if progress:
+                progress(done, len(noise_levels))
     size = tuple(latents.shape[-2:])
     mean, weights = 0, 0
     for path in sorted(sums):
@@ -109,6 +114,7 @@ def capture_cross_attention(unet: torch.nn.Module) -> Iterator[dict[str, torch.T
         def record(attn, args, kwargs):
             hidden = args[0] if args else kwargs["hidden_states"]
             text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
+            # The map itself is wanted, which no operation of weaver_kernels returns.
             q, k = (x.unflatten(-1, (attn.heads, -1)).float() for x in (attn.to_q(hidden), attn.to_k(text)))
             scores = torch.einsum("bthd,blhd->bhtl", q, k) * attn.scale
             captured[path] = scores.softmax(-1).mean(1)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from weaver.choices import OVERLAPS
 from weaver.errors import WeaverError
 
-__all__ = ["OVERLAPS", "MaskError", "check_partition", "compose_masks", "dilate", "mask_pyramid", "partition_reasons"]
+__all__ = ["MaskError", "check_partition", "compose_masks", "dilate", "mask_pyramid", "partition_reasons"]
 
-OVERLAPS = ("priority", "share")
 # A concept that keeps less than this part of its own mask is as good as not in the picture.
 _KEPT = 0.01
 _SLACK = 1e-5  # of a sum of float32 weights

@@ -14,6 +14,8 @@ from weaver.pictures import fit, open_picture
 
 __all__ = ["box_mask", "load_mask"]
 
+_SHOWN = 12  # labels in a message
+
 
 def load_mask(
     path: str | os.PathLike,
@@ -28,21 +30,21 @@ def load_mask(
     (a label map), every colour but black; grey or colour, the brightest channel at half of full scale and more; a
     grey picture that holds 0 and 1 only, 1. `label` instead picks the pixels of one palette index or grey level.
 
-    A mask of another size than `size` (height, width) must have the shape of `size` or of `source_size`, the template
-    file's own size. It is cut about its centre as the template is, averaged over areas, and half or more is inside.
+    A mask has `size` (height, width), or `source_size`, the template file's own: then it is cut about its centre as the
+    template is, averaged over areas, and half or more is inside.
 
-    Returns [height, width] bool. Raises `MaskError` for another shape or an empty mask, `PictureError` for a file that
-    can't be read.
+    Returns [height, width] bool. Raises `MaskError` for another size, an empty mask or a label that is not in it,
+    `PictureError` for a file that can't be read.
     """
     image = open_picture(path)
     values = _inside(image, path, label)
     if values.shape != tuple(size):
-        wanted = [size] if source_size is None else [size, source_size]
-        if not any(_same_shape(values.shape, shape) for shape in wanted):
+        wanted = dict.fromkeys(map(tuple, [size] if source_size is None else [size, source_size]))
+        if values.shape not in wanted:
             sizes = " or ".join(f"{w}x{h}" for h, w in wanted)
             raise MaskError(
-                f"{path}: the mask is {image.width}x{image.height}, which has not the shape of the template ({sizes}); "
-                "draw it on the template"
+                f"{path}: the mask is {image.width}x{image.height}, expected the template's {sizes}; draw it on the "
+                "template"
             )
         picture = Image.fromarray(values.astype(np.float32))
         values = np.asarray(fit(picture, size, Image.Resampling.BOX)) >= 0.5
@@ -79,7 +81,11 @@ def _inside(image: Image.Image, path, label: int | None) -> np.ndarray:
     if label is not None:
         if image.mode not in ("P", "L", "1", "I", "I;16"):
             raise MaskError(f"{path}: label {label} needs a palette or grey picture, this one is {image.mode}")
-        return np.asarray(image) == label
+        levels = np.asarray(image)
+        if not (levels == label).any():
+            there = ", ".join(str(int(level)) for level in np.unique(levels)[:_SHOWN])
+            raise MaskError(f"{path}: label {label} is nowhere in it; it holds {there}")
+        return levels == label
     if image.has_transparency_data:
         alpha = np.asarray(image.convert("RGBA").getchannel("A"))
         if alpha.min() != alpha.max():
@@ -94,8 +100,3 @@ def _inside(image: Image.Image, path, label: int | None) -> np.ndarray:
         full = {"1": 1, "L": 255, "F": 1}.get(image.mode, 65535)
         return values >= (1 if values.max() <= 1 else full / 2)
     return np.asarray(image.convert("RGB")).max(-1) >= 128
-
-
-def _same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Whether one is a scaled copy of the other, to a pixel of rounding."""
-    return abs(a[0] * b[1] - a[1] * b[0]) <= max(*a, *b)

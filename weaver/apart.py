@@ -1,0 +1,72 @@
+"""Calls in fresh processes, several at once. Their progress comes back, and none outlives the process that waits."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import wait
+
+__all__ = ["call_apart", "end_with_parent"]
+
+_POLL_SECONDS = 0.2
+
+
+def call_apart(function: Callable, arguments: Sequence[tuple], moves: Sequence[Callable], processes: int) -> list:
+    """`function(*arguments[i], move)` for every i, up to `processes` at once; what they return, in order.
+
+    Parameters
+    ----------
+    function, arguments : what pickles, as do the results
+    moves : one callback (done, total) a call, called here with what the call over there gives its own `move`
+
+    When a call fails, or this process is interrupted, the others are ended before anything else happens.
+    """
+    context = multiprocessing.get_context("spawn")
+    news, others = context.Queue(), set(multiprocessing.active_children())
+    with ProcessPoolExecutor(processes, context, _begin, (news,)) as pool:
+        futures = [pool.submit(_call, function, values, number) for number, values in enumerate(arguments)]
+        try:
+            waiting = set(futures)
+            while waiting:
+                _pass_on(news, moves)
+                for future in [future for future in waiting if future.done()]:
+                    waiting.remove(future)
+                    future.result()  # raises what went wrong there
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            raise
+        return [future.result() for future in futures]
+
+
+def end_with_parent() -> None:
+    """Let this process end as soon as the one that started it is gone, which may have been killed outright."""
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
+
+
+def _pass_on(news, moves: Sequence[Callable]) -> None:
+    try:
+        number, done, total = news.get(timeout=_POLL_SECONDS)
+    except queue.Empty:
+        return
+    moves[number](done, total)
+
+
+_news = None  # of a worker: the queue to the process that waits
+
+
+def _begin(news) -> None:
+    global _news
+    _news = news
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback; the parent tells
+
+
+def _call(function: Callable, values: tuple, number: int):
+    return function(*values, lambda done, total: _news.put((number, done, total)))

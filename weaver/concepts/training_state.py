@@ -1,0 +1,58 @@
+"""What training puts onto a model for as long as it runs: each comes off again, also after an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+from weaver.concepts.concept import attn2_projections
+
+__all__ = ["added", "checkpointed", "frozen"]
+
+
+@contextmanager
+def frozen(*modules: torch.nn.Module) -> Iterator[None]:
+    """Let no parameter of the modules receive gradients, and no dropout act; both as before afterwards."""
+    gradients = {p: p.requires_grad for module in modules for p in module.parameters()}
+    training = {m: m.training for module in modules for m in module.modules()}
+    try:
+        for module in modules:
+            module.requires_grad_(False).eval()
+        yield
+    finally:
+        for parameter, flag in gradients.items():
+            parameter.requires_grad_(flag)
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextmanager
+def checkpointed(unet: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """Let the U-Net's blocks keep their activations or not; as before afterwards."""
+    before = {m: m.gradient_checkpointing for m in unet.modules() if hasattr(m, "gradient_checkpointing")}
+    try:
+        if wanted:
+            unet.enable_gradient_checkpointing()
+        yield
+    finally:
+        for module, flag in before.items():
+            module.gradient_checkpointing = flag
+
+
+@contextmanager
+def added(unet: torch.nn.Module, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Add the deltas to the projections they are named after, without touching the weights."""
+
+    def adder(delta: torch.Tensor):
+        return lambda module, args, output: output + F.linear(args[0], delta.to(args[0].dtype))
+
+    projections = attn2_projections(unet)
+    handles = [projections[path].register_forward_hook(adder(delta)) for path, delta in deltas.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
