@@ -62,7 +62,7 @@ def test_a_word_that_is_not_found_tries_another_template(job_folder, tmp_path, m
         seeds.append(kwargs["seed"])
         return original(*args, **kwargs)
 
-    def found(self, pipe, template, prompt):
+    def found(self, pipe, template, prompt, stages=None):
         if len(seeds) < 3:
             raise choose.MaskError("no 'cat' was found")
         return self
@@ -177,12 +177,27 @@ def test_every_field_of_the_template_reaches_it(job_folder, job_pipe, monkeypatc
     assert plain != other
 
 
+class Watched(run.Stages):
+    """Stages that note their bars."""
+
+    def __init__(self, bars):
+        super().__init__(bars)
+        self.labels = []
+
+    def bar(self, label, total=None):
+        self.labels.append(label)
+        return super().bar(label, total)
+
+
 def test_masks_from_attention(job_folder, tmp_path):
+    stages = Watched(bars=False)
     concepts = [{"file": name} for name in ("tom.safetensors", "rex.safetensors")]
     done = run_job(
         job_of(job_folder, concepts=concepts, masks={"source": "attention"}, template=PICTURE, steps=1),
         tmp_path / "out",
+        stages=stages,
     )
+    assert stages.labels == ["loading the model", "masks", "inversion", "features", "fusion"]
     assert done.result.settings["masks"]["sources"] == ["attention: cat", "attention: dog"]
     assert all(mask.any() for mask in done.result.masks[:2])
 
@@ -213,19 +228,12 @@ def test_another_model_makes_the_template_without_a_negative_prompt_it_does_not_
                 prompt, num_inference_steps=num_inference_steps, generator=generator, guidance_scale=guidance_scale
             )
 
-    labels = []
-
-    class Watched(run.Stages):
-        def bar(self, label, total=None):
-            labels.append(label)
-            return super().bar(label, total)
-
     loaded = {str(job_folder / "model"): job_pipe, "some/model": Plain(**job_pipe.components)}
     monkeypatch.setattr(run, "load_model", lambda model, **options: loaded[model])
     template = {"model": "some/model", "steps": 1}
     job = job_of(job_folder, negative_prompt="ugly", template=template, steps=1)
-    done = run_job(job, tmp_path / "out", stages=Watched(bars=False))
+    done = run_job(job, tmp_path / "out", stages=(stages := Watched(bars=False)))
     record = json.loads((done.folder / "manifest.json").read_text())["record"]
     assert record["template"]["model"] == "some/model" and set(record["weights"]) == {"model", "template.model"}
-    assert labels[:2] == ["loading the model", "loading the template's model"]
-    assert labels[2:] == ["masks", "inversion", "features", "fusion"]
+    assert stages.labels[:2] == ["loading the model", "loading the template's model"]
+    assert stages.labels[2:] == ["inversion", "features", "fusion"]

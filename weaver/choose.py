@@ -54,8 +54,8 @@ def choose_template(
             stages=stages,
         )
         try:
-            with stages.stage("masks"), stages.bar("masks") as move:
-                found, masks = _find(job, pipe, template, places, move)
+            with stages.stage("masks"):
+                found, masks = _find(job, pipe, template, places, stages)
                 unlike = _unlike(job, template, masks) if spec.tries > 1 and embedded else 0
         except MaskError as error:
             failure = error
@@ -73,10 +73,10 @@ def choose_template(
     return job, template, found
 
 
-def _find(job: Job, pipe, template: Image.Image, places: Places, move) -> tuple[Places, torch.Tensor]:
+def _find(job: Job, pipe, template: Image.Image, places: Places, stages: Stages) -> tuple[Places, torch.Tensor]:
     """Every mask, and the final ones [N + 1, height, width]; `MaskError` with the fields of those that will not do."""
     try:
-        found = places.find(pipe, template, job.inversion_prompt, progress=move)
+        found = places.find(pipe, template, job.inversion_prompt, stages)
     except MaskError as error:
         words = zip(mask_fields(job), places.words, strict=True)
         named = [field for field, word in words if word and repr(word.lower()) in str(error)]

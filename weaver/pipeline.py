@@ -164,8 +164,8 @@ def weave(
     if template.size != (size[1], size[0]):
         raise WeaverError(f"the template is {template.width}x{template.height}, expected {size[1]}x{size[0]}")
     template = template.convert("RGB")
-    with stages.stage("masks"), stages.bar("masks") as move:
-        places = places.find(pipe, template, source_prompt, progress=move)
+    with stages.stage("masks"):
+        places = places.find(pipe, template, source_prompt, stages)
         final = places.compose(size, dilation=dilation, overlap=overlap, names=names)
     with stages.stage("inversion"):
         with stages.bar("inversion", steps) as move:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from weaver.masks.attention import word_positions
 from weaver.masks.compose import partition_reasons
 from weaver.masks.segmenter import segmenter_reasons
 from weaver.models import is_embedded
+from weaver.progress import Stages
 
 __all__ = ["Places", "best_source", "places_of"]
 
@@ -120,20 +121,20 @@ class Places:
                 reasons.append(str(error))
         return reasons
 
-    def find(
-        self, pipe, template: Image.Image, prompt: str, *, progress: Callable[[int, int], None] | None = None
-    ) -> Places:
+    def find(self, pipe, template: Image.Image, prompt: str, stages: Stages | None = None) -> Places:
         """Find the words in the template, which `prompt` describes; afterwards every mask is given.
 
-        `progress` is called with (done, total). Raises `MaskError` for what can't be found.
+        `stages` shows how far it is. Raises `MaskError` for what can't be found.
         """
         words = [word.lower() for word in self.words if word]
         if not words:
             return self
-        if self.source == "segmenter":
-            found = iter(segmenter_masks(template, words))
-        else:
-            found = iter(attention_masks(pipe, template, prompt, words, progress=progress))
+        with (stages or Stages(bars=False)).bar("masks", 1) as move:
+            if self.source == "segmenter":
+                found = iter(segmenter_masks(template, words))
+                move(1, 1)
+            else:
+                found = iter(attention_masks(pipe, template, prompt, words, progress=move))
         given = tuple(next(found) if mask is None else mask for mask in self.given)
         return replace(self, given=given, words=(None,) * len(given))
 
