@@ -109,6 +109,7 @@ def test_strided_views():
         ({"context_index": torch.full((2, 4), 4)}, "lie in 0..3"),
         ({"key_lengths": torch.tensor([6, 6, 6])}, "key_lengths must be"),
         ({"key_lengths": torch.tensor([6, 6, 7, -1])}, "lie in 0..6"),
+        ({"weights": torch.zeros(2, 4, 7, requires_grad=True)}, "inference only, and weights requires grad"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -7,14 +7,25 @@ import os
 import sys
 from pathlib import Path
 
-from weaver_kernels.compiling import OP, SHARED_KIB, Case, Compiled, compile_each, failures, missing_tools
+from weaver_kernels.compiling import (
+    NO_SPILLS_TO,
+    OP,
+    SHARED_KIB,
+    Case,
+    Compiled,
+    compile_each,
+    failures,
+    missing_tools,
+)
 from weaver_kernels.tuning import config_table
 
 __all__ = ["ARCHS", "cases", "main", "table_line"]
 
 ARCHS = tuple(SHARED_KIB)
 HEAD_DIMS = (40, 64, 80, 160)  # of Stable Diffusion 1.5, 2.1 and XL
+LARGEST_DIM = 256
 LONG_TEXT = 154
+WHOLE_TEXT = 128  # the most that is held at once, where it fits
 QUICK = (
     Case(40, 86, 16),
     Case(64, 90, 16),
@@ -27,13 +38,16 @@ HEADER = "| sm | bits | D | L | variant | tile | warps | stages | registers | st
 
 
 def cases(archs=ARCHS) -> list[Case]:
-    """Every row of the table at 77 keys, Stable Diffusion's head dimensions at 154 too, and each variant."""
+    """Every row of the table at 77 and 128 keys, Stable Diffusion's head dimensions at 154 too, each variant, and what
+    other devices get, as if these were others."""
     rows = config_table(OP)["rows"]
     found = []
     for arch in archs:
         for bits in (16, 32):
             dims = {row["head_dim"] for row in rows if arch in row["arch"] and row["bits"] == bits}
             found += [Case(dim, arch, bits) for dim in sorted(dims | set(HEAD_DIMS))]
+            found += [Case(dim, arch, bits, WHOLE_TEXT) for dim in sorted(dims)]
+            found += [Case(dim, arch, bits, variant="default") for dim in (NO_SPILLS_TO, LARGEST_DIM)]
         found += [Case(dim, arch, 16, LONG_TEXT) for dim in HEAD_DIMS]
         found += [Case(dim, arch, 16, variant=variant) for variant in ("q-each", "ragged") for dim in HEAD_DIMS]
     return found
@@ -58,8 +72,12 @@ def _page(found: list[Compiled]) -> str:
         "",
         f"Written by `make compile-check ARGS='--write FILE'` with Triton {triton.__version__} and the ptxas in it; no",
         "GPU was used. Stack is bytes a thread spills; tile, warps and stages are those the operation looks up in",
-        "`weaver_kernels/configs/context_attention.json`. A variant is `q-each` (a query for each context) or `ragged`",
-        "(texts of several lengths).",
+        "`weaver_kernels/configs/context_attention.json`. A variant is `q-each` (a query for each context), `ragged`",
+        "(texts of several lengths) or `default` (the configuration of a device that is not in the table).",
+        "",
+        "A spill of a row for 16 bits fails the check up to D = 80 at 77 keys. Those of longer and ragged texts, of",
+        "float32 and of the default are only listed. Float32 has no matrix instruction, because it would be rounded",
+        "to TF32.",
         "",
         f"{len(found)} binaries, {len(spilling)} spill"
         + (f", the most {max(one.stack for one in spilling)} bytes:" if spilling else "."),

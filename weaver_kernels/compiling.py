@@ -18,9 +18,20 @@ from pathlib import Path
 
 import torch
 
-from weaver_kernels.tuning import KernelConfig, kernel_config
+from weaver_kernels.tuning import KernelConfig, default_config, kernel_config
 
-__all__ = ["SHARED_KIB", "TEXT", "Case", "Compiled", "compile_case", "compile_each", "failures", "missing_tools"]
+__all__ = [
+    "NO_SPILLS_TO",
+    "OP",
+    "SHARED_KIB",
+    "TEXT",
+    "Case",
+    "Compiled",
+    "compile_case",
+    "compile_each",
+    "failures",
+    "missing_tools",
+]
 
 OP = "context_attention"
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block may take, CUDA programming guide
@@ -37,12 +48,14 @@ class Case:
     arch: int
     bits: int
     n_keys: int = TEXT
-    variant: str = ""  # "q-each" or "ragged"
+    variant: str = ""  # "q-each", "ragged", or "default": the configuration of a device that is not in the table
     chosen: KernelConfig | None = None  # None: the table's
 
     @property
     def config(self) -> KernelConfig:
         q_each = self.variant == "q-each"
+        if self.variant == "default":
+            return default_config(OP, self.bits)
         return self.chosen or kernel_config(OP, self.head_dim, self.bits, self.arch, q_each=q_each)
 
 
@@ -62,12 +75,11 @@ def compile_case(case: Case) -> Compiled:
     """Compile one case to a binary and read what it takes. Needs ptxas and cuobjdump, which Triton's wheel has."""
     from triton.runtime import driver
 
-    from weaver_kernels.context_attention.kernel import build_options
-
     kernel = _kernel()
     driver.set_active(_Target(case.arch))
     try:
-        binary = kernel.warmup(**_arguments(case), grid=(1, 1, 1), **build_options(case.config))
+        _, tensors, others, options = _arguments(case)
+        binary = kernel.warmup(*tensors, 1.0, *others, grid=(1, 1, 1), **options)
     except Exception as error:  # of whatever kind, from any stage of the compiler: the case can't be launched
         return Compiled(case, error=f"{type(error).__name__}: {error}".splitlines()[0])
     usage = _resource_usage(binary.asm["cubin"])
@@ -85,14 +97,14 @@ def compile_each(cases: Sequence[Case], jobs: int) -> Iterator[Compiled]:
 def failures(compiled: Compiled, shared_kib: int | None = None) -> list[str]:
     """Why a binary must not be shipped; empty when it may. `shared_kib`: what a block may take, of other devices.
 
-    Spills are refused at 77 keys of 16 bits to D = 80, which is what Stable Diffusion runs; with larger heads, longer
-    or ragged texts and float32 they are only listed.
+    Spills are refused at 77 keys of 16 bits to D = 80, which is what Stable Diffusion runs. With larger heads, longer
+    or ragged texts, float32 and on devices that are not in the table they are only listed: no tile is without them.
     """
     case, reasons = compiled.case, []
     if compiled.error:
         return [f"does not compile: {compiled.error}"]
     limit = SHARED_KIB[case.arch] if shared_kib is None else shared_kib
-    strict = case.n_keys == TEXT and case.variant != "ragged" and case.bits == 16
+    strict = case.n_keys == TEXT and case.variant in ("", "q-each") and case.bits == 16
     if compiled.stack and strict and case.head_dim <= NO_SPILLS_TO:
         reasons.append(f"spills {compiled.stack} bytes")
     if compiled.shared > limit * 1024:
@@ -145,7 +157,7 @@ def _kernel():
     return context_attention_kernel
 
 
-def _arguments(case: Case) -> dict:
+def _arguments(case: Case) -> tuple:
     """Arguments as a U-Net of 8 heads hands them over, in tensors without storage."""
     from weaver_kernels.context_attention.kernel import kernel_arguments
 
@@ -153,7 +165,7 @@ def _arguments(case: Case) -> dict:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     dtype = torch.float16 if case.bits == 16 else torch.float32
-    rows, n_contexts, n_tokens, heads, tiles = 2, 5, 4096, 8, 4096 // case.config.tile
+    rows, n_contexts, n_tokens, heads = 2, 5, 4096, 8
     out = empty(rows, n_tokens, heads, case.head_dim, dtype=dtype)
     q = empty(rows, n_contexts, *out.shape[1:], dtype=dtype) if case.variant == "q-each" else out
     keys = empty(n_contexts, case.n_keys, heads, case.head_dim, dtype=dtype)
@@ -164,12 +176,10 @@ def _arguments(case: Case) -> dict:
         empty(rows, n_contexts, n_tokens, dtype=torch.float32),
         empty(rows, n_contexts),
         empty(n_contexts) if case.variant == "ragged" else None,
-        case.head_dim**-0.5,
-        empty(rows, n_tokens),
-        empty(rows, tiles),
-        empty(rows, tiles, n_contexts),
+        empty(1),
+        (case.config.tile,),
+        case.config,
         out,
-        case.config.tile,
     )
 
 

@@ -71,11 +71,9 @@ class LayerInputs:
         from weaver_kernels.context_attention.kernel import launch
 
         plan = self.plan
-        first = 1 + 2 * plan.tile_sizes.index(config.tile)
-        lists = (plan.lists[0], *plan.lists[first : first + 2])
         scale = self.q.shape[-1] ** -0.5
         contexts = (self.k, self.v, plan.weights, plan.context_index, None)
-        return launch(self.q, *contexts, scale, *lists, config, self.out)
+        return launch(self.q, *contexts, scale, plan.lists, plan.tile_sizes, config, self.out)
 
     def again(self) -> LayerInputs:
         """Other buffers with other numbers, and the same plan."""

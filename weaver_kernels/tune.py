@@ -10,13 +10,11 @@ device, this Triton and this kernel have measured is not measured again: a run t
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
 from importlib.resources import files
 from itertools import islice, product, starmap
 from pathlib import Path
@@ -25,10 +23,22 @@ from typing import NamedTuple
 import torch
 
 from weaver_kernels.compiling import OP, SHARED_KIB, Case, compile_each, failures, missing_tools
+from weaver_kernels.devices import triton_version
 from weaver_kernels.measure import time_configs
-from weaver_kernels.tuning import KernelConfig, with_row, write_table
+from weaver_kernels.tuning import KernelConfig, source_hash, with_row, write_table
 
-__all__ = ["Row", "Tuned", "candidates", "main", "measured_before", "rows", "stamp", "tune", "usable_configs"]
+__all__ = [
+    "Row",
+    "Tuned",
+    "candidates",
+    "kernel_hash",
+    "main",
+    "measured_before",
+    "rows",
+    "stamp",
+    "tune",
+    "usable_configs",
+]
 
 TABLE = Path(str(files("weaver_kernels") / "configs" / f"{OP}.json"))
 # Tiles, warps and stages by bits. A float32 product has no matrix instruction to fill: tiles of 32 spill 456 bytes at
@@ -80,11 +90,14 @@ def candidates(row: Row, arch: int) -> dict[KernelConfig, list[Case]]:
     }
 
 
+def kernel_hash() -> str:
+    """Of the sources that decide what a launch runs, the configuration apart."""
+    return source_hash(f"{OP}.blocks", f"{OP}.kernel")
+
+
 def stamp(device: str) -> dict[str, str]:
     """With what a row is measured: another kernel or compiler asks for another measurement."""
-    sources = sorted((Path(__file__).parent / OP).glob("*.py"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources if path.stem in ("kernel", "blocks")))
-    return {"device": device, "triton": metadata.version("triton"), "kernel": digest.hexdigest()[:12]}
+    return {"device": device, "triton": triton_version(), "kernel": kernel_hash()}
 
 
 def measured_before(table: dict, row: Row, arch: int, mark: Mapping[str, str]) -> bool:

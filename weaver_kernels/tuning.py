@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -10,7 +11,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["KernelConfig", "config_table", "kernel_config", "tile_sizes", "with_row", "write_table"]
+__all__ = [
+    "KernelConfig",
+    "config_table",
+    "default_config",
+    "kernel_config",
+    "source_hash",
+    "tile_sizes",
+    "with_row",
+    "write_table",
+]
 
 
 class KernelConfig(NamedTuple):
@@ -33,7 +43,7 @@ def kernel_config(op: str, head_dim: int, bits: int, arch: int, *, q_each: bool 
 
     `q_each`: with a query for each context. Rows of the table that say nothing about it serve both; one that does goes
     before. That of the next larger head dimension serves the ones between. A device that is not in the table gets the
-    table's default, which fits every device, and one warning.
+    table's default for the width, which fits every device of 99 KiB of shared memory a block, and one warning.
     """
     table = config_table(op)
     rows = [row for row in table["rows"] if arch in row["arch"] and row["bits"] == bits and row["head_dim"] >= head_dim]
@@ -44,16 +54,27 @@ def kernel_config(op: str, head_dim: int, bits: int, arch: int, *, q_each: bool 
             f"safe one is used. `make tune` on that device adds it to configs/{op}.json",
             stacklevel=2,
         )
-        return KernelConfig(**table["default"])
+        return default_config(op, bits)
     row = min(rows, key=lambda row: (row["head_dim"], "q_each" not in row))
     return KernelConfig(row["tile"], row["warps"], row["stages"])
+
+
+def default_config(op: str, bits: int) -> KernelConfig:
+    """What a device that is not in the table gets."""
+    return KernelConfig(**config_table(op)["default"][str(bits)])
 
 
 @cache
 def tile_sizes(op: str) -> tuple[int, ...]:
     """Every tile size that `kernel_config` may answer with, ascending."""
     table = config_table(op)
-    return tuple(sorted({row["tile"] for row in [*table["rows"], table["default"]]}))
+    return tuple(sorted({row["tile"] for row in [*table["rows"], *table["default"].values()]}))
+
+
+def source_hash(*modules: str) -> str:
+    """Of the sources of modules of this package, such as `context_attention.kernel`: what was measured with them."""
+    paths = [Path(str(files("weaver_kernels"))) / f"{module.replace('.', '/')}.py" for module in modules]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
 def with_row(table: dict, row: dict) -> dict:

@@ -42,7 +42,7 @@ def draw(kind: str, seed: int) -> tuple[dict, dict]:
     shape = {
         "b": choose.randint(1, 3 if large else 2),
         "t": choose.choice([1, 7, 33, 64, 150, 400, 1100] if large and s < 10 else [1, 9, 16, 25, 34]),
-        "h": choose.randint(1, 3 if large else 1),
+        "h": choose.randint(1, 3 if large else 2),
         "d": choose.choice([8, 16, 24, 40, 64, 80, 96, 160, 256]),
         "s": s,
         "length": choose.choice([1, 5, 16, 33, 77, 100, 128, 154, 231] if large else [1, 5, 17, 77, 100, 130, 154]),

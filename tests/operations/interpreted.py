@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from importlib import metadata
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from weaver_kernels import ContextPlan
+from weaver_kernels.devices import triton_version
 from weaver_kernels.tuning import KernelConfig
 
 
 def interpreter_fault(triton: str | None = None, numpy: str | None = None) -> str:
     """Why kernels can't be interpreted with these versions, None for those that are installed; empty when they can."""
-    triton, numpy = triton or metadata.version("triton"), numpy or metadata.version("numpy")
+    if triton is None and find_spec("triton") is None:
+        return "Triton is not installed"
+    triton, numpy = triton or triton_version(), numpy or metadata.version("numpy")
     parts = [[int(part) for part in version.split(".")[:2]] for version in (triton, numpy)]
     if parts[0] < [3, 8] and parts[1] >= [2, 4]:
         return f"Triton {triton} can't interpret loops with numpy {numpy}: it takes Triton 3.8 or numpy before 2.4"
@@ -49,7 +53,8 @@ def run_interpreted(case: dict, tile: int = 16) -> torch.Tensor:
         None if index is None else plan.context_index,
         case.get("key_lengths"),
         case.get("scale", d**-0.5),
-        *plan.lists,
+        plan.lists,
+        plan.tile_sizes,
         KernelConfig(tile, warps=4, stages=1),
         out,
     )

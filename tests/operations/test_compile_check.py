@@ -12,7 +12,7 @@ import pytest
 
 from weaver_kernels.compile_check import ARCHS, HEAD_DIMS, HEADER, cases, table_line
 from weaver_kernels.compiling import Case, Compiled, compile_case, failures
-from weaver_kernels.tuning import KernelConfig, config_table, kernel_config, tile_sizes
+from weaver_kernels.tuning import KernelConfig, config_table, default_config, kernel_config, tile_sizes
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compiled_kernels.md"
@@ -41,10 +41,45 @@ def test_an_interpreted_kernel_is_not_taken_for_a_compiled_one():
 
 def test_every_row_of_the_table_is_compiled():
     compiled = {(case.arch, case.bits, case.config) for case in cases()}
+    whole = {(case.arch, case.bits, case.head_dim, case.config) for case in cases() if case.n_keys == 128}
     for row in config_table("context_attention")["rows"]:
+        config = KernelConfig(row["tile"], row["warps"], row["stages"])
         for arch in row["arch"]:
-            assert (arch, row["bits"], (row["tile"], row["warps"], row["stages"])) in compiled
+            assert (arch, row["bits"], config) in compiled
+            assert "q_each" in row or (arch, row["bits"], row["head_dim"], config) in whole
     assert {case.head_dim for case in cases() if case.n_keys == 77} >= set(HEAD_DIMS)
+    for arch in ARCHS:
+        for bits in (16, 32):
+            assert (arch, bits, default_config("context_attention", bits)) in compiled
+
+
+def test_sizes_that_follow_the_contexts_and_the_tokens_make_no_other_binary():
+    """In a process of its own, compiled for a GPU that is not there: a graph must find its binary whatever N is."""
+    code = """if True:
+        import torch
+        from triton.runtime import driver
+        from weaver_kernels.compiling import _kernel, _Target
+        from weaver_kernels.context_attention.kernel import kernel_arguments
+        from weaver_kernels.tuning import KernelConfig
+
+        def empty(*shape, dtype=torch.int32):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        driver.set_active(_Target(80))
+        kernel = _kernel()
+        for s, t in ((3, 64), (1, 64), (4, 1), (16, 100), (70, 33)):
+            q, k = empty(2, t, 2, 16, dtype=torch.float16), empty(s, 16, 2, 16, dtype=torch.float16)
+            weights, index = empty(2, s, t, dtype=torch.float32), empty(2, s)
+            config = KernelConfig(16, 4, 1)
+            _, tensors, others, options = kernel_arguments(
+                q, k, k, weights, index, None, empty(1), (16,), config, q
+            )
+            kernel.warmup(*tensors, 1.0, *others, grid=(1, 1, 1), **options)
+        print("binaries", sum(len(per_device[0]) for per_device in kernel.device_caches.values()))
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "binaries 1\n" in ran.stdout, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -54,6 +89,7 @@ def test_every_row_of_the_table_is_compiled():
         (Case(64, 90, 16, variant="q-each"), (128, 8, 1024, "wgmma"), "spills 8 bytes"),
         (Case(160, 90, 16), (255, 8, 1024, "wgmma"), None),
         (Case(80, 120, 16, variant="ragged"), (255, 16, 1024, "mma.sync"), None),
+        (Case(80, 120, 16, variant="default"), (255, 16, 1024, "mma.sync"), None),
         (Case(64, 86, 16), (128, 0, 99 * 1024 + 1, "mma.sync"), "shared memory of 99 KiB"),
         (Case(64, 86, 16), (128, 0, 99 * 1024, "mma.sync"), None),
         (Case(64, 86, 16), (128, 0, 1024, "none"), "no tensor-core instruction"),
@@ -65,6 +101,7 @@ def test_every_row_of_the_table_is_compiled():
         "spill-of-variant",
         "spill-of-160",
         "spill-of-ragged",
+        "spill-of-default",
         "shared",
         "shared-fits",
         "no-tensor-core",
@@ -104,4 +141,4 @@ def test_another_device_gets_a_safe_configuration_and_a_warning():
     kernel_config.cache_clear()
     with pytest.warns(UserWarning, match="compute capability 7.5.*make tune"):
         config = kernel_config("context_attention", 64, 16, 75)
-    assert config._asdict() == config_table("context_attention")["default"]
+    assert config == default_config("context_attention", 16) != default_config("context_attention", 32)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -26,6 +31,12 @@ def test_head_dims(d, dtype):
 @pytest.mark.parametrize("length", [1, 16, 33, 77, 100, 128, 130, 154])
 def test_text_lengths(length, dtype):
     check(length=length, t=17, s=2, dtype=dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("length", [80, 81, 128])
+def test_keys_of_wide_heads_that_do_not_fit_at_once(length, dtype):
+    check(length=length, t=17, s=2, d=160, dtype=dtype)
 
 
 @pytest.mark.parametrize("length", [20, 77, 150], ids="of-{}".format)
@@ -125,40 +136,58 @@ def test_offsets_of_tokens_as_64_bits(monkeypatch):
     """The variant for rows past 2**31 elements, on a small row."""
     from weaver_kernels.context_attention import kernel
 
-    arguments = kernel.kernel_arguments
-    monkeypatch.setattr(kernel, "kernel_arguments", lambda *args: arguments(*args) | {"WIDE": True})
+    layout = kernel._layout
+
+    def wide(*arguments):
+        grid, others, options = layout(*arguments)
+        assert others[-3] is False
+        return grid, (*others[:-3], True, *others[-2:]), options
+
+    monkeypatch.setattr(kernel, "_layout", wide)
     check(b=2, d=40)
 
 
-@pytest.mark.parametrize("given", ["no-plan", "plan", "plan-of-one-size"])
-def test_what_runs_on_a_gpu_up_to_the_launch(given, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "gathered"])
+@pytest.mark.parametrize("planned", [False, True], ids=["no-plan", "plan"])
+def test_what_runs_on_a_gpu_up_to_the_launch(planned, dtype, monkeypatch):
     """The GPU's implementation with the table's configuration for 8.6, on CPU tensors."""
     from weaver_kernels import ContextPlan
-    from weaver_kernels.context_attention import op
+    from weaver_kernels.context_attention import op, plan
 
     needs_interpreter()
-    monkeypatch.setattr(op, "has_kernel", lambda device: True)
-    monkeypatch.setattr(op, "_arch", lambda index: 86)
-    case = make_case(b=2, t=70, d=40, contexts=5, length=9)  # float32: tiles of 16
-    sizes = {"no-plan": (), "plan": (64, 16, 32), "plan-of-one-size": (64,)}[given]
-    plan = ContextPlan(case["weights"], case["context_index"], merge=False, tile_sizes=sizes)
-    arguments = (case["q"].transpose(2, 3).contiguous().transpose(2, 3), case["k"], case["v"], plan.weights)
-    call = (*arguments, plan.context_index, None, plan.lists if sizes else (), sizes, 40**-0.5)
-    if given == "plan-of-one-size":
-        with pytest.raises(ValueError, match=r"plan has tiles of \[64\], this device takes 16"):
-            op._cuda(*call)
-    else:
-        assert_within_twice_eager(op._cuda(*call), case)
+    for module in (op, plan):
+        monkeypatch.setattr(module, "kernel_arch", lambda device: 86)
+    case = make_case(b=2, t=70, d=40, contexts=5, length=9, dtype=dtype)
+    of_case = ContextPlan(case["weights"], case["context_index"], merge=False)
+    assert len(of_case.tile_sizes) > 1
+    arguments = (case["q"].transpose(2, 3).contiguous().transpose(2, 3), case["k"], case["v"], of_case.weights)
+    out = op._cuda(*arguments, of_case.context_index, None, of_case.lists if planned else None, 40**-0.5)
+    assert_within_twice_eager(out, case)
 
 
 def test_nothing_to_compute_is_not_launched(monkeypatch):
     from weaver_kernels.context_attention import op
 
-    monkeypatch.setattr(op, "has_kernel", lambda device: True)
+    monkeypatch.setattr(op, "kernel_arch", lambda device: 86)
     for shape in ({"t": 0}, {"length": 0}):
         case = make_case(**shape)
-        out = op._cuda(case["q"], case["k"], case["v"], case["weights"], None, None, (), (), 0.25)
+        out = op._cuda(case["q"], case["k"], case["v"], case["weights"], None, None, None, 0.25)
         assert torch.equal(out, torch.zeros_like(case["q"]))
+
+
+@pytest.mark.parametrize("weight", [1e-4, -1e-3, 200.0])
+@pytest.mark.parametrize("length", [77, 150], ids=["one-pass", "two-passes"])
+def test_weights_at_the_ends_of_the_range_of_fp16(weight, length):
+    """A share of a weight for each of 77 keys is below float16's normal numbers, which the kernel must not round to."""
+    weights = {"weights": lambda b, s, t, rng: torch.full((b, s, t), weight)}
+    check(t=16, s=2, length=length, d=64, dtype=torch.float16, **weights)
+
+
+def test_the_versions_that_are_pinned_can_interpret():
+    """Or every test here would be skipped where nobody looks."""
+    pinned = re.search(r"^numpy==(.+)$", (Path(__file__).parents[2] / "constraints.txt").read_text(), re.MULTILINE)
+    if metadata.version("numpy") == pinned.group(1) and find_spec("triton"):
+        assert interpreter_fault() == ""
 
 
 def test_versions_that_cannot_interpret_are_named():

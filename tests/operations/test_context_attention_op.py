@@ -93,8 +93,7 @@ def test_opcheck(with_plan):
             plan.weights,
             plan.context_index,
             case["key_lengths"],
-            list(plan.lists) if with_plan else [],
-            [],
+            plan.lists if with_plan else None,
             0.3,
         ),
     )
@@ -132,6 +131,7 @@ def test_compiles_in_one_graph_and_not_again_for_other_masks(with_plan):
         ({"q": torch.zeros(1, 40, 1, 16, requires_grad=True)}, "inference only, and q requires grad"),
         ({"plan": ContextPlan(torch.ones(1, 3, 40), capacity=4)}, "pass plan.weights"),
         ({"plan": ContextPlan(torch.ones(1, 3, 40)), "q": torch.zeros(1, 3, 40, 1, 16)}, "merge=False"),
+        ({"plan": ContextPlan(torch.ones(1, 3, 40), tile_sizes=(16,))}, r"tiles of \[16\] of its own"),
         ({"q": torch.zeros(1, 41, 1, 12)}, r"\(1, 12\), k has \(1, 16\); q .* does not go with weights"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -139,6 +139,23 @@ def test_compiles_in_one_graph_and_not_again_for_other_masks(with_plan):
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         context_attention(**make_case() | change)
+
+
+@pytest.mark.parametrize("foreign", ["weights", "context_index"])
+def test_a_plan_takes_no_weights_and_no_index_but_its_own(foreign):
+    """Of the same shape they would give another result without a word: the plan merges, and skips what it has dead."""
+    case = planned(make_case(contexts=4))
+    with pytest.raises(ValueError, match="plan is of other weights or of another index"):
+        context_attention(**case | {foreign: case[foreign].clone()})
+
+
+def test_a_plan_is_what_decides_which_tokens_are_computed(monkeypatch):
+    """With it no call looks for live tokens again."""
+    case = planned(make_case(t=100, s=4))
+    expected = context_attention(**case)
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)
+    monkeypatch.setattr(torch.Tensor, "__ne__", None)
+    assert torch.equal(context_attention(**case), expected)
 
 
 def test_gradients_elsewhere_are_nobodys_business():

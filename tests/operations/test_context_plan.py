@@ -8,7 +8,15 @@ import torch
 from operations.cases import hard_weights, make_case, soft_weights, truth
 from weaver_kernels import ContextPlan, context_attention
 from weaver_kernels.context_attention.blocks import key_blocks, split
-from weaver_kernels.context_attention.plan import live_order, live_tokens, merge_equal, tile_lists
+from weaver_kernels.context_attention.lists import (
+    live_lists,
+    live_order,
+    live_tokens,
+    split_live_tokens,
+    tile_layout,
+    tile_lists,
+)
+from weaver_kernels.context_attention.plan import merge_equal
 
 
 def rng():
@@ -64,6 +72,18 @@ def test_live_tokens():
             assert tokens[b, s, : counts[b, s]].tolist() == alive[b, s].nonzero()[:, 0].tolist()
 
 
+def test_one_buffer_holds_all_lists():
+    alive = soft_weights(2, 4, 30, rng()) > 0.5
+    for part, expected in zip(split_live_tokens(live_lists(alive, ()), alive.shape), live_tokens(alive), strict=True):
+        assert torch.equal(part, expected)
+    lists, order = live_lists(alive, (16, 8)), live_order(alive)
+    assert torch.equal(lists[:60].view(2, 30), order)
+    for size, (n_tiles, counts_at, contexts_at) in tile_layout(2, 4, 30, (16, 8)).items():
+        counts, contexts = tile_lists(alive, order, size)
+        assert torch.equal(lists[counts_at:contexts_at].view(2, n_tiles), counts)
+        assert torch.equal(lists[contexts_at : contexts_at + contexts.numel()].view(2, n_tiles, 4), contexts)
+
+
 @pytest.mark.parametrize("same_as", [None, torch.tensor([0, 1, 1, 3])], ids=["by-number", "by-content"])
 def test_equal_contexts_are_summed_in_the_first(same_as):
     weights = torch.randn(1, 4, 6, generator=rng())
@@ -75,10 +95,25 @@ def test_equal_contexts_are_summed_in_the_first(same_as):
     assert torch.equal(merged[:, 3], weights[:, 3])
 
 
-@pytest.mark.parametrize("tile_sizes", [(), (16,)], ids=["live-tokens", "tiles"])
-def test_merging_changes_nothing_but_the_work(tile_sizes):
+@pytest.mark.parametrize("number", [-1, 4, 2**40])
+def test_a_number_out_of_range_is_equal_to_no_other_and_stays(number):
+    """Whose tokens are NaN on a GPU: it must not become the number of a context that is there."""
+    weights = torch.randn(1, 4, 6, generator=rng())
+    index = torch.tensor([[3, number, 1, 3]])
+    plan = ContextPlan(weights, index, same_as=torch.tensor([0, 1, 1, 3]))
+    torch.testing.assert_close(plan.weights[:, 0], weights[:, 0] + weights[:, 3])
+    assert torch.equal(plan.weights[:, 1:3], weights[:, 1:3])
+    assert plan.context_index[0, 1] == min(number, 2**31 - 1)
+
+
+def test_merged_weights_of_16_bits_are_summed_in_float32():
+    plan = ContextPlan(torch.tensor([[[1.0], [0.002]]], dtype=torch.bfloat16), torch.tensor([[0, 0]]))
+    assert plan.weights.dtype == torch.float32 and 1.0019 < plan.weights[0, 0] < 1.0021
+
+
+def test_merging_changes_nothing_but_the_work():
     case = make_case(b=2, s=6, contexts=3, weights=soft_weights, dtype=torch.float64)
-    plan = ContextPlan(case["weights"], case["context_index"], tile_sizes=tile_sizes)
+    plan = ContextPlan(case["weights"], case["context_index"])
     assert (plan.weights != 0).sum() < (case["weights"] != 0).sum()
     out = context_attention(case["q"], case["k"], case["v"], plan.weights, plan.context_index, plan=plan)
     torch.testing.assert_close(out, truth(case), rtol=1e-6, atol=1e-6)  # weights are summed in float32
@@ -87,16 +122,33 @@ def test_merging_changes_nothing_but_the_work(tile_sizes):
 @pytest.mark.parametrize("tile_sizes", [(), (16, 32)], ids=["live-tokens", "tiles"])
 def test_updates_are_in_place_and_the_same_as_a_new_plan(tile_sizes):
     plan = ContextPlan(soft_weights(2, 3, 40, rng()), capacity=8, tile_sizes=tile_sizes)
-    buffers = (plan.weights, plan.context_index, *plan.lists)
+    buffers = (plan.weights, plan.context_index, plan.lists)
     addresses = [buffer.data_ptr() for buffer in buffers]
     for n_contexts in (8, 1, 5):
         weights = hard_weights(2, n_contexts, 40, rng())
         index = torch.randint(0, 9, (2, n_contexts), generator=rng())
         plan.update(weights, index)
         fresh = ContextPlan(weights, index, capacity=8, tile_sizes=tile_sizes)
-        for buffer, expected in zip(buffers, (fresh.weights, fresh.context_index, *fresh.lists), strict=True):
+        for buffer, expected in zip(buffers, (fresh.weights, fresh.context_index, fresh.lists), strict=True):
             assert torch.equal(buffer, expected)
-        assert [buffer.data_ptr() for buffer in (plan.weights, plan.context_index, *plan.lists)] == addresses
+        assert [buffer.data_ptr() for buffer in (plan.weights, plan.context_index, plan.lists)] == addresses
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"same_as": torch.tensor([0])}, "same_as must have a number for each of 3 contexts"),
+        ({"same_as": torch.tensor([0.0, 1.0, 2.0])}, r"same_as must be \[S'\] integers, got \(3,\) torch.float32"),
+        ({"same_as": torch.zeros(3, dtype=torch.int64, device="meta")}, "several devices: cpu, meta"),
+        ({"context_index": torch.tensor([[0.9, 1.0, 2.0]] * 2)}, "integers, got .* torch.float32"),
+        ({"weights": torch.zeros(2, 3, 40, dtype=torch.int32)}, "floating-point, got .*torch.int32"),
+        ({"weights": torch.zeros(2, 3, 40, requires_grad=True)}, "inference only, and weights requires grad"),
+    ],
+    ids=["short", "float", "device", "float-index", "integers", "gradients"],
+)
+def test_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        ContextPlan(**{"weights": torch.ones(2, 3, 40)} | change)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +178,8 @@ def test_blocks_hold_every_length_with_less_waste_than_one():
         smallest = max(16, 1 << (n - 1).bit_length())
         assert n <= first + second <= smallest
         assert all(block == 0 or (block >= 16 and block & (block - 1) == 0) for block in (first, second))
-    for n in range(1, 400):
-        at_a_time, first, second = key_blocks(n)
-        assert at_a_time <= first + second <= 128
-    assert key_blocks(77) == (77, 64, 16) == key_blocks(154)
+    for row_bytes, most in ((80, 128), (256, 128), (320, 80), (1024, 80)):
+        for n in range(1, 400):
+            at_a_time, first, second = key_blocks(n, row_bytes)
+            assert at_a_time <= first + second <= most
+        assert key_blocks(77, row_bytes) == (77, 64, 16) == key_blocks(154, row_bytes)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import weaver_kernels
-from weaver_kernels.context_attention.plan import live_order, tile_lists
+from weaver_kernels.context_attention.lists import live_order, tile_lists
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "weaver_kernels" / "README.md").read_text(encoding="utf-8")

@@ -71,21 +71,49 @@ def test_views_of_wider_tensors():
 def test_values_side_by_side_are_what_flex_attention_takes():
     """The arrangement for the GPU, with FlexAttention's own eager form."""
     case = make(dtype=torch.float32)
-    compiled = torch.compile(lambda *x: op._flex(*x, 0.25), backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda *x: op._flex(*x, 0.25, op.flex_blocks(90)), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*case), shared_attention_reference(*case), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("d", "width", "taken"), [(16, 16, True), (8, 16, False), (16, 8, False)])
-def test_flex_attention_is_left_alone_where_heads_are_too_narrow_for_it(d, width, taken, monkeypatch):
-    """A GPU's choice, on CPU tensors: compiled FlexAttention refuses widths under 16."""
+@pytest.mark.parametrize(
+    ("d", "width", "rows"),
+    [(16, 16, [3]), (64, 64, [3]), (64, 96, [2, 1]), (80, 160, [1] * 3), (8, 16, []), (16, 8, []), (300, 16, [])],
+    ids=str,
+)
+def test_what_flex_attention_is_handed(d, width, rows, monkeypatch):
+    """A GPU's choice, on CPU tensors: values of at most 256 side by side, and no heads that FlexAttention refuses."""
     calls = []
-    monkeypatch.setattr(op, "has_kernel", lambda device: True)
-    monkeypatch.setattr(op, "_flex", lambda q, k, v, scale: calls.append(1) or v)
+    monkeypatch.setattr(op, "kernel_arch", lambda device: 90)
+    monkeypatch.setattr(op, "_flex", lambda q, k, v, scale, blocks: calls.append(len(v)) or v)
     case = make(dtype=torch.float16, t=29, d=d, width=width)
     out = shared_attention(*case)
-    assert bool(calls) == taken
-    if not taken:
+    assert calls == rows
+    if not rows:
         torch.testing.assert_close(out, shared_attention_reference(*case), rtol=1e-2, atol=1e-3)
+
+
+def test_blocks_of_flex_attention_are_the_tables(monkeypatch):
+    """Its own choice follows the key width alone: at 64 it takes 256 KiB for values of 256, an H100 has 227."""
+    given = []
+    monkeypatch.setattr(op, "_compiled_flex", lambda: lambda q, k, v, **options: given.append(options) or v)
+    monkeypatch.setattr(op, "kernel_arch", lambda device: 90)
+    shared_attention(*make(dtype=torch.float16, t=29))
+    assert (given[0]["kernel_options"]["BLOCK_M"], given[0]["kernel_options"]["BLOCK_N"]) == (128, 64)
+    assert op.flex_blocks(90) != op.flex_blocks(86) == op.flex_blocks(121)
+
+
+def test_every_size_is_compiled(monkeypatch):
+    """PyTorch goes on uncompiled after 8 of them, with all scores in memory; here with something quick to compile."""
+    compiled = []
+
+    def attend(q, k, v, scale, kernel_options):
+        return v * scale
+
+    backend = torch.compile(attend, dynamic=False, backend=lambda graph, _: compiled.append(1) or graph.forward)
+    monkeypatch.setattr(op, "_compiled_flex", lambda: backend)
+    for n in range(1, 13):
+        op._flex(*make(length=8 * n), 0.25, op.flex_blocks(90))
+        assert len(compiled) == n
 
 
 def test_compiles_in_one_graph():

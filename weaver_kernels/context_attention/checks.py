@@ -13,7 +13,7 @@ __all__ = ["shape_reasons", "value_reasons"]
 def shape_reasons(q, k, v, weights, context_index, key_lengths, scale) -> list[str]:
     """Reasons seen in shapes, dtypes and devices, without reading a tensor; empty when everything fits."""
     reasons = []
-    # Read once: on a launch's way each look at a tensor is a fifth of a microsecond.
+    # Read once, and nothing is cut: on a launch's way each look at a tensor is a fifth of a microsecond.
     q_shape, k_shape, w_shape, dtype, device = q.shape, k.shape, weights.shape, q.dtype, q.device
     if len(q_shape) not in (4, 5):
         reasons.append(f"q must be [B, T, H, D] or [B, S, T, H, D], got {tuple(q_shape)}")
@@ -31,20 +31,23 @@ def shape_reasons(q, k, v, weights, context_index, key_lengths, scale) -> list[s
         reasons.append(f"tensors are on several devices: {', '.join(names)}")
     if reasons:
         return reasons
-    if q_shape[-2:] != k_shape[-2:]:
-        reasons.append(f"q has (heads, dim) {tuple(q_shape[-2:])}, k has {tuple(k_shape[-2:])}")
     rows, n_contexts, tokens = w_shape
-    if q_shape[:-2] != ((rows, tokens) if len(q_shape) == 4 else w_shape):
-        reasons.append(f"q {tuple(q_shape)} does not go with weights {tuple(w_shape)}")
+    n_all, _, heads, dim = k_shape
+    shared, each = (rows, tokens, heads, dim), (rows, n_contexts, tokens, heads, dim)
+    if q_shape != shared and q_shape != each:
+        if q_shape[-2:] != k_shape[-2:]:
+            reasons.append(f"q has (heads, dim) {tuple(q_shape[-2:])}, k has {tuple(k_shape[-2:])}")
+        if q_shape[:-2] not in (shared[:-2], each[:-2]):
+            reasons.append(f"q {tuple(q_shape)} does not go with weights {tuple(w_shape)}")
     if context_index is None:
-        if k_shape[0] != n_contexts:
-            reasons.append(f"weights have {n_contexts} contexts and k has {k_shape[0]}: pass context_index [B, S]")
+        if n_all != n_contexts:
+            reasons.append(f"weights have {n_contexts} contexts and k has {n_all}: pass context_index [B, S]")
     elif context_index.shape != (rows, n_contexts) or not _integers(context_index):
         got = f"{tuple(context_index.shape)} {context_index.dtype}"
         reasons.append(f"context_index must be {(rows, n_contexts)} integers, got {got}")
-    if key_lengths is not None and (key_lengths.shape != (k_shape[0],) or not _integers(key_lengths)):
+    if key_lengths is not None and (key_lengths.shape != (n_all,) or not _integers(key_lengths)):
         got = f"{tuple(key_lengths.shape)} {key_lengths.dtype}"
-        reasons.append(f"key_lengths must be {(k_shape[0],)} integers, got {got}")
+        reasons.append(f"key_lengths must be {(n_all,)} integers, got {got}")
     return reasons
 
 

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 
 from weaver_kernels.context_attention.blocks import key_blocks, split
+from weaver_kernels.context_attention.lists import tile_layout
 from weaver_kernels.tuning import KernelConfig
 
-__all__ = ["build_options", "context_attention_kernel", "kernel_arguments", "launch"]
+__all__ = ["context_attention_kernel", "kernel_arguments", "launch"]
 
 LOG2_E = 1 / math.log(2)
 
@@ -139,12 +140,17 @@ def _attend_twice(
 
 
 # Sizes that follow the number of contexts and tokens are not specialised: one binary serves them all.
-@triton.jit(do_not_specialize=["n_tokens", "n_contexts", "n_all", "n_tiles", "stride_wb", "stride_ws"])
+@triton.jit(
+    do_not_specialize=[
+        "n_tokens", "n_contexts", "n_all", "n_tiles", "counts_at", "contexts_at", "stride_wb", "stride_ws",
+    ]
+)  # fmt: skip
 def context_attention_kernel(
     q, k, v, weights, out,  # [B, (S,) T, H, D], [S', L, H, D] twice, [B, S, T], [B, T, H, D]
     context_index, key_lengths,  # [B, S], [S']
-    order, tile_counts, tile_contexts,  # [B, T], [B, tiles], [B, tiles, S]
+    lists,  # the order of tokens [B, T], and further on of the tiles' live contexts:
     scale,  # positive, times log2(e)
+    counts_at, contexts_at,  # how many, [B, tiles], and which, [B, tiles, S]
     n_tokens, n_contexts, n_all, n_tiles,  # T, S, S', tiles of a row
     stride_qb, stride_qs, stride_qt, stride_qh,
     stride_kc, stride_kl, stride_kh,
@@ -162,10 +168,13 @@ def context_attention_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, tiles, B): it does not depend on what is alive, so a CUDA graph holds for all masks."""
+    # `w p / l` is rounded to the type of V. A weight of 1e-4 over 77 keys is below float16's normal numbers, where it
+    # has an error of 8 times eager's; times 256 it is not. The accumulators are divided by as much.
+    GAIN: tl.constexpr = 256.0 if v.dtype.element_ty == tl.float16 else 1.0
     i_h, i_tile, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_sorted = i_tile * BT + tl.arange(0, BT)
     t_ok = o_sorted < n_tokens
-    o_t = tl.load(order + i_b * n_tokens + o_sorted, mask=t_ok, other=0)  # [BT]
+    o_t = tl.load(lists + i_b * n_tokens + o_sorted, mask=t_ok, other=0)  # [BT]
     o_row = o_t
     if WIDE:
         o_row = o_t.to(tl.int64)
@@ -181,10 +190,11 @@ def context_attention_kernel(
 
     # With a query for each context, what the loop could hold is computed again: held, D = 80 takes 255 registers and
     # spills (sm_120), else 184. With shared queries it is the other way round.
-    for j in tl.range(0, tl.load(tile_counts + i_b * n_tiles + i_tile), disable_licm=Q_EACH):
-        i_s = tl.load(tile_contexts + (i_b * n_tiles + i_tile).to(tl.int64) * n_contexts + j)
+    i_list = i_b * n_tiles + i_tile
+    for j in tl.range(0, tl.load(lists + counts_at + i_list), disable_licm=Q_EACH):
+        i_s = tl.load(lists + contexts_at + i_list.to(tl.int64) * n_contexts + j)
         p_w = weights + i_b.to(tl.int64) * stride_wb + i_s.to(tl.int64) * stride_ws
-        b_w = tl.load(p_w + o_t, mask=t_ok, other=0.0).to(tl.float32)  # [BT]
+        b_w = tl.load(p_w + o_t, mask=t_ok, other=0.0).to(tl.float32) * GAIN  # [BT]
         i_c = i_s
         if INDEXED:
             i_c = tl.load(context_index + i_b * n_contexts + i_s)
@@ -217,10 +227,11 @@ def context_attention_kernel(
             )  # fmt: skip
 
     # The order is read again: cheaper than holding it in registers over the loop, and volatile keeps it so.
-    o_row = tl.load(order + i_b * n_tokens + o_sorted, mask=t_ok, other=0, volatile=True)
+    o_row = tl.load(lists + i_b * n_tokens + o_sorted, mask=t_ok, other=0, volatile=True)
     if WIDE:
         o_row = o_row.to(tl.int64)
     p_o = _base(_base(out, i_b, stride_ob, ALIGN), i_h, stride_oh, ALIGN) + o_row[:, None] * stride_ot
+    b_o1, b_o2 = b_o1 * (1 / GAIN), b_o2 * (1 / GAIN)
     o_d1 = tl.arange(0, D1)
     tl.store(p_o + o_d1[None, :], b_o1.to(out.dtype.element_ty), mask=t_ok[:, None] & (o_d1 < D)[None, :])
     if D2 > 0:
@@ -236,80 +247,78 @@ def launch(
     context_index: torch.Tensor | None,
     key_lengths: torch.Tensor | None,
     scale: float,
-    order: torch.Tensor,
-    tile_counts: torch.Tensor,
-    tile_contexts: torch.Tensor,
+    lists: torch.Tensor,
+    tile_sizes: tuple[int, ...],
     config: KernelConfig,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One launch for all rows; arguments of `context_attention`, the lists of its plan and a configuration.
 
-    The lists are made for tiles of `config.tile`. `out` [B, T, H, D] is written where it is given.
+    lists, tile_sizes : those of a `ContextPlan`, `config.tile` among the sizes; out : [B, T, H, D], written if given
     """
-    rows, _, n_tokens = weights.shape
-    heads, dim = q.shape[-2:]
     if out is None:
+        rows, _, n_tokens = weights.shape
+        _, _, heads, dim = k.shape
         out = q.new_empty(rows, n_tokens, heads, dim)
-    arguments = kernel_arguments(
-        q, k, v, weights, context_index, key_lengths, scale, order, tile_counts, tile_contexts, out, config.tile
-    )
-    grid = (heads, tile_counts.shape[1], rows)
-    context_attention_kernel[grid](**arguments, **build_options(config))
+    found = kernel_arguments(q, k, v, weights, context_index, key_lengths, lists, tile_sizes, config, out)
+    if found is None:
+        q, k, v, weights = (x.contiguous() for x in (q, k, v, weights))
+        found = kernel_arguments(q, k, v, weights, context_index, key_lengths, lists, tile_sizes, config, out)
+    grid, tensors, others, options = found
+    context_attention_kernel[grid](*tensors, scale * LOG2_E, *others, **options)
     return out
 
 
-def build_options(config: KernelConfig) -> dict:
-    """Triton's options for a configuration. Multiplications fuse with additions in every version of Triton."""
-    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+def kernel_arguments(q, k, v, weights, context_index, key_lengths, lists, tile_sizes, config, out):
+    """The grid, the kernel's tensors, what follows the scale, both in their order, and Triton's options.
 
-
-def kernel_arguments(
-    q, k, v, weights, context_index, key_lengths, scale, order, tile_counts, tile_contexts, out, tile
-) -> dict:
-    """Every argument of the kernel by name; tensors without storage will do, so it can be compiled anywhere."""
-    layout, align = _layout(q.stride(), k.stride(), v.stride(), out.stride(), weights.shape[2], k.shape[1], k.shape[3])
-    size = q.element_size()
+    None where numbers of a head or of a context's weights do not lie next to each other. Tensors without storage will
+    do, so the kernel can be compiled anywhere.
+    """
     addresses = q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()
-    return {
-        "q": q, "k": k, "v": v, "weights": weights, "out": out,
-        # A tensor that is not there is not read; any pointer stands for it.
-        "context_index": order if context_index is None else context_index,
-        "key_lengths": order if key_lengths is None else key_lengths,
-        "order": order, "tile_counts": tile_counts, "tile_contexts": tile_contexts,
-        "scale": scale * LOG2_E,
-        "n_contexts": weights.shape[1], "n_all": k.shape[0], "n_tiles": tile_counts.shape[1],
-        "stride_wb": weights.stride(0), "stride_ws": weights.stride(1),
-        **layout,
-        "BT": tile,
-        "INDEXED": context_index is not None, "RAGGED": key_lengths is not None,
-        "ALIGN": math.gcd(align, math.gcd(16 * size, addresses) // size),
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-    }  # fmt: skip
+    layout = _layout(
+        q.shape, q.stride(), k.shape, k.stride(), v.stride(), weights.shape, weights.stride(), out.stride(),
+        q.dtype, addresses & 255, context_index is not None, key_lengths is not None, tile_sizes, config,
+    )  # fmt: skip
+    if layout is None:
+        return None
+    grid, others, options = layout
+    # A tensor that is not there is not read; any pointer stands for it.
+    contexts = (lists if context_index is None else context_index, lists if key_lengths is None else key_lengths)
+    return grid, (q, k, v, weights, out, *contexts, lists), others, options
 
 
 @lru_cache(maxsize=1024)
-def _layout(q_stride, k_stride, v_stride, out_stride, n_tokens, n_keys, dim) -> tuple[dict, int]:
-    """What follows from strides and sizes alone, and of what all strides are multiples, up to 16.
+def _layout(
+    q_shape, q_stride, k_shape, k_stride, v_stride, w_shape, w_stride, out_stride,
+    dtype, low_address, indexed, ragged, tile_sizes, config,
+) -> tuple[tuple[int, int, int], tuple, dict] | None:  # fmt: skip
+    """All that follows from sizes, strides and the configuration.
 
-    Kept for the next call of a layer: making it anew is half of what a launch costs on the host.
+    Kept for the next call of a layer: making it anew is most of what a launch costs on the host. By position, because
+    forty names cost 1.3 us more.
     """
-    q_each = len(q_stride) == 5
-    strides = {
-        "stride_qb": q_stride[0],
-        "stride_qs": q_stride[1] if q_each else 0,
-        "stride_qt": q_stride[-3],
-        "stride_qh": q_stride[-2],
-    }
-    for names, stride in (
-        (("stride_kc", "stride_kl", "stride_kh"), k_stride),
-        (("stride_vc", "stride_vl", "stride_vh"), v_stride),
-        (("stride_ob", "stride_ot", "stride_oh"), out_stride),
-    ):
-        strides |= zip(names, stride[:3], strict=True)
-    keys_at_a_time, l1, l2 = key_blocks(n_keys)
-    d1, d2 = split(dim)
-    sizes = {
-        "n_tokens": n_tokens, "L": n_keys, "LC": keys_at_a_time, "L1": l1, "L2": l2, "D": dim, "D1": d1, "D2": d2,
-        "Q_EACH": q_each, "WIDE": n_tokens * max(strides["stride_qt"], strides["stride_ot"]) >= 2**31,
-    }  # fmt: skip
-    return strides | sizes, math.gcd(16, *strides.values())
+    if any(stride[-1] != 1 for stride in (q_stride, k_stride, v_stride, w_stride)):
+        return None
+    rows, n_contexts, n_tokens = w_shape
+    n_all, n_keys, heads, dim = k_shape
+    tiles = tile_layout(rows, n_contexts, n_tokens, tile_sizes)[config.tile]
+    q_each, size = len(q_shape) == 5, dtype.itemsize
+    q_strides = (q_stride[0], q_stride[1] if q_each else 0, *q_stride[-3:-1])
+    strides = (*q_strides, *k_stride[:3], *v_stride[:3])
+    keys_at_a_time, l1, l2 = key_blocks(n_keys, dim * size)
+    others = (
+        tiles.counts_at, tiles.contexts_at,
+        n_tokens, n_contexts, n_all, tiles.n_tiles,
+        *strides, *w_stride[:2], *out_stride[:3],
+        n_keys, keys_at_a_time, l1, l2,
+        dim, *split(dim),
+        config.tile,
+        q_each, indexed, ragged,
+        n_tokens * max(q_stride[-3], out_stride[1]) >= 2**31,  # WIDE
+        math.gcd(16, math.gcd(256, low_address) // size, *strides, *out_stride[:3]),  # ALIGN
+        "ieee" if dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+    # Multiplications fuse with additions in every version of Triton.
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    return (heads, tiles.n_tiles, rows), others, options

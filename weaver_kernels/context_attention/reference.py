@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from weaver_kernels.checks import require
+from weaver_kernels.checks import gradient_reasons, require
 from weaver_kernels.context_attention.checks import shape_reasons, value_reasons
 
 __all__ = ["context_attention_reference"]
@@ -44,9 +44,10 @@ def context_attention_reference(
 
     Raises
     ------
-    ValueError with every reason, when shapes, dtypes or indices do not fit.
+    ValueError with every reason, when shapes, dtypes or indices do not fit or gradients are asked for.
     """
-    require("context_attention", shape_reasons(q, k, v, weights, context_index, key_lengths, scale))
+    reasons = shape_reasons(q, k, v, weights, context_index, key_lengths, scale)
+    require("context_attention", reasons + gradient_reasons(q=q, k=k, v=v, weights=weights))
     rows, n_contexts, tokens = weights.shape
     heads, dim = q.shape[-2:]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -1,8 +1,8 @@
 """`shared_attention`: scores and exponentials once for all rows, their values side by side.
 
 On an NVIDIA GPU with Triton that is FlexAttention, whose documentation has a value width Ev apart from the key width
-E; `scaled_dot_product_attention` falls back to the whole map there. Elsewhere, in float32, and for heads too narrow for
-it, attention is written out over blocks of queries.
+E; `scaled_dot_product_attention` falls back to the whole map there. Elsewhere, in float32, and for heads too narrow or
+too wide for it, attention is written out over blocks of queries.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from functools import cache
 import torch
 
 from weaver_kernels.checks import gradient_reasons, require
-from weaver_kernels.context_attention.plan import has_kernel
+from weaver_kernels.devices import kernel_arch
 from weaver_kernels.tuning import config_table
 
 __all__ = ["shared_attention"]
 
 _SETTINGS = config_table("shared_attention")  # read here, because a compiled caller can't open files
-_FLEX_DIM = 16  # compiled FlexAttention takes no narrower heads
+_FLEX_DIMS = range(16, 257)  # compiled FlexAttention takes no narrower heads, and of wider ones a block does not fit
+# Each size of map and number of rows is compiled by itself, and after 8 of them PyTorch would go on uncompiled without
+# a word: with all scores in memory, 1.7 GB of them at 96 x 96 tokens and 5 heads.
+_MOST_COMPILED = 64
 
 
 def shared_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
@@ -46,21 +49,37 @@ def shared_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale
     """
     require("shared_attention", _reasons(q, k, v, scale) + gradient_reasons(q=q, k=k, v=v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    narrow = min(q.shape[-1], v.shape[-1]) < _FLEX_DIM
-    if has_kernel(q.device) and q.dtype in (torch.float16, torch.bfloat16) and not narrow:
-        at_a_time = max(1, _SETTINGS["value_width"] // v.shape[-1])
-        return torch.cat([_flex(q, k, rows, scale) for rows in v.split(at_a_time)])
+    arch, half = kernel_arch(q.device), q.dtype in (torch.float16, torch.bfloat16)
+    if arch and half and q.shape[-1] in _FLEX_DIMS and v.shape[-1] in _FLEX_DIMS:
+        at_a_time = _SETTINGS["value_width"] // v.shape[-1]
+        return torch.cat([_flex(q, k, rows, scale, flex_blocks(arch)) for rows in v.split(at_a_time)])
     return _by_blocks(q, k, v, scale, _SETTINGS["scores"])
 
 
-def _flex(q, k, v, scale) -> torch.Tensor:
+def flex_blocks(arch: int) -> dict[str, int]:
+    """FlexAttention's `kernel_options` for a compute capability (90 is 9.0).
+
+    Its own choice follows the key width alone, and does not fit values side by side. A device that is not in
+    `configs/shared_attention.json` has the blocks that fit all of them.
+    """
+    row = next((row for row in _SETTINGS["rows"] if arch in row["arch"]), _SETTINGS["default"])
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    # Without this, fewer than 128 queries take another kernel, with blocks of its own.
+    return {name: row[name] for name in names} | {"FORCE_USE_FLEX_ATTENTION": True}
+
+
+def _flex(q, k, v, scale, blocks) -> torch.Tensor:
     """FlexAttention on values side by side, compiled unless the caller is being compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     beside = v.permute(2, 1, 0, 3).flatten(2)[None]  # [1, H, L, R * E]
-    out = attend(q.transpose(1, 2), k.transpose(1, 2), beside, scale=scale)[0]  # [H, T, R * E]
-    return out.unflatten(-1, (len(v), -1)).permute(2, 1, 0, 3)
+    arguments = {"scale": scale, "kernel_options": blocks}
+    if torch.compiler.is_compiling():
+        out = flex_attention(q.transpose(1, 2), k.transpose(1, 2), beside, **arguments)
+    else:
+        with torch.compiler.config.patch(recompile_limit=_MOST_COMPILED):
+            out = _compiled_flex()(q.transpose(1, 2), k.transpose(1, 2), beside, **arguments)
+    return out[0].unflatten(-1, (len(v), -1)).permute(2, 1, 0, 3)  # from [H, T, R * E]
 
 
 @cache
