@@ -29,8 +29,9 @@ from benchmarks.providers import PROVIDERS, SLOW_TO_COMPILE
 from benchmarks.shapes import MASKS, MODELS, Geometry, blob_masks, make_plan, make_texts
 from benchmarks.timing import buffer_sets
 from weaver_kernels import context_attention_reference
-from weaver_kernels.context_attention.plan import has_kernel
-from weaver_kernels.tuning import kernel_config
+from weaver_kernels.devices import kernel_arch
+from weaver_kernels.tune import UNFINISHED, kernel_hash
+from weaver_kernels.tuning import KernelConfig, kernel_config, source_hash
 
 OP = "context_attention"
 CONCEPTS = (1, 2, 3, 5, 8)
@@ -86,7 +87,8 @@ def candidates(group: Group, providers: Sequence[str], dtype, device, rates: Rat
         }
         for name in providers:
             make = partial(_calls, name, plan, dtype, sets)
-            yield Candidate({**about, "provider": name}, make, true, dtype, least)
+            ours = {"implementation": implementation(geometry, dtype, device)} if name == "ours" else {}
+            yield Candidate({**about, "provider": name, **ours}, make, true, dtype, least)
 
 
 def _calls(name: str, plan, dtype, sets) -> list:
@@ -94,16 +96,26 @@ def _calls(name: str, plan, dtype, sets) -> list:
     return [partial(provider, texts.q, *provider.keep(texts)) for texts in sets]
 
 
+def implementation(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> str:
+    """What "ours" is on the device: its sources' hash, and a kernel's configuration. Others time another thing."""
+    config = _config(geometry, dtype, device)
+    return source_hash(f"{OP}.live") if config is None else f"{kernel_hash()} {'-'.join(map(str, config))}"
+
+
+def _config(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> KernelConfig | None:
+    arch = kernel_arch(device)
+    return kernel_config(OP, geometry.dim, 8 * dtype.itemsize, arch) if arch else None
+
+
 def _launch_seconds(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> float:
-    if not has_kernel(device):
+    config = _config(geometry, dtype, device)
+    if config is None:
         return 0.0
-    major, minor = torch.cuda.get_device_capability(device)
-    config = kernel_config(OP, geometry.dim, 8 * dtype.itemsize, 10 * major + minor)
     return empty_kernel_seconds((geometry.heads, -(-geometry.tokens // config.tile), 2), device, config.warps)
 
 
-def measured_before(path: Path, group: Group, dtype: torch.dtype, known: dict) -> bool:
-    """Whether the group's own rows are there, of this device and these versions."""
+def measured_before(path: Path, group: Group, dtype: torch.dtype, device: torch.device, known: dict) -> bool:
+    """Whether the group's own rows are there, of this device, these versions and what "ours" is today."""
     of_group = {
         "device": known["device"],
         "versions": known["versions"],
@@ -112,6 +124,7 @@ def measured_before(path: Path, group: Group, dtype: torch.dtype, known: dict) -
         "masks": group.masks,
         "dtype": str(dtype).removeprefix("torch."),
         "provider": "ours",
+        "implementation": implementation(group.geometry, dtype, device),
     }
     there = {row["N"] for row in rows.read(path) if all(row[name] == value for name, value in of_group.items())}
     return there.issuperset(map(str, group.concepts))
@@ -119,7 +132,7 @@ def measured_before(path: Path, group: Group, dtype: torch.dtype, known: dict) -
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when all was right, 1 when a provider was not; rows of the others are recorded then."""
+    """0 when all was right, 1 when a provider was not (rows of the others are recorded then), 3 when time ran out."""
     args = _parse(argv)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells of each call whose memory it counts
     start, longest = time.monotonic(), 0.0
@@ -134,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"copy {rates.copy / 1e9:.1f} GB/s, matrix product {rates.matrix / 1e12:.3f} TFLOP/s", flush=True)
     todo = list(groups(args.models, args.concepts, args.masks))
     if args.missing:
-        todo = [group for group in todo if not measured_before(path, group, dtype, known)]
+        todo = [group for group in todo if not measured_before(path, group, dtype, device, known)]
     wrong, spent = 0, 0
     for group in todo:
         began = time.monotonic()
@@ -153,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no time for {len(todo) - spent} of {len(todo)} parts; --missing goes on with them")
     print(f"{path}: {time.monotonic() - start:.0f} s")
     report.write(args.out)
-    return 1 if wrong else 0
+    return 1 if wrong else UNFINISHED if todo[spent:] else 0
 
 
 def _print(found: Measured) -> None:

@@ -16,7 +16,7 @@ from benchmarks.floors import Floor, Rates
 from benchmarks.machine import watched
 from benchmarks.timing import interleave, quantiles, timed
 
-__all__ = ["Candidate", "Measured", "measure", "token_error", "tolerance"]
+__all__ = ["Candidate", "Measured", "measure", "tell", "token_error", "tolerance"]
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ def token_error(out: torch.Tensor, true: torch.Tensor) -> float:
     return float(error.max())
 
 
-def measure(
-    candidates: Sequence[Candidate], device: torch.device, rates: Rates, rounds: int, seconds: float = float("inf")
-) -> Measured:
+def measure(candidates: Sequence[Candidate], device: torch.device, rates: Rates, rounds: int) -> Measured:
     """Check and time candidates that belong together, in turn."""
     found, ready = Measured(), {}
     for i, candidate in enumerate(candidates):
@@ -70,7 +68,7 @@ def measure(
             continue
         ready[i] = call
     with watched(device) as readings:
-        samples = interleave(ready, rounds, seconds)
+        samples = interleave(ready, rounds)
     for i, of_one in samples.items():
         times = _times(of_one, candidates[i].floor)
         rest = {"peak_mb": _short(ready[i].peak / 1e6), "samples": len(of_one), **_rates(rates), **readings.notes}

@@ -25,9 +25,9 @@ from benchmarks import report, rows
 from benchmarks.machine import choose_device, device_name, versions
 from benchmarks.shapes import MODELS, blob_masks, make_plan, make_texts
 from benchmarks.timing import quantiles
-from weaver_kernels import ContextPlan, context_attention, tuning
+from weaver_kernels import context_attention, tuning
 from weaver_kernels.checks import gradient_reasons
-from weaver_kernels.context_attention import kernel, op
+from weaver_kernels.context_attention import kernel, op, plan
 from weaver_kernels.context_attention.checks import shape_reasons
 
 N, ARCH = 3, 90
@@ -49,7 +49,7 @@ def silent(device: torch.device) -> Iterator[None]:
             yield
             return
         on_cpu = torch.library.Library("weaver_kernels", "IMPL")
-        with mock.patch.object(op, "has_kernel", lambda _: True), mock.patch.object(op, "_arch", lambda _: ARCH):
+        with mock.patch.object(op, "kernel_arch", _an_h100), mock.patch.object(plan, "kernel_arch", _an_h100):
             with warnings.catch_warnings():  # it is meant to take the other's place
                 warnings.simplefilter("ignore")
                 on_cpu.impl("context_attention", op._cuda, "CPU", allow_override=True)
@@ -59,30 +59,29 @@ def silent(device: torch.device) -> Iterator[None]:
                 on_cpu._destroy()
 
 
+def _an_h100(device: torch.device) -> int:
+    return ARCH
+
+
 def parts(device: torch.device) -> dict[str, Callable[[], object]]:
     """The whole call and parts of it, on a layer of SD 2.1 with two rows."""
     geometry = MODELS["sd21"].layers[0]
-    plan = make_plan(blob_masks(N, MODELS["sd21"].latents), geometry, device)
-    plan = ContextPlan(plan.weights, plan.context_index, tile_sizes=tuning.tile_sizes("context_attention"))
+    own = make_plan(blob_masks(N, MODELS["sd21"].latents), geometry, device)
     texts = make_texts(geometry, N + 3, torch.float16, device, torch.Generator(device).manual_seed(0))
     q, k, v = vars(texts).values()
-    given = (q, k, v, plan.weights, plan.context_index)
+    given = (q, k, v, own.weights, own.context_index)
     scale = geometry.dim**-0.5
     config = tuning.kernel_config("context_attention", geometry.dim, 16, ARCH)
-    first = 1 + 2 * plan.tile_sizes.index(config.tile)
-    lists = (plan.lists[0], *plan.lists[first : first + 2])
 
     def checks() -> list[str]:
-        return shape_reasons(*given, None, None) + gradient_reasons(q=q, k=k, v=v, weights=plan.weights)
+        return shape_reasons(*given, None, None) + gradient_reasons(q=q, k=k, v=v, weights=own.weights)
 
     return {
-        "whole call": lambda: context_attention(*given, plan=plan),
+        "whole call": lambda: context_attention(*given, plan=own),
         "of it checks": checks,
-        "of it the operation, dispatched": lambda: torch.ops.weaver_kernels.context_attention(
-            *given, None, plan.lists, plan.tile_sizes, scale
-        ),
-        "of that the operation's body": lambda: op._cuda(*given, None, plan.lists, plan.tile_sizes, scale),
-        "of that arguments and result": lambda: kernel.launch(*given, None, scale, *lists, config),
+        "of it the operation, dispatched": lambda: op._operation(*given, None, own.lists, scale),
+        "of that the operation's body": lambda: op._cuda(*given, None, own.lists, scale),
+        "of that arguments and result": lambda: kernel.launch(*given, None, scale, own.lists, own.tile_sizes, config),
     }
 
 

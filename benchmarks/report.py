@@ -40,8 +40,10 @@ def _device(folder: Path, device: str, by_setting: Mapping[Setting, list]) -> li
     every = [row for found in by_setting.values() for row in found]
     dates = sorted(row["date"] for row in every)
     parts = [f"## {device}", f"{dates[0]} to {dates[-1]} UTC. {'. '.join(sorted({row['versions'] for row in every}))}."]
-    found = targets(by_setting, GPU if _is_gpu(every) else CPU)
-    parts.append(_table(("target", "measured"), [(name, value or MISSING) for name, value in found.items()]))
+    for dtype in dict.fromkeys(setting.dtype for setting in by_setting):
+        found = targets(by_setting, GPU if _is_gpu(every) else CPU, dtype)
+        lines = [(name, value or MISSING) for name, value in found.items()]
+        parts.append(_table((f"target, {dtype}", "measured"), lines))
     for model in dict.fromkeys(setting.model for setting in by_setting):
         of_model = {key: found for key, found in by_setting.items() if key.model == model}
         parts += [f"### {MODELS[model].title}", *(_unet(key, found) for key, found in of_model.items())]

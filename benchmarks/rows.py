@@ -32,6 +32,7 @@ FIELDS = (
     "memory_mhz",
     "watts",
     "versions",
+    "implementation",  # of ours: a hash of its sources, and the kernel's configuration
     "date",
 )
 

@@ -17,7 +17,7 @@ __all__ = ["GraphCall", "HostCall", "buffer_sets", "interleave", "quantiles", "t
 
 Call = Callable[[], torch.Tensor]
 SAMPLE = 0.01  # seconds that a sample takes at least: calls are repeated to fill them
-MOST_REPEATS, MOST_SETS, LEAST_ROUNDS = 100, 64, 3
+MOST_REPEATS, MOST_SETS = 100, 64
 
 
 class HostCall:
@@ -78,18 +78,13 @@ def timed(calls: Sequence[Call], device: torch.device) -> HostCall | GraphCall:
     return GraphCall(calls) if device.type == "cuda" else HostCall(calls)
 
 
-def interleave(
-    timed: Mapping[Hashable, HostCall | GraphCall], rounds: int, seconds: float = float("inf")
-) -> dict[Hashable, list[float]]:
-    """Samples of each, one a round; after `seconds` there are no more rounds, but three at least."""
-    samples, order, rng = {name: [] for name in timed}, list(timed), random.Random(0)
-    end = time.monotonic() + seconds
-    for done in range(rounds):
-        if done >= LEAST_ROUNDS and time.monotonic() > end:
-            break
+def interleave(ready: Mapping[Hashable, HostCall | GraphCall], rounds: int) -> dict[Hashable, list[float]]:
+    """Samples of each, one a round."""
+    samples, order, rng = {name: [] for name in ready}, list(ready), random.Random(0)
+    for _ in range(rounds):
         rng.shuffle(order)
         for name in order:
-            samples[name].append(timed[name].sample())
+            samples[name].append(ready[name].sample())
     return samples
 
 

@@ -92,7 +92,7 @@ def test_a_floor_is_the_largest_part(launch, by, seconds):
     assert floor(Work(300, 5000), Rates(copy=100, matrix=250), launch) == Floor(20.0, "arithmetic")
 
 
-def test_samples_are_taken_in_turn_and_end_with_their_time():
+def test_samples_are_taken_in_turn():
     told = []
     calls = {name: HostCall([lambda name=name: told.append(name) or torch.zeros(1)]) for name in "abc"}
     for call in calls.values():
@@ -100,7 +100,6 @@ def test_samples_are_taken_in_turn_and_end_with_their_time():
     told.clear()
     assert [len(found) for found in interleave(calls, rounds=4).values()] == [4, 4, 4]
     assert all(sorted(told[i : i + 3]) == ["a", "b", "c"] for i in range(0, 12, 3))
-    assert [len(found) for found in interleave(calls, rounds=50, seconds=0).values()] == [3, 3, 3]
 
 
 def test_memory_and_quantiles_of_a_call():
@@ -197,9 +196,35 @@ def _run(out, *more):
 
 def test_time_that_is_up_leaves_parts_to_the_next_run(tmp_path, monkeypatch, capsys):
     tiny(monkeypatch)
-    assert _run(tmp_path, "--minutes", "1e-9") == 0
+    assert _run(tmp_path, "--minutes", "1e-9") == 3
     assert "no time for 1 of 2 parts" in capsys.readouterr().out
     assert {r["layer"] for r in rows.read(tmp_path / "context_attention.csv")} == {str(TINY.layers[0])}
+    assert _run(tmp_path, "--minutes", "1", "--missing") == 0
+
+
+def test_times_of_what_is_not_ours_any_more_are_taken_again(tmp_path, monkeypatch):
+    tiny(monkeypatch)
+    path = tmp_path / "context_attention.csv"
+    assert _run(tmp_path) == 0
+    before = set(map(rows.key_of, rows.read(path)))
+    assert all(bool(r["implementation"]) == (r["provider"] == "ours") for r in rows.read(path))
+    measured = []
+    monkeypatch.setattr(benchmark, "measure", lambda *a: measured.append(1) or harness.measure(*a))
+    assert _run(tmp_path, "--missing") == 0 and not measured
+    monkeypatch.setattr(benchmark, "source_hash", lambda *modules: "another")
+    assert _run(tmp_path, "--missing") == 0 and len(measured) == len(TINY.layers)
+    assert {r["implementation"] for r in rows.read(path) if r["provider"] == "ours"} == {"another"}
+    assert before == set(map(rows.key_of, rows.read(path)))
+
+
+def test_on_a_gpu_ours_is_the_kernel_with_its_configuration(monkeypatch):
+    layer = shapes.MODELS["sd21"].layers[0]
+    found = {}
+    for arch in (0, 86, 90):
+        monkeypatch.setattr(benchmark, "kernel_arch", lambda device, arch=arch: arch)
+        found[arch] = benchmark.implementation(layer, torch.float16, CPU_DEVICE)
+    assert found[90].split() == [found[86].split()[0], "128-8-2"] and found[86].split()[1] == "64-4-2"
+    assert found[0] not in found[90]
 
 
 def rows_of(sums: dict) -> list[dict]:
@@ -215,10 +240,15 @@ def test_sums_and_targets():
     measured = rows_of({("ours", 1): 10, ("ours", 8): 12, ("eager", 8): 60, ("sdpa + einsum", 8): 48})
     assert unet_ms(measured, "sd21")["ours", 1] == pytest.approx(16 * 10 / 1000)
     assert ("ours", 1) not in unet_ms(measured[1:], "sd21")  # a layer is missing
-    found = list(targets(settings(measured), CPU).values())
+    found = list(targets(settings(measured), CPU, "float32").values())
     assert found == [None, "4.00", None, "1.20"]
-    assert list(targets(settings(measured), GPU).values()) == ["80%", None, None, "1.20"]
-    assert list(targets({}, CPU).values()) == [None] * 4
+    large = ["80% (sd21 96x96 5x64, N=1, of 4 measured)", None, None, "1.20"]
+    assert list(targets(settings(measured), GPU, "float32").values()) == large
+    of_sdxl = [{**row(model="sdxl", layer="64x64 10x64", masks=masks), "share": "0.6"} for masks in shapes.MASKS]
+    least = targets(settings([*measured, *of_sdxl]), GPU, "float32")
+    assert "60% (sdxl 64x64 10x64, N=3, of 5 measured)" in least.values()
+    assert list(targets({}, CPU, "float32").values()) == [None] * 4
+    assert list(targets(settings(measured), CPU, "float16").values()) == [None] * 4
 
 
 def test_an_empty_report_says_that_nothing_is_measured(tmp_path):
