@@ -16,8 +16,9 @@ import torch
 
 from operations.cases import make_case, on_gpu, soft_weights
 from weaver_kernels import context_attention
+from weaver_kernels.devices import kernel_arch
 from weaver_kernels.measure import LAYERS, LayerInputs, make_inputs
-from weaver_kernels.tuning import kernel_config
+from weaver_kernels.tuning import KernelConfig, kernel_config
 
 KERNEL = "context_attention_kernel"
 COUNTERS = ("ncu", "--clock-control", "none", "--set", "detailed", "--kernel-name", KERNEL)
@@ -34,45 +35,49 @@ ODD = {
 }
 
 
-def odd(dry: bool) -> None:
-    """A launch of each variant, with tokens that fill no tile."""
+def odd(dry: bool) -> int:
+    """A launch of each variant, with tokens that fill no tile; 1 where a result is not finite."""
     # Each tensor in memory of its own, or a read past its end could fall into a neighbour and count as right.
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    code = 0
     for name, shape in ODD.items():
         case = make_case(**{"b": 2, "t": 77, "h": 2, "dtype": torch.float16, **shape})
         if dry:
             print(f"{name}: {tuple(case['q'].shape)} prepared")
             continue
         out = context_attention(**on_gpu(case)).cpu()
-        print(f"{name}: {tuple(out.shape)}, {'finite' if torch.isfinite(out).all() else 'NOT FINITE'}", flush=True)
+        finite = bool(torch.isfinite(out).all())
+        print(f"{name}: {tuple(out.shape)}, {'finite' if finite else 'NOT FINITE'}", flush=True)
+        code |= not finite
+    return int(code)
 
 
 def layers(device: str) -> dict[int, LayerInputs]:
     """Of each head dimension the largest layer, with the tiles that the device's configuration takes."""
     found = {}
     for dim, sizes in LAYERS.items():
-        tile = kernel_config("context_attention", dim, 16, _arch(device)).tile
+        tile = _config(dim, device).tile
         found[dim] = make_inputs(sizes[0], dim, torch.float16, q_each=False, tile_sizes=(tile,), device=device)
     return found
 
 
-def _arch(device: str) -> int:
-    major, minor = torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
-    return 10 * major + minor
+def _config(dim: int, device: str) -> KernelConfig:
+    arch = kernel_arch(torch.device(device, 0)) if device == "cuda" else 90
+    return kernel_config("context_attention", dim, 16, arch)
 
 
 def launch_layers(device: str) -> None:
     for dim, inputs in layers(device).items():
-        inputs.launch(kernel_config("context_attention", dim, 16, _arch(device)))
+        inputs.launch(_config(dim, device))
     torch.cuda.synchronize()
 
 
-def profile(dry: bool) -> None:
-    """What PyTorch's profiler and Nsight Compute say of those layers."""
+def profile(dry: bool) -> int:
+    """What PyTorch's profiler and Nsight Compute say of those layers; 1 where a launch is not seen."""
     if dry:
         for dim, inputs in layers("cpu").items():
-            print(f"D = {dim}: q {tuple(inputs.q.shape)}, tiles {inputs.plan.lists[1].shape[1]}")
-        return
+            print(f"D = {dim}: q {tuple(inputs.q.shape)}, lists of {inputs.plan.lists.numel()} numbers")
+        return 0
     from torch.profiler import ProfilerActivity
 
     launch_layers("cuda")  # compiles
@@ -82,11 +87,13 @@ def profile(dry: bool) -> None:
     print(f"PyTorch's profiler saw {len(found)} launches of {len(LAYERS)}")
     for microseconds, dim in zip(found, LAYERS, strict=False):
         print(f"D = {dim}: {microseconds:.1f} us")
+    code = int(len(found) != len(LAYERS))
     if not shutil.which(COUNTERS[0]):
         print("Nsight Compute (ncu) is not installed: no counters")
-        return
+        return code
     print(flush=True)
-    subprocess.run([*COUNTERS, sys.executable, "-m", "operations.gpu_launches", "layers"], check=True)
+    ran = subprocess.run([*COUNTERS, sys.executable, "-m", "operations.gpu_launches", "layers"])
+    return code or ran.returncode
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,11 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="prepare all on the CPU and launch nothing")
     arguments = parser.parse_args(argv)
     if arguments.what == "odd":
-        odd(arguments.dry)
-    elif arguments.what == "layers":
-        launch_layers("cuda")
-    else:
-        profile(arguments.dry)
+        return odd(arguments.dry)
+    if arguments.what == "profile":
+        return profile(arguments.dry)
+    launch_layers("cuda")
     return 0
 
 

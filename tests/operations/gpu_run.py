@@ -2,8 +2,10 @@
 
 The GPU tests, tuning, benchmarks, a profile of the kernel and compute-sanitizer, each with its own time. What fails or
 takes too long stops nothing else. What has passed is skipped next time, unless its sources, the device or the versions
-are others. The folder then holds at most eight files: `report.json`, a log of each part, the table of configurations
-and the benchmarks' rows. Exit status: the sum of the numbers of the parts that failed.
+are others; what is unfinished goes on. The folder then holds at most eight files: `report.json`, a log of each part,
+the table of configurations and the benchmarks' rows. Those two are put back where they came from before anything is
+run, so that another machine with the same folder goes on too. Exit status: the sum of the numbers of the parts that
+failed.
 """
 
 from __future__ import annotations
@@ -23,10 +25,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = "weaver_kernels/configs/context_attention.json"
+CONFIGS = "weaver_kernels/configs/*.json"
+TABLE = "weaver_kernels/configs/context_attention.json"
 ROWS = "build/gpu/context_attention.csv"  # the benchmarks write tables and pictures beside it
 KERNELS = ("weaver_kernels/**/*.py",)
 PASSED = "passed"
+UNFINISHED = 3  # exit status of a command that has more to do when it is called again
+ENDING = (2, 2)  # seconds that a command out of time has to end, and to be ended
 TAIL = 12  # lines of a log that are shown
 
 # The device and versions, from a process of its own: this one would hold the GPU's memory.
@@ -63,38 +68,39 @@ class Part:
 
 
 def make_parts() -> tuple[Part, ...]:
-    """The parts in their order; 470 seconds together."""
+    """The parts in their order; with the time it takes to end them they fit eight minutes."""
     where = "tests" if find_spec("diffusers") else "tests/operations"  # the others can't be read without it
     pytest = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", where)
     workers = ("-n", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()  # most of it is compiling
     tune = ("-m", "weaver_kernels.tune")
-    rows = ("--missing", "--out", str(Path(ROWS).parent))
+    bench = ("-m", "benchmarks.context_attention")
+    tiny = ("--device", "cpu", "--quick", "--models", "sd15", "--concepts", "1", "--rounds", "1", "--providers", "ours")
     launches = ("-m", "operations.gpu_launches")
     sanitize = ("compute-sanitizer", "--error-exitcode", "9", "--kernel-name", "kns=context_attention_kernel", "--tool")
     checked = (sys.executable, *launches, "odd")
     return (
         Part(
-            "tests", 1, 140,
+            "tests", 1, 135,
             ((sys.executable, *pytest, *workers),),
             (sys.executable, *pytest, "--collect-only"),
-            (*KERNELS, "tests/**/*.py", "weaver/fusion/**/*.py"),
+            (*KERNELS, CONFIGS, "tests/**/*.py", "weaver/fusion/**/*.py"),
         ),
         Part(
             "tune", 2, 100,
             ((sys.executable, *tune, "--seconds", "80"),),
             (sys.executable, *tune, "--dry", "90", "--first", "1"),
             (*KERNELS, CONFIGS),
-            (CONFIGS,),
+            (TABLE,),
         ),
         Part(
-            "benchmarks", 4, 140,
-            ((sys.executable, "-m", "benchmarks.context_attention", "--minutes", "2", *rows),),
-            (sys.executable, "-m", "benchmarks.context_attention", "--help"),
+            "benchmarks", 4, 135,
+            ((sys.executable, *bench, "--minutes", "2", "--missing", "--out", str(Path(ROWS).parent)),),
+            (sys.executable, *bench, *tiny, "--out", "build/gpu-dry"),
             (*KERNELS, CONFIGS, "benchmarks/*.py"),
             (ROWS,),
         ),
         Part(
-            "profile", 8, 40,
+            "profile", 8, 35,
             ((sys.executable, *launches, "profile"),),
             (sys.executable, *launches, "profile", "--dry"),
             (*KERNELS, CONFIGS, "tests/operations/gpu_launches.py"),
@@ -140,7 +146,7 @@ def run_commands(commands: Sequence[Sequence[str]], log: Path, seconds: float, r
                 continue
             try:
                 if code := process.wait(max(0.1, end - time.monotonic())):
-                    failed.append(f"exit status {code}")
+                    failed.append("unfinished" if code == UNFINISHED else f"exit status {code}")
             except subprocess.TimeoutExpired:
                 return f"out of time after {seconds:.0f} s"
             finally:
@@ -150,7 +156,7 @@ def run_commands(commands: Sequence[Sequence[str]], log: Path, seconds: float, r
 
 def _end(process: subprocess.Popen) -> None:
     """End a command with everything it started."""
-    for wait, number in ((3, signal.SIGTERM), (10, signal.SIGKILL)):
+    for wait, number in zip(ENDING, (signal.SIGTERM, signal.SIGKILL), strict=True):
         try:
             os.killpg(process.pid, number)
             process.wait(wait)
@@ -183,6 +189,8 @@ def run_part(part: Part, out: Path, machine: dict, before: dict, dry: bool, root
 def run_all(parts: Sequence[Part], out: Path, machine: dict, dry: bool = False, root: Path = ROOT) -> int:
     """Run all parts, keep the report up to date, and return the exit status."""
     out.mkdir(parents=True, exist_ok=True)
+    if not dry and machine["device"] is not None:
+        _put_back(parts, out, root)
     path = out / "report.json"
     before = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
     report = {"machine": machine, "parts": dict(before)}
@@ -203,6 +211,16 @@ def run_all(parts: Sequence[Part], out: Path, machine: dict, dry: bool = False, 
             print(f"{part.name}: {found['status']}", flush=True)
         code += 0 if found["status"].removeprefix("dry run ").startswith(PASSED) else part.number
     return code
+
+
+def _put_back(parts: Sequence[Part], out: Path, root: Path) -> None:
+    """Copy results of an earlier call to where the parts go on from them."""
+    for result in (result for part in parts for result in part.results):
+        kept, place = out / Path(result).name, root / result
+        if kept.exists() and not (place.exists() and place.read_bytes() == kept.read_bytes()):
+            print(f"{result}: goes on from {kept}", flush=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(kept, place)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
