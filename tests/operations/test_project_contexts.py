@@ -127,13 +127,47 @@ def test_equal_contexts_merge_in_a_plan():
         ),
         ({"out": ContextKV(torch.zeros(1), torch.zeros(1))}, "out.keys must be .*; out.values must be"),
         ({"weight_k": torch.zeros(WIDTH, CHANNELS, requires_grad=True)}, "inference only, and weight_k"),
+        (
+            {"changes": {1: ProjectionChange(k=torch.zeros(WIDTH, CHANNELS, requires_grad=True))}},
+            "inference only, and k of context 1 requires grad",
+        ),
+        (
+            {
+                "changes": {
+                    1: ProjectionChange(v=LowRank(torch.zeros(2, CHANNELS).requires_grad_(), torch.zeros(24, 2)))
+                }
+            },
+            "inference only, and v.down of context 1 requires grad",
+        ),
+        ({"text": torch.zeros(5, 17, CHANNELS, dtype=torch.int64)}, "text must be floating-point, got torch.int64"),
+        (
+            {"changes": {1: ProjectionChange(k=torch.zeros(WIDTH, CHANNELS, dtype=torch.int8))}},
+            "k of context 1 must be floating-point, got torch.int8",
+        ),
+        ({"weight_v": torch.zeros(WIDTH, CHANNELS, device="meta")}, "text is on cpu, weight_v on meta"),
+        (
+            {"out": ContextKV(*(torch.zeros(5, 17, HEADS, DIM, device=device) for device in ("cpu", "meta")))},
+            "text is on cpu, out.values on meta",
+        ),
     ],
-    ids=["text", "weights", "channels", "heads", "contexts", "full", "factors", "out", "gradients"],
+    ids=[
+        *("text", "weights", "channels", "heads", "contexts", "full", "factors", "out", "gradients"),
+        *("gradients-of-full", "gradients-of-factors", "integers", "integers-of-full", "device", "device-of-out"),
+    ],
 )
 def test_bad_input(change, message):
     arguments = dict(zip(("text", "weight_k", "weight_v", "heads", "changes"), make(torch.float32), strict=True))
     with pytest.raises(ValueError, match=message):
         project_contexts(**arguments | change)
+
+
+def test_comparing_texts_takes_no_room_for_every_pair_of_them():
+    from torch.profiler import ProfilerActivity, profile
+
+    text = torch.randn(40, 16, 64)[torch.arange(40) % 20]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        assert equal_contexts(text, [None] * 40).tolist() == [s % 20 for s in range(40)]
+    assert max(event.cpu_memory_usage for event in profiler.key_averages()) < 8 * text.nbytes
 
 
 def test_texts_and_weights_are_counted():

@@ -46,8 +46,8 @@ def project_contexts(
     text : [S', L, C]
     weight_k, weight_v : [H * D, C], the projections of the base model
     heads : H
-    changes : number of a context -> what it adds to the two weights, as matrices or factors; contexts that are not
-        there have the base model's
+    changes : number of a context -> what it adds to the two weights, as matrices or factors on any device; contexts
+        that are not there have the base model's
     out : keys and values to write into, which keep their addresses, for a CUDA graph; None allocates
 
     Returns
@@ -56,11 +56,14 @@ def project_contexts(
 
     Raises
     ------
-    ValueError with every reason, when shapes do not fit or gradients are asked for.
+    ValueError with every reason, when shapes, dtypes or devices do not fit or gradients are asked for.
     """
     changes = dict(changes or {})
-    reasons = _reasons(text, weight_k, weight_v, heads, changes, out)
-    require("project_contexts", reasons + gradient_reasons(text=text, weight_k=weight_k, weight_v=weight_v))
+    given, added = {"text": text, "weight_k": weight_k, "weight_v": weight_v}, _tensors(changes)
+    reasons = _reasons(text, weight_k, weight_v, heads, changes, out) + gradient_reasons(**given, **added)
+    if out is not None:
+        given |= {"out.keys": out.keys, "out.values": out.values}
+    require("project_contexts", reasons + _kind_reasons(given, added))
     width = len(weight_k)
     projected = text @ torch.cat([weight_k, weight_v]).to(text.dtype).T  # [S', L, 2HD]
     full, factored = _stacked(changes, width, text)
@@ -86,12 +89,9 @@ def equal_contexts(text: torch.Tensor, weights: Sequence[Hashable]) -> torch.Ten
     """
     if len(weights) != len(text):
         raise ValueError(f"equal_contexts: {len(text)} texts and {len(weights)} weights")
-    same_text = (text[:, None] == text[None]).flatten(2).all(-1).tolist()
-    first = [
-        next(r for r in range(s + 1) if r == s or (same_text[s][r] and weights[s] == weights[r]))
-        for s in range(len(text))
-    ]
-    return torch.tensor(first, device=text.device)
+    numbers = torch.unique(text.flatten(1), dim=0, return_inverse=True)[1].tolist()  # equal where texts are
+    pairs = list(zip(numbers, weights, strict=True))
+    return torch.tensor([pairs.index(pair) for pair in pairs], device=text.device)
 
 
 def _stacked(changes, width, text):
@@ -126,6 +126,30 @@ def _stacked(changes, width, text):
                 start = end
         stacked_factored = torch.tensor(list(factored), device=text.device), down, up
     return stacked_full, stacked_factored
+
+
+def _tensors(changes) -> dict[str, torch.Tensor]:
+    """Every tensor of the changes, by a name that says where it is."""
+    found = {}
+    for s, change in changes.items():
+        for name, part in zip("kv", change, strict=True):
+            if isinstance(part, LowRank):
+                found |= {f"{name}.{field} of context {s}": x for field, x in part._asdict().items()}
+            elif part is not None:
+                found[f"{name} of context {s}"] = part
+    return found
+
+
+def _kind_reasons(given: Mapping[str, torch.Tensor], added: Mapping[str, torch.Tensor]) -> list[str]:
+    """Reasons seen in dtypes and devices; what is added may be on any device, since it is copied."""
+    device = given["text"].device
+    reasons = [
+        f"{name} must be floating-point, got {x.dtype}"
+        for name, x in {**given, **added}.items()
+        if not x.is_floating_point()
+    ]
+    beside = [f"{name} on {x.device}" for name, x in given.items() if x.device != device]
+    return reasons + ([f"text is on {device}, {', '.join(beside)}"] if beside else [])
 
 
 def _reasons(text, weight_k, weight_v, heads, changes, out) -> list[str]:
