@@ -12,53 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from weaver_kernels import ContextPlan
+from weaver_kernels.unets import TEXT, UNETS, Geometry, UNet
 
 __all__ = ["MASKS", "MODELS", "TEXT", "Geometry", "Texts", "UNet", "blob_masks", "make_plan", "make_texts"]
 
-TEXT, SUPPRESSION = 77, 0.5
+MODELS, SUPPRESSION = UNETS, 0.5
 MASKS = ("hard", "soft")
 LEAST_WEIGHT = 1e-3  # of a soft mask: less is rounded away, or nothing could be skipped
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Cross-attentions of one size: side of the map, heads, head dimension, and how many a forward has of them."""
-
-    side: int
-    heads: int
-    dim: int
-    count: int
-
-    @property
-    def tokens(self) -> int:
-        return self.side**2
-
-    def __str__(self) -> str:
-        return f"{self.side}x{self.side} {self.heads}x{self.dim}"
-
-
-@dataclass(frozen=True)
-class UNet:
-    """A model at one size of picture: side of its latents and its layers, as its configuration says."""
-
-    title: str
-    latents: int
-    layers: tuple[Geometry, ...]
-
-
-MODELS = {
-    "sd21": UNet(
-        "SD 2.1 at 768",
-        96,
-        (Geometry(96, 5, 64, 5), Geometry(48, 10, 64, 5), Geometry(24, 20, 64, 5), Geometry(12, 20, 64, 1)),
-    ),
-    "sdxl": UNet("SDXL at 1024", 128, (Geometry(64, 10, 64, 10), Geometry(32, 20, 64, 60))),
-    "sd15": UNet(
-        "SD 1.5 at 512",
-        64,
-        (Geometry(64, 8, 40, 5), Geometry(32, 8, 80, 5), Geometry(16, 8, 160, 5), Geometry(8, 8, 160, 1)),
-    ),
-}
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 from weaver_kernels.tuning import KernelConfig, default_config, kernel_config
+from weaver_kernels.unets import TEXT
 
 __all__ = [
     "NO_SPILLS_TO",
     "OP",
     "SHARED_KIB",
-    "TEXT",
     "Case",
     "Compiled",
     "compile_case",
@@ -35,7 +35,6 @@ __all__ = [
 
 OP = "context_attention"
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block may take, CUDA programming guide
-TEXT = 77
 NO_SPILLS_TO = 80  # head dimension, at 77 keys
 INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync")
 

@@ -16,13 +16,11 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from weaver_kernels.compiling import TEXT
 from weaver_kernels.context_attention import ContextPlan, context_attention_reference
 from weaver_kernels.tuning import KernelConfig
+from weaver_kernels.unets import TEXT, Geometry, layers_of
 
 __all__ = [
-    "LAYERS",
-    "Layer",
     "LayerInputs",
     "eager_error",
     "interleaved_medians",
@@ -36,24 +34,6 @@ __all__ = [
 Key = TypeVar("Key", bound=Hashable)
 CONCEPTS, SUPPRESSION = 3, 0.5
 ROUNDS, MOST_COPIES = 25, 48
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Cross-attentions of one U-Net forward: `count` of them with T tokens and H heads."""
-
-    tokens: int
-    heads: int
-    count: int
-
-
-# By head dimension: Stable Diffusion 1.5 at 512 has 40, 80 and 160; 2.1 at 768 and XL at 1024 have 64.
-LAYERS = {
-    40: (Layer(4096, 8, 5),),
-    64: (Layer(9216, 5, 5), Layer(2304, 10, 5), Layer(576, 20, 5), Layer(4096, 10, 10), Layer(1024, 20, 60)),
-    80: (Layer(1024, 8, 5),),
-    160: (Layer(256, 8, 5), Layer(64, 8, 1)),
-}
 
 
 @dataclass(frozen=True)
@@ -86,21 +66,20 @@ class LayerInputs:
 
 
 def make_inputs(
-    layer: Layer, head_dim: int, dtype: torch.dtype, *, q_each: bool, tile_sizes: Sequence[int], device: str = "cuda"
+    layer: Geometry, dtype: torch.dtype, *, q_each: bool, tile_sizes: Sequence[int], device: str = "cuda"
 ) -> LayerInputs:
     """A fused row, whose concepts and background stand side by side over the base, and a negative row."""
-    side = round(layer.tokens**0.5)
-    label = torch.arange(layer.tokens, device=device) % side * (CONCEPTS + 1) // side
+    label = torch.arange(layer.tokens, device=device) % layer.side * (CONCEPTS + 1) // layer.side
     weights = torch.zeros(2, CONCEPTS + 3, layer.tokens, device=device)
     for s in range(CONCEPTS + 1):
         weights[0, s] = (label == s) * (1 + SUPPRESSION)
     weights[0, CONCEPTS + 1] = -SUPPRESSION
     weights[1, CONCEPTS + 2] = 1
     contexts = (weights.shape[1],) if q_each else ()
-    q = torch.randn(2, *contexts, layer.tokens, layer.heads, head_dim, device=device).to(dtype)
-    k, v = torch.randn(2, weights.shape[1], TEXT, layer.heads, head_dim, device=device).to(dtype)
+    q = torch.randn(2, *contexts, layer.tokens, layer.heads, layer.dim, device=device).to(dtype)
+    k, v = torch.randn(2, weights.shape[1], TEXT, layer.heads, layer.dim, device=device).to(dtype)
     plan = ContextPlan(weights, merge=False, tile_sizes=tile_sizes)
-    out = torch.empty(2, layer.tokens, layer.heads, head_dim, dtype=dtype, device=device)
+    out = torch.empty(2, layer.tokens, layer.heads, layer.dim, dtype=dtype, device=device)
     return LayerInputs(q, k, v, plan, out)
 
 
@@ -156,9 +135,9 @@ def time_configs(
 ) -> dict[KernelConfig, float]:
     """Microseconds of each configuration for all layers of its head dimension; those that are wrong are only told."""
     totals = dict.fromkeys(configs, 0.0)
-    for layer in LAYERS[head_dim]:
+    for layer in layers_of(head_dim):
         tile_sizes = sorted({config.tile for config in totals})
-        inputs = make_inputs(layer, head_dim, dtype, q_each=q_each, tile_sizes=tile_sizes, device=device)
+        inputs = make_inputs(layer, dtype, q_each=q_each, tile_sizes=tile_sizes, device=device)
         true = true_result(inputs)
         limit = 2 * eager_error(inputs, true)
         for config in list(totals):

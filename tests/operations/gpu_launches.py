@@ -17,8 +17,10 @@ import torch
 from operations.cases import make_case, on_gpu, soft_weights
 from weaver_kernels import context_attention
 from weaver_kernels.devices import kernel_arch
-from weaver_kernels.measure import LAYERS, LayerInputs, make_inputs
+from weaver_kernels.measure import LayerInputs, make_inputs
+from weaver_kernels.tune import HEAD_DIMS
 from weaver_kernels.tuning import KernelConfig, kernel_config
+from weaver_kernels.unets import layers_of
 
 KERNEL = "context_attention_kernel"
 COUNTERS = ("ncu", "--clock-control", "none", "--set", "detailed", "--kernel-name", KERNEL)
@@ -55,9 +57,9 @@ def odd(dry: bool) -> int:
 def layers(device: str) -> dict[int, LayerInputs]:
     """Of each head dimension the largest layer, with the tiles that the device's configuration takes."""
     found = {}
-    for dim, sizes in LAYERS.items():
+    for dim in HEAD_DIMS:
         tile = _config(dim, device).tile
-        found[dim] = make_inputs(sizes[0], dim, torch.float16, q_each=False, tile_sizes=(tile,), device=device)
+        found[dim] = make_inputs(layers_of(dim)[0], torch.float16, q_each=False, tile_sizes=(tile,), device=device)
     return found
 
 
@@ -84,10 +86,10 @@ def profile(dry: bool) -> int:
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
         launch_layers("cuda")
     found = [event.time_range.elapsed_us() for event in profiler.events() if event.name == KERNEL]
-    print(f"PyTorch's profiler saw {len(found)} launches of {len(LAYERS)}")
-    for microseconds, dim in zip(found, LAYERS, strict=False):
+    print(f"PyTorch's profiler saw {len(found)} launches of {len(HEAD_DIMS)}")
+    for microseconds, dim in zip(found, HEAD_DIMS, strict=False):
         print(f"D = {dim}: {microseconds:.1f} us")
-    code = int(len(found) != len(LAYERS))
+    code = int(len(found) != len(HEAD_DIMS))
     if not shutil.which(COUNTERS[0]):
         print("Nsight Compute (ncu) is not installed: no counters")
         return code

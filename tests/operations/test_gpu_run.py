@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 
 import pytest
+import torch
 
+from operations import gpu_launches
 from operations.gpu_run import ENDING, Part, fingerprint, main, make_parts, run_all, run_commands
 
 MACHINE = {"python": "3.12.3", "torch": "2.11.0", "triton": "3.6.0", "device": "NVIDIA H200 (sm_90)"}
@@ -132,6 +135,19 @@ def test_the_parts_fit_eight_minutes_and_leave_eight_files():
     assert 1 + len(parts) + sum(len(part.results) for part in parts) <= 8
     for one in parts:
         assert fingerprint(one.sources, MACHINE) != fingerprint((), MACHINE), "its sources are there"
+
+
+def test_a_launch_that_is_not_seen_or_not_finite_is_no_pass(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_launches, "ODD", dict(list(gpu_launches.ODD.items())[:2]))
+    monkeypatch.setattr(gpu_launches, "on_gpu", lambda case: case)
+    assert gpu_launches.main(["odd"]) == 0 and "NOT FINITE" not in capsys.readouterr().out
+    monkeypatch.setattr(gpu_launches, "context_attention", lambda **case: case["q"] * torch.nan)
+    assert gpu_launches.main(["odd"]) == 1 and capsys.readouterr().out.count("NOT FINITE") == 2
+    of_cpu = partial(torch.profiler.profile, activities=[torch.profiler.ProfilerActivity.CPU])
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: of_cpu())
+    monkeypatch.setattr(gpu_launches, "launch_layers", lambda device: None)
+    monkeypatch.setattr(gpu_launches.shutil, "which", lambda program: None)
+    assert gpu_launches.main(["profile"]) == 1 and "saw 0 launches" in capsys.readouterr().out
 
 
 def test_a_folder_must_be_named(capsys):

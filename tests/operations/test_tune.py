@@ -11,9 +11,10 @@ import torch
 from operations.interpreted import needs_interpreter
 from weaver_kernels import measure, tune, tuning
 from weaver_kernels.compiling import Compiled
-from weaver_kernels.measure import Layer, eager_error, interleaved_medians, make_inputs, true_result, why_wrong
+from weaver_kernels.measure import eager_error, interleaved_medians, make_inputs, true_result, why_wrong
 from weaver_kernels.tune import Row, candidates, measured_before, rows, usable_configs
 from weaver_kernels.tuning import KernelConfig, config_table, kernel_config, with_row, write_table
+from weaver_kernels.unets import Geometry
 
 FAST, SLOW = KernelConfig(64, 4, 2), KernelConfig(32, 4, 1)
 MARK = {"device": "NVIDIA H200", "triton": "3.6.0", "kernel": "abc"}
@@ -140,7 +141,7 @@ def test_results_are_compared_with_float64_before_anything_is_timed(q_each):
     """The kernel interpreted, on the inputs the tuner makes."""
     needs_interpreter()
     torch.manual_seed(0)
-    inputs = make_inputs(Layer(16, 1, 1), 16, torch.float16, q_each=q_each, tile_sizes=(16, 32), device="cpu")
+    inputs = make_inputs(Geometry(4, 1, 16, 1), torch.float16, q_each=q_each, tile_sizes=(16, 32), device="cpu")
     true = true_result(inputs)
     limit = 2 * eager_error(inputs, true)
     assert 0 < limit < 1e-2
@@ -150,7 +151,7 @@ def test_results_are_compared_with_float64_before_anything_is_timed(q_each):
 
 
 def test_a_number_that_is_not_written_is_wrong(monkeypatch):
-    inputs = make_inputs(Layer(16, 1, 1), 16, torch.float32, q_each=False, tile_sizes=(16,), device="cpu")
+    inputs = make_inputs(Geometry(4, 1, 16, 1), torch.float32, q_each=False, tile_sizes=(16,), device="cpu")
     true = true_result(inputs)
 
     def launch(self, config):
@@ -174,7 +175,7 @@ def test_a_configuration_that_is_wrong_on_one_layer_is_not_chosen(monkeypatch):
         sets_of.append((config, len(sets)))
         return lambda: 3.0
 
-    monkeypatch.setattr(measure, "LAYERS", {16: (Layer(16, 1, 10), Layer(25, 1, 1))})
+    monkeypatch.setattr(measure, "layers_of", lambda dim: (Geometry(4, 1, dim, 10), Geometry(5, 1, dim, 1)))
     monkeypatch.setattr(measure.LayerInputs, "launch", broken)
     monkeypatch.setattr(measure, "_captured", captured)
     monkeypatch.setattr(measure, "_cache_bytes", lambda: 40_000)
@@ -187,7 +188,7 @@ def test_a_configuration_that_is_wrong_on_one_layer_is_not_chosen(monkeypatch):
 
 
 def test_inputs_have_two_live_contexts_a_token():
-    inputs = make_inputs(Layer(64, 2, 1), 16, torch.float32, q_each=False, tile_sizes=(16,), device="cpu")
+    inputs = make_inputs(Geometry(8, 2, 16, 1), torch.float32, q_each=False, tile_sizes=(16,), device="cpu")
     assert (inputs.plan.weights[0] != 0).sum(0).tolist() == [2] * 64
     assert (inputs.plan.weights[1] != 0).sum(0).tolist() == [1] * 64
     assert inputs.again().q.shape == inputs.q.shape and inputs.again().plan is inputs.plan
