@@ -8,7 +8,7 @@ from PIL import Image
 
 from weaver.concepts.concept import Concept, attn2_hash, attn2_projections
 from weaver.job import Job
-from weaver.jobparse import job_from_mapping
+from weaver.job.parse import job_from_mapping
 
 SIDE = 32
 TRAINED = {

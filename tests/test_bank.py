@@ -13,12 +13,12 @@ import torch
 from conftest import make_pipeline
 from PIL import Image
 
-from weaver.bank import resolve_prompts, train_bank, training_settings, worker_count
+from weaver.concepts.bank import resolve_prompts, train_bank, training_settings, worker_count
 from weaver.concepts.settings import TrainSettings
 from weaver.embedded import load_pipeline
 from weaver.errors import WeaverError
 from weaver.job import JobError
-from weaver.jobparse import job_from_mapping
+from weaver.job.parse import job_from_mapping
 from weaver.models import load_model
 from weaver.progress import Stages
 

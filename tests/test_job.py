@@ -13,8 +13,8 @@ from PIL import Image
 from weaver.concepts.settings import TrainSettings
 from weaver.demo import DEMO_JOB
 from weaver.job import JobError
-from weaver.jobfile import job_to_mapping, read_job
-from weaver.jobparse import job_from_mapping
+from weaver.job.file import job_to_mapping, read_job
+from weaver.job.parse import job_from_mapping
 
 GOOD = {
     "model": "some/model",

@@ -17,10 +17,10 @@ from weaver.concepts.settings import TrainSettings
 from weaver.defaults import defaults_for
 from weaver.embedded import MODEL_DIR, load_pipeline
 from weaver.job import Job
-from weaver.jobparse import job_from_mapping
+from weaver.job.parse import job_from_mapping
+from weaver.job.resolve import check_model, resolve_job
 from weaver.models import ModelError, choose_device, is_embedded, load_model, threads_for
 from weaver.places import best_source
-from weaver.resolve import check_model, resolve_job
 from weaver.run import run_job
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from weaver import job as job_module
 from weaver.cli import _parser
-from weaver.jobparse import job_from_mapping
+from weaver.job.parse import job_from_mapping
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

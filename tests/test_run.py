@@ -9,10 +9,11 @@ import torch
 from jobs import SIDE, job_of
 from PIL import Image
 
-from weaver import choose, pipeline, run
+from weaver import pipeline, run
 from weaver.errors import WeaverError
+from weaver.job import choose
+from weaver.job.resolve import TEMPLATE_MODEL, resolve_job
 from weaver.manifest import PNG_KEY
-from weaver.resolve import TEMPLATE_MODEL, resolve_job
 from weaver.run import run_job
 
 

@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from weaver import choose
 from weaver.demo import demo_job, with_shipped_concepts
 from weaver.errors import WeaverError
-from weaver.job import MaskSpec, TemplateSpec
+from weaver.job import MaskSpec, TemplateSpec, choose
 from weaver.run import run_job
 
 LEFT, RIGHT = MaskSpec(box=(0.05, 0.3, 0.45, 0.95)), MaskSpec(box=(0.55, 0.3, 0.95, 0.95))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from jobs import TRAINED, job_of
 
-from weaver import choose
 from weaver.errors import WeaverError
+from weaver.job import choose
 from weaver.run import run_job
 
 MISTAKES = {

@@ -14,11 +14,11 @@ from weaver.checks import fusion_reasons
 from weaver.errors import WeaverError
 from weaver.fusion import ConceptUse
 from weaver.job import FusionSpec, Job, JobError, MaskSpec
+from weaver.job.resolve import check_model
 from weaver.layers import EMBEDDED, InjectionSites
 from weaver.masks import compose_masks
 from weaver.pipeline import weave
 from weaver.places import Places
-from weaver.resolve import check_model
 
 PROMPT = "a dog and a cat, mountain"
 

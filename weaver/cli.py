@@ -133,7 +133,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     def job():
-        from weaver.jobfile import read_job
+        from weaver.job.file import read_job
 
         return read_job(args.job)
 
@@ -174,7 +174,7 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
 
 
 def _seed(text: str) -> int:
-    from weaver.fields import LARGEST
+    from weaver.job.fields import LARGEST
 
     if not text.isdecimal() or int(text) > LARGEST:
         raise argparse.ArgumentTypeError(f"must be a whole number, 0 to {LARGEST}, is {text!r}")

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from weaver.errors import WeaverError
-from weaver.inputs import shipped_name
 from weaver.job import BackgroundSpec, Job
-from weaver.jobfile import read_mapping
-from weaver.jobparse import job_from_mapping
+from weaver.job.file import read_mapping
+from weaver.job.inputs import shipped_name
+from weaver.job.parse import job_from_mapping
 
 __all__ = ["DEMO_JOB", "demo_job", "with_shipped_concepts"]
 

@@ -12,9 +12,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from weaver.concepts.concept import Concept, attn2_hash
-from weaver.inputs import InputFile
 from weaver.job import BackgroundSpec, Job, JobError
-from weaver.jobfile import MANIFEST_VERSION, job_to_mapping
+from weaver.job.file import MANIFEST_VERSION, job_to_mapping
+from weaver.job.inputs import InputFile
 
 __all__ = [
     "PNG_KEY",

@@ -10,8 +10,8 @@ from PIL import Image
 
 from weaver.concepts.concept import Concept
 from weaver.folder import all_or_nothing
-from weaver.inputs import InputFile, shipped_name, training_pictures
 from weaver.job import BackgroundSpec, Job
+from weaver.job.inputs import InputFile, shipped_name, training_pictures
 from weaver.manifest import make_manifest, save_png
 from weaver.masks import draw_masks
 from weaver.pictures import open_rgb

@@ -1,4 +1,4 @@
-"""The stages in order: template, masks, inversion and features, fusion. The bank is filled before, by `weaver.bank`."""
+"""The stages in order: template, masks, inversion and features, fusion; before them `weaver.concepts.bank`."""
 
 from __future__ import annotations
 

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from weaver.bank import read_concept, resolve_prompts, train_bank, worker_count
-from weaver.choose import choose_template
+from weaver.concepts.bank import read_concept, resolve_prompts, train_bank, worker_count
 from weaver.concepts.concept import Concept
 from weaver.folder import check_folder, clashes
 from weaver.fusion.contexts import ConceptUse
-from weaver.inputs import InputFile, read_inputs, training_folders
 from weaver.job import SAME_MODEL, Job, JobError
+from weaver.job.choose import choose_template
+from weaver.job.inputs import InputFile, read_inputs, training_folders
+from weaver.job.resolve import check_model, place_concepts, resolve_job
 from weaver.layers import SITES
 from weaver.manifest import check_inputs, check_weights, picture_record
 from weaver.models import ModelError, choose_device, load_model, threads_for, weights_hash
@@ -21,7 +22,6 @@ from weaver.outputs import make_report, result_files, write_outputs
 from weaver.pipeline import WeaveResult, weave
 from weaver.places import Places
 from weaver.progress import Stages
-from weaver.resolve import check_model, place_concepts, resolve_job
 
 __all__ = ["Run", "run_job"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from weaver.job import Job, JobError, TrainSpec
-from weaver.jobparse import job_from_mapping
+from weaver.job.parse import job_from_mapping
 
 __all__ = ["MANIFEST_VERSION", "job_to_mapping", "read_job", "read_mapping"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from weaver.concepts.prompts import names_token
 from weaver.concepts.settings import TrainSettings
 from weaver.errors import WeaverError
-from weaver.fields import EMBEDDED, Fields
 from weaver.job import BackgroundSpec, ConceptSpec, MaskSpec, TrainSpec
+from weaver.job.fields import EMBEDDED, Fields
 
 __all__ = ["parse_concept"]
 

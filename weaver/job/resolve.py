@@ -6,13 +6,13 @@ from dataclasses import asdict, replace
 
 import torch
 
-from weaver.bank import training_settings
 from weaver.checks import fusion_reasons
+from weaver.concepts.bank import training_settings
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.defaults import default_dilation, defaults_for, model_size
 from weaver.errors import WeaverError
-from weaver.inputs import shipped_name
 from weaver.job import SAME_MODEL, BackgroundSpec, Job, JobError
+from weaver.job.inputs import shipped_name
 from weaver.layers import SITES
 from weaver.masks import MaskError
 from weaver.models import is_embedded

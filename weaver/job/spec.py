@@ -1,4 +1,4 @@
-"""Everything one run needs, frozen. `weaver.jobfile` reads it from a file and writes it."""
+"""Everything one run needs, frozen."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class TemplateSpec:
     """The template: a picture file, or made from a prompt by `model`.
 
     `model` is a model as `Job.model`, or "same" for the one that fuses; None is SDXL as in the paper, and the embedded
-    model for itself (`weaver.resolve`).
+    model for itself (`weaver.job.resolve`).
 
     Where it does not show what the prompt names, another seed is tried, up to `tries` pictures in all: where a word
     is not found, or, with the embedded model, where a region looks like another animal.

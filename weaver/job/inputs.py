@@ -12,8 +12,8 @@ from pathlib import Path
 from weaver.concepts.concept import Concept
 from weaver.concepts.images import caption_of, picture_files
 from weaver.errors import WeaverError
-from weaver.fields import EMBEDDED
 from weaver.job import BackgroundSpec, Job, JobError
+from weaver.job.fields import EMBEDDED
 from weaver.pictures import open_picture, open_rgb
 
 __all__ = ["InputFile", "file_hash", "read_inputs", "shipped_name", "training_folders", "training_pictures"]

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from weaver.choices import MASK_SOURCES, OVERLAPS
-from weaver.conceptparse import parse_concept
-from weaver.fields import Fields, resolve_path
 from weaver.job import SAME_MODEL, BackgroundSpec, ConceptSpec, FusionSpec, Job, JobError, MasksSpec, TemplateSpec
+from weaver.job.fields import Fields, resolve_path
+from weaver.job.parse_concept import parse_concept
 from weaver.layers import SITES
 
 __all__ = ["job_from_mapping"]

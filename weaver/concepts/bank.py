@@ -18,9 +18,9 @@ from weaver.concepts.own_prompts import own_prompt_reasons, own_prompts, token_r
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.train import train_concept
 from weaver.errors import WeaverError
-from weaver.fields import EMBEDDED
-from weaver.inputs import training_pictures
 from weaver.job import BackgroundSpec, Job, JobError, TrainSpec
+from weaver.job.fields import EMBEDDED
+from weaver.job.inputs import training_pictures
 from weaver.models import is_embedded, load_model, quiet_libraries
 from weaver.progress import Stages
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from PIL import Image
 
-from weaver.inputs import shipped_name
 from weaver.job import Job, JobError
+from weaver.job.inputs import shipped_name
+from weaver.job.resolve import final_masks, mask_fields
 from weaver.masks import MaskError
 from weaver.models import is_embedded
 from weaver.places import Places
 from weaver.progress import Stages
-from weaver.resolve import final_masks, mask_fields
 from weaver.template import template_picture
 
 __all__ = ["SEED_STRIDE", "choose_template"]

@@ -1,0 +1,31 @@
+"""A job: what one run needs, in a file and in memory. Import the specs from here, all else from the modules.
+
+`spec` what a job is, `parse`, `parse_concept` and `fields` from a mapping to it, `file` its file, `inputs` the files it
+reads, `resolve` the model's defaults and checks, `choose` its template.
+"""
+
+from weaver.job.spec import (
+    SAME_MODEL,
+    BackgroundSpec,
+    ConceptSpec,
+    FusionSpec,
+    Job,
+    JobError,
+    MaskSpec,
+    MasksSpec,
+    TemplateSpec,
+    TrainSpec,
+)
+
+__all__ = [
+    "BackgroundSpec",
+    "ConceptSpec",
+    "FusionSpec",
+    "Job",
+    "JobError",
+    "MaskSpec",
+    "MasksSpec",
+    "SAME_MODEL",
+    "TemplateSpec",
+    "TrainSpec",
+]
