@@ -95,8 +95,8 @@ def eager(case: dict) -> torch.Tensor:
 def eager_errors(case: dict, true: torch.Tensor) -> tuple[float, float]:
     """Largest and mean error of the eager loop, the worst over PyTorch's two attentions and orders of summing `q . k`.
 
-    One order alone is a matter of luck: where two logits are close, a rounding of one of them is the whole error.
-    The fewer numbers there are, the more orders are tried.
+    One order alone is a matter of luck: where two logits are close, a rounding of one of them is the whole error, and
+    one of 60 interpreted cases would fail. The fewer numbers there are, the more orders are tried.
     """
     orders = min(max(2000 // max(true.numel(), 1), 4), 64)
     rng = torch.Generator().manual_seed(0)
