@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 
 from weaver.embedded.training.bank import HELD_OUT_SCENES, Bank, to_pixels
-from weaver.embedded.training.loop import LoopSettings, device_from_environment, train
+from weaver.embedded.training.loop import LoopSettings, autocast, device_from_environment, train
 
 __all__ = ["LATENT_CHANNELS", "build_autoencoder", "decode_psnr", "tidy_config", "train_autoencoder"]
 
@@ -70,7 +70,7 @@ def train_autoencoder(
     def loss_of(step: int) -> torch.Tensor:
         chosen = torch.randint(0, count, (batch,), generator=draw)
         pixels = to_pixels(bank.pictures[chosen.numpy()]).to(device, memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             with torch.set_grad_enabled(not decoder_only):
                 latents = vae.encode(pixels).latents
             noisy = latents + LATENT_NOISE * torch.randn_like(latents)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
+from weaver.embedded.training.loop import autocast
+
 __all__ = ["degrade"]
 
 
@@ -21,7 +23,7 @@ def degrade(pixels: Tensor, vae: AutoencoderTiny, generator: torch.Generator) ->
     decoded, softened = fate == 0, fate == 1
     if decoded.any():
         strength = 0.4 * torch.rand(int(decoded.sum()), 1, 1, 1, generator=generator).to(vae.device)
-        with torch.autocast(vae.device.type, torch.bfloat16):
+        with autocast(vae.device):
             latents = vae.encode(pixels[decoded].to(vae.device, memory_format=torch.channels_last)).latents
             noise = torch.randn(latents.shape, generator=generator).to(vae.device)
             result[decoded] = vae.decode(latents + strength * noise).sample.clamp(-1, 1).to(pixels)

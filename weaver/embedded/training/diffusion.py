@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from weaver.embedded.training.autoencoder import LATENT_CHANNELS, tidy_config
 from weaver.embedded.training.bank import HELD_OUT_SCENES, Bank, to_pixels
-from weaver.embedded.training.loop import LoopSettings, device_from_environment, is_main_process, train
+from weaver.embedded.training.loop import LoopSettings, autocast, device_from_environment, is_main_process, train
 from weaver.embedded.training.tokenizer import MAX_TOKENS, build_tokenizer
 
 __all__ = ["build_scheduler", "build_text_encoder", "build_unet", "encode_bank", "train_diffusion"]
@@ -72,7 +72,7 @@ def encode_bank(bank: Bank, vae_folder: Path, file: Path) -> np.ndarray:
         device = device_from_environment()
         vae = AutoencoderTiny.from_pretrained(vae_folder).float().to(device, memory_format=torch.channels_last)
         parts = []
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), autocast(device):
             for start in range(0, len(bank.captions), 32):
                 pixels = to_pixels(bank.pictures[start : start + 32]).to(device, memory_format=torch.channels_last)
                 latents = vae.encode(pixels).latents.float() * vae.config.scaling_factor
@@ -132,7 +132,7 @@ def train_diffusion(
         alpha = alphas[steps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * z
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             predicted = net(noisy, steps, text_encoder(ids)[0]).sample
         return (predicted.float() - velocity).square().mean((1, 2, 3))
 

@@ -15,7 +15,7 @@ from weaver.embedded.drawings import ANIMALS, HELD_OUT_VENDORS
 from weaver.embedded.segmenter import Segmenter, word_probabilities
 from weaver.embedded.training.bank import HELD_OUT_SCENES, Bank, to_pixels
 from weaver.embedded.training.degrade import degrade
-from weaver.embedded.training.loop import LoopSettings, device_from_environment, train
+from weaver.embedded.training.loop import LoopSettings, autocast, device_from_environment, train
 from weaver.embedded.world import Scene, draw_scene
 
 __all__ = ["held_out_scenes", "segmentation_iou", "train_segmenter"]
@@ -67,7 +67,7 @@ def train_segmenter(
         chosen = torch.randint(0, count, (batch,), generator=draw).numpy()
         pixels = degrade(to_pixels(bank.pictures[chosen]), vae, draw)
         truth = _word_masks(np.asarray(bank.labels[chosen]), [bank.words[i] for i in chosen]).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             logits = segmenter(pixels.to(device))
         logits = logits.float()
         predicted = word_probabilities(logits)
