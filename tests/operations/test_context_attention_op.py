@@ -49,6 +49,16 @@ def test_logits_beyond_the_range_of_fp16():
     assert_within_twice_eager(context_attention(**case), case)
 
 
+def test_a_small_context_keeps_its_digits_beside_a_large_one():
+    """Contexts are added whole: term by term, each of 192 would be rounded to the size of the first context."""
+    case = make_case(s=2, t=64, d=8, length=192)
+    case["weights"] = torch.ones(1, 2, 64)
+    case["v"][0] = 100
+    first, second = ({"weights": case["weights"] * torch.tensor([keep])[..., None]} for keep in ([1.0, 0], [0, 1.0]))
+    added = context_attention(**case).double() - context_attention(**case | first)
+    assert (added - truth(case | second)).abs().max() < torch.finfo(torch.float32).eps * 100
+
+
 def test_only_live_tokens_are_computed(monkeypatch):
     """A context on a fifth of the tokens costs a fifth: its queries elsewhere may be anything."""
     case = make_case(s=2, t=100, dtype=torch.float64)

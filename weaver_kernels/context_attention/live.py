@@ -38,39 +38,53 @@ def live_context_attention(
     lengths = [k.shape[1]] * k.shape[0] if key_lengths is None else key_lengths.tolist()
     require("context_attention", value_reasons(index, lengths, k.shape))
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.zeros(rows, n_tokens, *q.shape[-2:], dtype=work, device=q.device)
+    out = torch.empty(rows, n_tokens, *q.shape[-2:], dtype=work, device=q.device)
     live_counts = ((weights != 0).sum(-1) if counts is None else counts).tolist()
     for b in range(rows):
-        for s in range(n_contexts):
-            count, context = live_counts[b][s], index[b][s]
-            length = lengths[context]
-            if count == 0 or length == 0:
-                continue
+        parts = []  # (gathered, context, slot), those on all tokens first: the first of them fills `out`
+        for s, count in enumerate(live_counts[b]):
+            if count and lengths[index[b][s]]:
+                dense = n_tokens <= settings["dense_tokens"] or count >= settings["dense_share"] * n_tokens
+                parts.append((not dense, index[b][s], s))
+        parts.sort()
+        if not parts or parts[0][0]:
+            out[b].zero_()
+        for i, (gathered, context, s) in enumerate(parts):
             query = q[b] if q.ndim == 4 else q[b, s]  # [T, H, D]
-            keys = k[context, :length].to(work).permute(1, 2, 0)  # [H, D, L]
-            values = v[context, :length].to(work).transpose(0, 1)  # [H, L, D]
-            if n_tokens <= settings["dense_tokens"] or count >= settings["dense_share"] * n_tokens:
-                live = None
-            else:
-                live = weights[b, s].nonzero()[:, 0] if tokens is None else tokens[b, s, :count]
-            _add_context(out[b], query, keys, values, weights[b, s], live, scale, settings["chunk"])
+            keys = k[context, : lengths[context]].to(work).permute(1, 2, 0)  # [H, D, L]
+            values = v[context, : lengths[context]].to(work).transpose(0, 1)  # [H, L, D]
+            if not gathered:
+                _on_all(out[b], query, keys, values, weights[b, s], scale, settings["chunk"], add=i > 0)
+                continue
+            live = weights[b, s].nonzero()[:, 0] if tokens is None else tokens[b, s, : live_counts[b][s]]
+            _on_some(out[b], query, keys, values, weights[b, s], live, scale, settings["chunk"])
     return out.to(q.dtype)
 
 
-def _add_context(out, query, keys, values, weight, live, scale, chunk) -> None:
-    """Add one context to `out` [T, H, D], on the tokens `live`, or on all for None."""
-    n_tokens = len(weight) if live is None else len(live)
-    for start in range(0, n_tokens, chunk):  # a chunk's scores stay in the cache
-        if live is None:
-            part = slice(start, start + chunk)
-            scores = _weighted_scores(query[part], keys, weight[part], scale)
-            out[part].transpose(0, 1).baddbmm_(scores, values)
+# A chunk's scores stay in the cache. Its result is added to `out` whole: a product that begins at what `out` holds
+# would round each of its terms to the size of the sum.
+
+
+def _on_all(out, query, keys, values, weight, scale, chunk, *, add: bool) -> None:
+    """Add one context to `out` [T, H, D], or write it there."""
+    for start in range(0, len(weight), chunk):
+        part = slice(start, start + chunk)
+        scores = _weighted_scores(query[part], keys, weight[part], scale)
+        target = out[part].transpose(0, 1)
+        if add:
+            target += scores @ values
         else:
-            part = live[start : start + chunk]
-            scores = _weighted_scores(query.index_select(0, part), keys, weight.index_select(0, part), scale)
-            found = torch.empty(len(part), *out.shape[1:], dtype=out.dtype, device=out.device)
-            found.transpose(0, 1).baddbmm_(scores, values, beta=0)
-            out.index_add_(0, part, found)
+            target.baddbmm_(scores, values, beta=0)
+
+
+def _on_some(out, query, keys, values, weight, live, scale, chunk) -> None:
+    """Add one context to `out` [T, H, D] on the tokens `live`."""
+    for start in range(0, len(live), chunk):
+        part = live[start : start + chunk]
+        scores = _weighted_scores(query.index_select(0, part), keys, weight.index_select(0, part), scale)
+        found = torch.empty(len(part), *out.shape[1:], dtype=out.dtype, device=out.device)
+        found.transpose(0, 1).baddbmm_(scores, values, beta=0)
+        out.index_add_(0, part, found)
 
 
 def _weighted_scores(query, keys, weight, scale) -> torch.Tensor:
