@@ -1,10 +1,11 @@
-# make demo | test | style | sprites | train-embedded | compile-check | fuzz | test-gpu | tune | gpu | bench        make <target> PYTHON=python3   uses that interpreter as it is
+# make demo | test | style | sprites | train-embedded | compile-check | fuzz | stress | test-gpu | tune | gpu | bench
+# make <target> PYTHON=python3   uses that interpreter as it is
 #
 # Without PYTHON the targets set up .venv once and reuse it until setup.py or constraints.txt change.
 # With PYTHON nothing is installed, and the package runs from this folder.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style sprites train-embedded compile-check fuzz test-gpu tune gpu bench
+.PHONY: help demo test style sprites train-embedded compile-check fuzz stress test-gpu tune gpu bench
 SHELL := /bin/sh
 ARGS ?=
 VENV := .venv
@@ -32,6 +33,7 @@ help:
 	@echo "make train-embedded   train the embedded model on, and all derived from it            (ARGS=--help)"
 	@echo "make compile-check    compile the kernels for every GPU of the table, without one              (ARGS='--arch 90')"
 	@echo "make fuzz             random cases of the operations against float64 (N=2000 INTERPRETED=200; ARGS='--replay live:7')"
+	@echo "make stress           kill, fill up and damage what the cache writes, 200 times               (ARGS='--kills 20')"
 	@echo "make test-gpu         the tests that need an NVIDIA GPU"
 	@echo "make tune             find the fastest configurations on this NVIDIA GPU               (ARGS='--dry 90': compile only)"
 	@echo "make gpu OUT=DIR      tests, tuning, benchmarks, profile and sanitizer on a GPU, 8 min (ARGS=--dry-run: without one)"
@@ -54,6 +56,9 @@ N ?= 100
 INTERPRETED ?= 10
 fuzz: $(READY)
 	@TRITON_INTERPRET=1 PYTHONPATH="$(CURDIR)/tests:$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" $(PY) -m operations.fuzz --live $(N) --interpreted $(INTERPRETED) $(ARGS)
+
+stress: $(READY)
+	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" $(PY) -m cache_stress $(ARGS)
 
 test-gpu: $(READY)
 	@TRITON_INTERPRET=0 $(PY) -m pytest -m gpu $(ARGS)

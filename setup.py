@@ -14,6 +14,7 @@ REQUIRES = [
     "diffusers>=0.42.1",
     "transformers>=5.17",
     "safetensors>=0.5",
+    "filelock>=3.16",
     "numpy>=2.0",
     "pillow>=11.0",
     "pyyaml>=6.0",

@@ -7,6 +7,8 @@ noise (epsilon), `tiny_pipe_v` velocity. They are shared by the whole session: a
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections import Counter
 from itertools import pairwise
 
@@ -25,6 +27,11 @@ def pytest_configure(config):
     """Triton decides when it is first imported whether kernels are interpreted; the GPU set compiles them."""
     if config.getoption("markexpr") != "gpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["WEAVER_CACHE"] = os.path.join(tempfile.gettempdir(), f"weaver-test-cache-{os.getpid()}")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["WEAVER_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

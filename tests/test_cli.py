@@ -78,11 +78,13 @@ def test_a_shipped_concept_that_does_not_ship(capsys, tmp_path, job_file):
 
 def test_a_finished_run_says_where_and_how_near(capsys, monkeypatch, tmp_path, job_file):
     scores = {"pug": {"own": 0.9, "base": 0.4, "others": -0.1}, "mine": {"own": None, "base": None, "others": None}}
-    monkeypatch.setattr(run, "run_job", finished({"concepts": scores, "total_seconds": 12.3}))
+    report = {"concepts": scores, "total_seconds": 12.3, "cached": ["inversion", "features"]}
+    monkeypatch.setattr(run, "run_job", finished(report))
     code, out, err = run_cli(capsys, "run", job_file, "--out", tmp_path / "out")
     assert code == 0 and err == ""
     assert out.splitlines()[0].split() == ["pug", "own", "0.900", "base", "0.400", "others", "-0.100"]
     assert out.splitlines()[-1] == f"{tmp_path / 'out'}: sheet.png shows it all (12 s)" and "mine" not in out
+    assert "inversion and features of the template taken from the cache" in out
 
 
 def test_the_command_line_passes_its_wishes_on(capsys, monkeypatch, job_file):
@@ -94,16 +96,19 @@ def test_the_command_line_passes_its_wishes_on(capsys, monkeypatch, job_file):
 
     monkeypatch.setattr(run, "run_job", note)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert run_cli(capsys, "run", job_file, "--cache", "off")[0] == 0 and seen["cache"] is None
     assert run_cli(capsys, "run", job_file, "--seed", "5", "--offline")[0] == 0
     assert (
         seen["job"].seed == 5
         and seen["offline"]
         and seen["processes"] is None
         and seen["folder"].as_posix() == "outputs/job"
+        and not seen["cache"].features
     )
     assert cli.os.environ["HF_HUB_OFFLINE"] == "1"
     assert run_cli(capsys, "demo", "--quick")[0] == 0
     assert seen["folder"].as_posix() == "outputs/demo" and not any(spec.train for spec in seen["job"].everyone)
+    assert seen["cache"].features
 
 
 def test_a_manifest_is_run_beside_what_it_made(capsys, monkeypatch, tmp_path, job_file):

@@ -9,7 +9,7 @@ import torch
 from jobs import SIDE, job_of
 from PIL import Image
 
-from weaver import pipeline, run
+from weaver import Cache, pipeline, run
 from weaver.errors import WeaverError
 from weaver.job import choose
 from weaver.job.resolve import TEMPLATE_MODEL, resolve_job
@@ -34,6 +34,14 @@ def test_report_has_the_promised_keys(finished):
     assert report["total_seconds"] >= sum(report["stages"].values()) - 0.1
     assert list(report["concepts"]) == ["tom", "rex", "hills"]
     assert report["concepts"]["tom"] == {"own": None, "base": None, "others": None}
+
+
+def test_a_second_run_takes_the_inversion_from_the_cache(job_folder, tmp_path):
+    cache = Cache(tmp_path / "cache", features=True)
+    cold, warm = (run_job(job_of(job_folder), tmp_path / name, cache=cache) for name in ("cold", "warm"))
+    assert "cached" not in cold.report and warm.report["cached"] == ["inversion", "features"]
+    assert warm.result.image.tobytes() == cold.result.image.tobytes()
+    assert warm.result.reconstruction_psnr == cold.result.reconstruction_psnr
 
 
 def test_each_prompt_names_its_own_concept(finished):

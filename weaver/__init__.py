@@ -11,6 +11,7 @@ from weaver.errors import WeaverError
 from weaver.version import __version__
 
 _LAZY = {
+    "Cache": "cache.store",
     "Concept": "concepts.concept",
     "ConceptUse": "fusion.contexts",
     "Features": "features",

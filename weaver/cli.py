@@ -1,4 +1,4 @@
-"""The command line: `weaver demo`, `weaver run job.yaml`.
+"""The command line: `weaver demo`, `weaver run job.yaml`, `weaver cache`.
 
 Exit codes: 0 done; 2 something that was given is wrong, told in one line; 1 anything unexpected; 130 interrupted;
 143 and 129 ended by the signals TERM and HUP.
@@ -12,12 +12,15 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from weaver.commands.cache import CHOICES, chosen_cache
+from weaver.commands.cache import add_parser as add_cache_parser
 from weaver.errors import WeaverError
 from weaver.progress import Stages
 from weaver.version import __version__
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["HF_HUB_OFFLINE"] = "1"
     args.stages = Stages()
     try:
-        with _ending_by_exception():
+        with _ending_by_exception(), _warnings_in_one_line():
             return args.command(args)
     except WeaverError as error:
         return _fail(str(error), 2, args)
@@ -81,6 +84,22 @@ def _ending_by_exception() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """This package's own warnings are told as its errors are; those of libraries as ever."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(message, category, *rest, **options):
+            if category.__module__.startswith("weaver."):
+                print(f"weaver: {message}", file=sys.stderr)
+            else:
+                show(message, category, *rest, **options)
+
+        warnings.showwarning = tell
+        yield
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="weaver",
@@ -89,19 +108,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"weaver {__version__}")
     parser.set_defaults(command=None)
-    commands = parser.add_subparsers(title="commands", metavar="demo | run")
+    commands = parser.add_subparsers(title="commands", metavar="demo | run | cache")
 
     demo = commands.add_parser("demo", help="all five stages on the embedded model; needs no network", epilog=_EPILOG)
     demo.add_argument("--quick", action="store_true", help="take the concept files that ship instead of training them")
     demo.add_argument("--concepts", metavar="N|NAMES", help="how many animals, or which: tuxedo-cat,pug")
     demo.add_argument("--background", metavar="NAME", help="which background concept, or 'none'")
-    _common(demo, "outputs/demo")
+    _common(demo, "outputs/demo", cache="features")
     demo.set_defaults(command=_demo)
 
     run = commands.add_parser("run", help="run a job file, or a manifest again", epilog=_EPILOG)
     run.add_argument("job", type=Path, help="job.yaml, or the manifest.json of an earlier run")
-    _common(run, None)
+    _common(run, None, cache="latents")
     run.set_defaults(command=_run)
+    add_cache_parser(commands, _EPILOG)
     return parser
 
 
@@ -112,12 +132,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"weaver: {message}; `{self.prog} --help` shows what there is\n")
 
 
-def _common(parser: argparse.ArgumentParser, out: str | None) -> None:
+def _common(parser: argparse.ArgumentParser, out: str | None, *, cache: str) -> None:
     where = out or "outputs/ and the job's name, for a manifest its folder's with -again"
     default = Path(out) if out else None
     parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=f"folder of the results ({where})")
     parser.add_argument("--seed", type=_seed, metavar="S", help="another seed than the job's")
     parser.add_argument("--offline", action="store_true", help="take models from the local cache only")
+    parser.add_argument(
+        "--cache", choices=CHOICES, default=cache, help=f"what to keep of a template for later runs ({cache})"
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
 
 
@@ -163,12 +186,15 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
         source=source,
         offline=args.offline,
         processes=None,
+        cache=chosen_cache(args.cache),
         stages=args.stages,
         manifest=manifest,
     )
     for name, scores in run.report["concepts"].items():
         if scores["own"] is not None:
             print(f"{name:20} own {scores['own']:6.3f}   base {scores['base']:6.3f}   others {scores['others']:6.3f}")
+    if cached := run.report.get("cached"):
+        print(f"{' and '.join(cached)} of the template taken from the cache (--cache off computes them)")
     print(f"{run.folder}: sheet.png shows it all ({run.report['total_seconds']:.0f} s)")
     return 0
 

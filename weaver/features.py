@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import torch
 
+from weaver.cache import Cache, features_identity, reconstruction_identity
 from weaver.errors import raise_if
 from weaver.inversion import Inversion
 from weaver.latents import decode_latents, psnr
@@ -34,6 +35,7 @@ class Features:
         `....to_k` [1, T, H * D]; a step past a window lacks that kind
     z_T : the noise [1, C, h, w] the reverse pass started from, where fusion starts too
     reconstruction : the latents [1, C, h, w] it ended at; None if it was cut after the last injected step
+    cached : whether they were taken from a cache
     """
 
     sites: InjectionSites
@@ -41,6 +43,7 @@ class Features:
     tensors: tuple[Mapping[str, torch.Tensor], ...]
     z_T: torch.Tensor
     reconstruction: torch.Tensor | None
+    cached: bool = False
 
     @property
     def steps(self) -> int:
@@ -64,6 +67,7 @@ def collect_features(
     *,
     reconstruct: bool = True,
     storage: torch.device | str | None = None,
+    cache: Cache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
     """Draw the template again from its noise, under its prompt and without guidance, and keep the features.
@@ -74,6 +78,8 @@ def collect_features(
     sites : which layers, and for which part of the steps
     reconstruct : go on to the end, to know how well the inversion held; False stops after the last injected step
     storage : device to keep the features on; None is the U-Net's. They are brought back a step at a time
+    cache : where the reconstruction, and features if it keeps them, are looked for and kept; for an inversion that was
+        made with a cache
     progress : called after each step with (done, steps)
 
     Raises `WeaverError` when the U-Net lacks a site.
@@ -82,10 +88,20 @@ def collect_features(
     raise_if(site_reasons(unet, sites), "Cannot collect features")
     scheduler = ddim_scheduler(pipe.scheduler)
     scheduler.set_timesteps(inversion.steps, device=inversion.latents.device)
+    device = inversion.latents.device
+    identity = None if cache is None else inversion.identity
+    known = cache.get(reconstruction_identity(identity)) if identity and reconstruct else None
+    end = known and known["latents"].to(device)
+    if identity and cache.features and (end is not None or not reconstruct):
+        if (stored := cache.get(features_identity(identity, sites))) is not None:
+            tensors = _by_step(stored, inversion.steps, device if storage is None else storage)
+            if progress:
+                progress(inversion.steps, inversion.steps)
+            return Features(sites, scheduler.timesteps, tensors, inversion.z_T, end, cached=True)
     resnets = sites.resnet_modules()
     projections = [f"{path}.{name}" for path in sites.attention_modules(unet) for name in ("to_q", "to_k")]
     resnet_steps, attention_steps = sites.resnet_steps(inversion.steps), sites.attention_steps(inversion.steps)
-    total = inversion.steps if reconstruct else max(resnet_steps, attention_steps)
+    total = inversion.steps if reconstruct and end is None else max(resnet_steps, attention_steps)
 
     z, kept = inversion.z_T, []
     for step, t in enumerate(scheduler.timesteps[:total]):
@@ -104,7 +120,13 @@ def collect_features(
         if progress:
             progress(step + 1, total)
     kept += [{}] * (inversion.steps - len(kept))
-    return Features(sites, scheduler.timesteps, tuple(kept), inversion.z_T, z if reconstruct else None)
+    if identity and reconstruct and end is None:
+        cache.put(reconstruction_identity(identity), {"latents": z})
+    if identity and cache.features:
+        flat = {f"{step}.{path}": tensor for step, found in enumerate(kept) for path, tensor in found.items()}
+        cache.put(features_identity(identity, sites), flat)
+    end = z if reconstruct and end is None else end
+    return Features(sites, scheduler.timesteps, tuple(kept), inversion.z_T, end)
 
 
 def reconstruction_psnr(pipe, inversion: Inversion, features: Features) -> float:
@@ -121,3 +143,12 @@ def _keep(found: dict[str, torch.Tensor], path: str, storage) -> Callable:
         found[path] = output if storage is None else output.to(storage)
 
     return hook
+
+
+def _by_step(stored: Mapping[str, torch.Tensor], steps: int, device) -> tuple[Mapping[str, torch.Tensor], ...]:
+    """Tensors named "<step>.<module path>" as a mapping for each step."""
+    found: list[dict[str, torch.Tensor]] = [{} for _ in range(steps)]
+    for name, tensor in stored.items():
+        step, path = name.split(".", 1)
+        found[int(step)][path] = tensor.to(device)
+    return tuple(map(MappingProxyType, found))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMInverseScheduler
 from PIL import Image
 
+from weaver.cache import Cache, inversion_identity
 from weaver.concepts.prompts import encode_prompt
 from weaver.errors import raise_if
 from weaver.latents import encode_image
@@ -27,12 +28,16 @@ class Inversion:
     latents : [steps + 1, C, h, w], from the picture's own (index 0) to z_T (index -1)
     timesteps : [steps] integers as the reverse pass takes them, falling
     prompt : the source prompt p_src, and `text` [1, L, C] its encoding
+    identity : what it follows from (`weaver.cache`), where it was made with a cache
+    cached : whether it was taken from there
     """
 
     latents: torch.Tensor
     timesteps: torch.Tensor
     prompt: str
     text: torch.Tensor
+    identity: Mapping | None = None
+    cached: bool = False
 
     @property
     def steps(self) -> int:
@@ -61,6 +66,7 @@ def invert(
     prompt: str,
     steps: int = 50,
     *,
+    cache: Cache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inversion:
     """Invert a picture under the source prompt, by DDIM without guidance (arXiv 2010.02502, section 4.3).
@@ -73,17 +79,24 @@ def invert(
     image : a picture whose sides are multiples of 8 pixels, or latents [1, C, h, w] in the U-Net's scale
     prompt : what the picture shows, p_src
     steps : 1 to `weaver.schedule.most_steps(pipe.scheduler)`
+    cache : where the result is looked for, and kept; a model with adapters, FreeU or hooks is inverted without it
     progress : called after each step with (done, steps)
 
     Raises `WeaverError` with every reason, when picture or steps can't be used.
     """
     raise_if(_reasons(pipe, image, steps), "Cannot invert the picture")
-    z = encode_image(pipe.vae, image) if isinstance(image, Image.Image) else image
-    text = encode_prompt(pipe, prompt)
-    unet = pipe.unet
-    z, text = (x.to(device=text.device, dtype=unet.dtype) for x in (z, text))
+    unet, text = pipe.unet, encode_prompt(pipe, prompt)
+    text = text.to(unet.dtype)
     scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config, **invertible(pipe.scheduler))
-    scheduler.set_timesteps(steps, device=z.device)
+    scheduler.set_timesteps(steps, device=text.device)
+    timesteps = scheduler.timesteps.flip(0)
+    identity = None if cache is None else inversion_identity(pipe, image, prompt, steps)
+    if identity and (kept := cache.get(identity)):
+        if progress:
+            progress(steps, steps)
+        return Inversion(kept["latents"].to(text.device), timesteps, prompt, text, identity, cached=True)
+    z = encode_image(pipe.vae, image) if isinstance(image, Image.Image) else image
+    z = z.to(device=text.device, dtype=unet.dtype)
     path = [z]
     for done, t in enumerate(scheduler.timesteps, start=1):
         output = unet(z, t, encoder_hidden_states=text, return_dict=False)[0]
@@ -91,7 +104,10 @@ def invert(
         path.append(z)
         if progress:
             progress(done, steps)
-    return Inversion(torch.cat(path), scheduler.timesteps.flip(0), prompt, text)
+    inversion = Inversion(torch.cat(path), timesteps, prompt, text, identity)
+    if identity:
+        cache.put(identity, {"latents": inversion.latents})
+    return inversion
 
 
 def _reasons(pipe, image, steps) -> list[str]:

@@ -120,10 +120,11 @@ def threads_for(pipe) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def weights_hash(pipe) -> str:
+def weights_hash(pipe, *, exact: bool = False) -> str:
     """Hash all weights of a pipeline, wherever they came from: SHA-256, 64 hex digits.
 
-    As in `weaver.concepts.concept.attn2_hash`, float16 and float32 of one checkpoint, on any device, hash alike.
+    As in `weaver.concepts.concept.attn2_hash`, float16 and float32 of one checkpoint, on any device, hash alike; not
+    when `exact`, which tells any two weights apart.
     """
     digest = hashlib.sha256()
     for part, module in sorted(pipe.components.items()):
@@ -131,7 +132,8 @@ def weights_hash(pipe) -> str:
             continue
         for name, value in sorted(module.state_dict().items()):
             value = value.detach().cpu()
-            value = value.half() if value.dtype in (torch.float32, torch.float64) else value
+            if not exact and value.dtype in (torch.float32, torch.float64):
+                value = value.half()
             digest.update(f"{part}.{name} {tuple(value.shape)}\n".encode())
             digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

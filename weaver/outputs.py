@@ -30,7 +30,7 @@ def make_report(job: Job, result: WeaveResult, seconds: dict[str, float]) -> dic
     """Seconds of every stage, quality of the reconstruction, and how much each region shows its concept.
 
     Similarity is measured for concepts that ship with the embedded model, by its identity classifier; for others the
-    three values are None, since no measure of theirs ships.
+    three values are None, since no measure of theirs ships. "cached" says what was not computed, if anything.
     """
     concepts = {}
     for number, spec in enumerate(job.everyone):
@@ -47,6 +47,7 @@ def make_report(job: Job, result: WeaveResult, seconds: dict[str, float]) -> dic
         "total_seconds": 0.0,
         "reconstruction_psnr": round(result.reconstruction_psnr, 2),
         "concepts": concepts,
+        **({"cached": list(result.cached)} if result.cached else {}),
     }
 
 

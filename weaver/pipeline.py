@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from weaver.cache import Cache
 from weaver.checks import argument_reasons, fusion_reasons
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.concepts.own_prompts import token_reasons
@@ -48,6 +49,7 @@ class WeaveResult:
     reconstruction_psnr : how well the template is drawn again from its inversion, in dB
     settings : everything that was chosen or taken by default, plain values
     seconds : of each stage
+    cached : what was taken from the cache, "inversion" and "features"
     """
 
     image: Image.Image
@@ -58,6 +60,7 @@ class WeaveResult:
     reconstruction_psnr: float
     settings: dict
     seconds: dict[str, float]
+    cached: tuple[str, ...] = ()
 
 
 def _on_model(function):
@@ -95,6 +98,7 @@ def weave(
     suppression: float | None = None,
     sites: InjectionSites | None = None,
     size: tuple[int, int] | None = None,
+    cache: Cache | None = None,
     stages: Stages | None = None,
 ) -> WeaveResult:
     """Draw several personalised concepts into one picture, each in its place (Concept Weaver, section 3).
@@ -119,6 +123,7 @@ def weave(
     steps : of inversion, reconstruction and fusion
     guidance : omega; None, like `suppression` (lambda) and `sites`, is the model's default (`weaver.defaults`)
     size : (height, width) of the picture; None is the model's own
+    cache : where the template's inversion is looked for, and kept; None keeps nothing
     stages : takes the seconds and shows progress; None shows nothing
 
     Raises `WeaverError` when anything does not fit.
@@ -169,9 +174,9 @@ def weave(
         final = places.compose(size, dilation=dilation, overlap=overlap, names=names)
     with stages.stage("inversion"):
         with stages.bar("inversion", steps) as move:
-            inversion = invert(pipe, template, source_prompt, steps, progress=move)
+            inversion = invert(pipe, template, source_prompt, steps, cache=cache, progress=move)
         with stages.bar("features", steps) as move:
-            features = collect_features(pipe, inversion, sites, progress=move)
+            features = collect_features(pipe, inversion, sites, cache=cache, progress=move)
         quality = reconstruction_psnr(pipe, inversion, features)
     with stages.stage("fusion"), stages.bar("fusion", steps) as move:
         plan = FusionPlan.build(
@@ -198,7 +203,9 @@ def weave(
         "injection": {"sites": sites.name, "resnet": sites.resnet_window, "attention": sites.attention_window},
         "masks": {"sources": list(places.sources), "dilation": dilation, "overlap": overlap},
     }
-    return WeaveResult(image, template, final, tuple(names), plan.prompts, quality, settings, dict(stages.seconds))
+    cached = tuple(name for name, part in (("inversion", inversion), ("features", features)) if part.cached)
+    seconds = dict(stages.seconds)
+    return WeaveResult(image, template, final, tuple(names), plan.prompts, quality, settings, seconds, cached)
 
 
 def _use(concept: Concept | ConceptUse) -> ConceptUse:

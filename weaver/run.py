@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from weaver.cache import Cache
 from weaver.concepts.bank import read_concept, resolve_prompts, train_bank, worker_count
 from weaver.concepts.concept import Concept
 from weaver.folder import check_folder, clashes
@@ -43,6 +44,7 @@ def run_job(
     source: str = "job",
     offline: bool = False,
     processes: int | None = 1,
+    cache: Cache | None = None,
     stages: Stages | None = None,
     manifest: Mapping | None = None,
 ) -> Run:
@@ -55,6 +57,7 @@ def run_job(
     processes : how many concepts train at once; None decides by model and machine. More than one, on the CPU only,
         starts fresh Python processes, so a script that asks for it, by None too, needs the usual
         `if __name__ == "__main__":`
+    cache : where the template's inversion is looked for, and kept; None keeps nothing
     stages : shows progress; None shows nothing
     manifest : of the run that this one repeats, as `read_job` gives it: files and models must be the same
 
@@ -93,7 +96,7 @@ def run_job(
         with stages.stage("bank"):
             known |= train_bank(job, pipe, stages, processes=processes, source=source)
         concepts = [known[spec.name] for spec in job.everyone]
-        result = _weave(job, pipe, concepts, template, places, stages)
+        result = _weave(job, pipe, concepts, template, places, cache, stages)
         record = picture_record(job, pipe, concepts, result.settings, inputs, weights)
         report = make_report(job, result, stages.seconds)
         write_outputs(folder, job, result, concepts, record, report, inputs, stages.elapsed)
@@ -108,7 +111,9 @@ def _check_kept(job: Job, folder: Path, inputs: Sequence[InputFile], source: str
         raise JobError(f"{source}: " + "; ".join(reasons))
 
 
-def _weave(job: Job, pipe, concepts: Sequence[Concept], template, places: Places, stages: Stages) -> WeaveResult:
+def _weave(
+    job: Job, pipe, concepts: Sequence[Concept], template, places: Places, cache: Cache | None, stages: Stages
+) -> WeaveResult:
     """Inversion and fusion as the job, with its defaults resolved, has them."""
     uses = [
         ConceptUse(concept, prompt=spec.prompt, strength=spec.strength, window=spec.window, scale=spec.scale)
@@ -134,6 +139,7 @@ def _weave(job: Job, pipe, concepts: Sequence[Concept], template, places: Places
             SITES[fusion.sites], resnet_window=fusion.resnet_window, attention_window=fusion.attention_window
         ),
         size=job.size,
+        cache=cache,
         stages=stages,
     )
 

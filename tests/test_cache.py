@@ -1,0 +1,231 @@
+"""The cache on disk: what it keeps, what it is found by, and that no fault of disk or process gives a wrong result."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+
+import cache_stress as stress
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+
+from weaver import WeaverError
+from weaver.cache import Cache, CacheWarning, inversion_identity, uncacheable_reasons
+from weaver.cli import main
+from weaver.features import collect_features
+from weaver.inversion import invert
+from weaver.layers import PAPER, InjectionSites
+from weaver.sizes import format_bytes, parse_bytes
+
+STEPS = 5
+SITES = InjectionSites("some", resnets=(4,), attentions=(4, 7), resnet_window=0.6, attention_window=0.4)
+
+
+@pytest.fixture
+def picture():
+    return Image.effect_noise((32, 32), 80).convert("RGB")
+
+
+def counted(pipe, monkeypatch) -> list:
+    """Notes every forward of the U-Net."""
+    calls, forward = [], type(pipe.unet).forward
+    monkeypatch.setattr(type(pipe.unet), "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    return calls
+
+
+@pytest.mark.parametrize("with_features", [False, True], ids=["latents", "features"])
+@pytest.mark.parametrize("name", ["tiny_pipe", "tiny_pipe_v"])
+def test_a_warm_run_gives_the_same_numbers_and_skips_the_work(
+    name, with_features, request, tmp_path, picture, monkeypatch
+):
+    pipe = request.getfixturevalue(name)
+    cache = Cache(tmp_path / "cache", features=with_features)
+    plain = invert(pipe, picture, "a dog", STEPS)
+    expected = collect_features(pipe, plain, SITES)
+    cold = invert(pipe, picture, "a dog", STEPS, cache=cache)
+    assert not cold.cached and not collect_features(pipe, cold, SITES, cache=cache).cached
+    calls = counted(pipe, monkeypatch)
+    warm = invert(pipe, picture, "a dog", STEPS, cache=cache)
+    features = collect_features(pipe, warm, SITES, cache=cache)
+    assert len(calls) == (0 if with_features else 3)  # the injected steps
+    assert warm.cached and features.cached == with_features
+    for name in ("latents", "timesteps", "text"):
+        assert torch.equal(getattr(warm, name), getattr(plain, name))
+    assert torch.equal(features.reconstruction, expected.reconstruction)
+    assert torch.equal(features.timesteps, expected.timesteps) and torch.equal(features.z_T, expected.z_T)
+    for step, kept in zip(features.tensors, expected.tensors, strict=True):
+        assert step.keys() == kept.keys() and all(torch.equal(step[path], kept[path]) for path in kept)
+
+
+def test_tensors_come_back_as_they_lay(tmp_path):
+    kept = {"first": torch.rand(2, 3, 4, 5), "last": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)}
+    kept |= {"bfloat16": torch.rand(3, 2).bfloat16().T, "whole": torch.arange(3)}
+    Cache(tmp_path).put({"kind": "x"}, kept)
+    found = Cache(tmp_path).get({"kind": "x"})
+    assert found.keys() == kept.keys() and all(torch.equal(found[name], x) for name, x in kept.items())
+    assert all(found[name].stride() == kept[name].stride() for name in ("first", "last", "whole"))
+    assert all(x.data_ptr() % 16 == 0 for x in found.values())
+
+
+def test_progress_reaches_its_end_from_the_cache(tiny_pipe, tmp_path, picture):
+    cache, told = Cache(tmp_path, features=True), []
+    for _ in range(2):
+        told.clear()
+        inversion = invert(tiny_pipe, picture, "a dog", 2, cache=cache, progress=lambda *at: told.append(at))
+        collect_features(tiny_pipe, inversion, SITES, cache=cache, progress=lambda *at: told.append(at))
+    assert told == [(2, 2), (2, 2)]
+
+
+def test_what_decides_an_inversion_is_in_its_identity(tiny_pipe, picture):
+    def identity(image=picture, prompt="a dog", steps=3):
+        return inversion_identity(tiny_pipe, image, prompt, steps)
+
+    first = identity()
+    assert first == identity(picture.copy())
+    dotted = picture.copy()
+    dotted.putpixel((3, 3), (1, 2, 3))
+    others = [identity(dotted), identity(prompt="a cat"), identity(steps=4), identity(torch.zeros(1, 4, 16, 16))]
+    others.append(identity(torch.zeros(1, 4, 16, 16).double()))
+    weight = tiny_pipe.unet.conv_in.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0, 0, 0] += 1e-12  # less than float16 knows
+    others.append(identity())
+    with torch.no_grad():
+        weight.copy_(before)
+    scheduler = tiny_pipe.scheduler
+    tiny_pipe.scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
+    others.append(identity())
+    tiny_pipe.scheduler = scheduler
+    processors = dict(tiny_pipe.unet.attn_processors)
+    tiny_pipe.unet.set_attn_processor(AttnProcessor())
+    others.append(identity())
+    tiny_pipe.unet.set_attn_processor(processors)
+    assert identity() == first
+    found = [first, *others]
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
+
+
+def test_features_of_other_sites_are_others(tiny_pipe, tmp_path, picture):
+    cache = Cache(tmp_path, features=True)
+    inversion = invert(tiny_pipe, picture, "a dog", STEPS, cache=cache)
+    collect_features(tiny_pipe, inversion, SITES, cache=cache)
+    assert not collect_features(tiny_pipe, inversion, PAPER, cache=cache).cached
+    assert collect_features(tiny_pipe, inversion, PAPER, cache=cache).cached
+
+
+def test_features_without_a_reconstruction_do_not_stand_for_those_with_one(tiny_pipe, tmp_path, picture):
+    cache = Cache(tmp_path, features=True)
+    inversion = invert(tiny_pipe, picture, "a dog", STEPS, cache=cache)
+    assert collect_features(tiny_pipe, inversion, SITES, cache=cache, reconstruct=False).reconstruction is None
+    assert collect_features(tiny_pipe, inversion, SITES, cache=cache, reconstruct=False).cached
+    whole = collect_features(tiny_pipe, inversion, SITES, cache=cache)
+    assert not whole.cached and whole.reconstruction is not None
+
+
+def test_a_model_that_is_changed_beside_its_weights_is_not_cached(tiny_pipe, tmp_path, picture):
+    unet = tiny_pipe.unet
+    assert uncacheable_reasons(tiny_pipe) == []
+    hook = unet.conv_in.register_forward_hook(lambda *a: None)
+    assert "conv_in has forward hooks" in uncacheable_reasons(tiny_pipe)[0]
+    inversion = invert(tiny_pipe, picture, "a dog", 1, cache=Cache(tmp_path / "cache"))
+    hook.remove()
+    assert inversion.identity is None and not (tmp_path / "cache").exists()
+    tiny_pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert "FreeU" in uncacheable_reasons(tiny_pipe)[0]
+    tiny_pipe.disable_freeu()
+    assert uncacheable_reasons(tiny_pipe) == []
+
+
+def test_what_was_not_used_for_longest_goes_first(tmp_path):
+    room = 3 * 300_000
+    cache = Cache(tmp_path, limit=room)
+    for number in range(3):
+        assert cache.put(stress.identity_of(number), stress.tensors_of(number, 1 << 16))
+        card = next(tmp_path.glob(f"*/{'entry.json'}"))
+        for place in tmp_path.glob("*/entry.json"):
+            os.utime(place, (time.time() - 100 + number, place.stat().st_mtime - 10))
+    assert card and cache.get(stress.identity_of(0)) is not None  # now the last used
+    assert cache.put(stress.identity_of(3), stress.tensors_of(3, 1 << 16))
+    there = [cache.get(stress.identity_of(number)) is not None for number in range(4)]
+    assert there == [True, False, True, True]
+    assert sum(entry.nbytes for entry in cache.entries()) <= room
+    with pytest.warns(CacheWarning, match="limit of 900.0 kB"):
+        assert not cache.put(stress.identity_of(9), stress.tensors_of(9, 1 << 18))
+    assert len(cache.entries()) == 3
+
+
+def test_an_entry_that_lost_a_file_is_made_again(tmp_path):
+    cache = Cache(tmp_path)
+    for lost in ("tensors.safetensors", "entry.json"):
+        cache.put(stress.identity_of(1), stress.tensors_of(1, 64))
+        next(tmp_path.glob(f"*/{lost}")).unlink()
+        assert cache.get(stress.identity_of(1)) is None
+        assert cache.put(stress.identity_of(1), stress.tensors_of(1, 64))
+        assert stress.check_whole(cache, 2, 64) == 1
+
+
+def test_killed_writers_leave_whole_entries(tmp_path):
+    midway, _ = stress.kills(tmp_path, 12, random.Random(0))
+    assert midway >= 3
+
+
+def test_two_writers_and_a_reader(tmp_path):
+    assert stress.two_writers(tmp_path, 1.0) >= 1
+
+
+def test_a_full_disk(tmp_path):
+    stress.full_disk(tmp_path)
+
+
+def test_flipped_bits(tmp_path):
+    assert stress.flipped_bits(tmp_path, 30, random.Random(0)) >= 20
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder that nobody can write into")
+def test_a_folder_that_cannot_be_written_costs_no_result(tiny_pipe, picture):
+    with pytest.warns(CacheWarning, match="nothing is kept in the cache /proc/cache"):
+        inversion = invert(tiny_pipe, picture, "a dog", 1, cache=Cache("/proc/cache"))
+    assert torch.equal(inversion.latents, invert(tiny_pipe, picture, "a dog", 1).latents)
+
+
+def test_a_limit_below_nothing_is_refused(tmp_path):
+    with pytest.raises(WeaverError, match="limit is -1"):
+        Cache(tmp_path, limit=-1)
+
+
+def test_the_command_lists_prunes_and_clears(tmp_path, capsys):
+    cache = Cache(tmp_path)
+    for number in range(3):
+        cache.put(stress.identity_of(number) | {"prompt": f"prompt {number}"}, stress.tensors_of(number, 1 << 16))
+    assert main(["cache", "list", "--folder", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "3 entries (811.9 kB)" in told and "'prompt 1'" in told
+    assert main(["cache", "prune", "--to", "600 kB", "--folder", str(tmp_path)]) == 0
+    assert "1 entry (270.6 kB)" in capsys.readouterr().out
+    assert main(["cache", "clear", "--folder", str(tmp_path)]) == 0
+    assert cache.entries() == [] and "2 entries" in capsys.readouterr().out
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main(["cache", "list", "--folder", str(file)]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("12GB", 12 * 10**9), ("1.5 GiB", 3 * 2**29), ("500mb", 500 * 10**6), ("4096", 4096)]
+)
+def test_amounts_of_memory(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "12XB", "1e9", "1.GB"])
+def test_amounts_that_are_none(text):
+    with pytest.raises(WeaverError, match="500MB"):
+        parse_bytes(text)
+
+
+def test_amounts_as_people_read_them():
+    assert [format_bytes(n) for n in (0, 999, 3_800_000, 8 * 2**30)] == ["0 B", "999 B", "3.8 MB", "8.6 GB"]

@@ -1,0 +1,93 @@
+"""What an inversion, its reconstruction and its features follow from, as plain values: equal values, equal results."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from PIL import Image
+
+from weaver.layers import InjectionSites
+from weaver.models import weights_hash
+
+__all__ = ["features_identity", "inversion_identity", "reconstruction_identity", "uncacheable_reasons"]
+
+# Attention processors of diffusers that compute attention and nothing else; they differ in rounding.
+_PLAIN_PROCESSORS = {"AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor"}
+
+
+def inversion_identity(pipe, image: Image.Image | torch.Tensor, prompt: str, steps: int) -> dict | None:
+    """Of `weaver.inversion.invert` with these arguments; None where something changes the model that is not in its
+    weights (`uncacheable_reasons`).
+
+    The weights are hashed bit by bit each time: they may have been changed in place. Of a model of 2.6 GB that takes
+    two seconds.
+    """
+    if uncacheable_reasons(pipe):
+        return None
+    processors = {type(processor).__name__ for processor in pipe.unet.attn_processors.values()}
+    return {
+        "kind": "inversion",
+        "picture": _picture(image),
+        "prompt": prompt,
+        "tokens": pipe.tokenizer(prompt).input_ids,
+        "steps": steps,
+        "model": weights_hash(pipe, exact=True),
+        "config": {part: _plain(getattr(pipe, part).config) for part in ("unet", "vae", "text_encoder", "scheduler")},
+        "scheduler": type(pipe.scheduler).__name__,
+        "processors": sorted(processors),
+        "dtype": {part: str(getattr(pipe, part).dtype) for part in ("unet", "vae", "text_encoder")},
+        "time_ids": None,  # Stable Diffusion has none
+        "device": pipe.unet.device.type,
+        "torch": torch.__version__,
+    }
+
+
+def reconstruction_identity(inversion: Mapping) -> dict:
+    """Of the latents that the reverse pass ends at."""
+    return {"kind": "reconstruction", "inversion": dict(inversion)}
+
+
+def features_identity(inversion: Mapping, sites: InjectionSites) -> dict:
+    """Of the features at `sites`, by steps and windows."""
+    steps = inversion["steps"]
+    layers = {
+        "resnets": [list(sites.resnets), sites.resnet_steps(steps)],
+        "attentions": [list(sites.attentions), sites.attention_steps(steps)],
+    }
+    return {"kind": "features", "inversion": dict(inversion), "sites": layers}
+
+
+def uncacheable_reasons(pipe) -> list[str]:
+    """What makes the U-Net's output follow from more than its weights; empty for a model as it was loaded."""
+    unet = pipe.unet
+    reasons = []
+    if getattr(unet, "_hf_peft_config_loaded", False):
+        reasons.append("adapters are loaded: fuse them, or unload them")
+    odd = {type(processor).__name__ for processor in unet.attn_processors.values()} - _PLAIN_PROCESSORS
+    if odd:
+        reasons.append(f"it has attention processors of its own ({', '.join(sorted(odd))})")
+    if any(getattr(block, name, None) for block in unet.up_blocks for name in ("s1", "s2", "b1", "b2")):
+        reasons.append("FreeU is on: disable it")
+    hooked = [name for name, module in unet.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    if hooked:
+        reasons.append(f"{hooked[0] or 'the U-Net'} has forward hooks")
+    return reasons
+
+
+def _picture(image: Image.Image | torch.Tensor) -> dict:
+    """Size and SHA-256 of the pixels as the autoencoder sees them, or of latents."""
+    if isinstance(image, Image.Image):
+        rgb = image.convert("RGB")
+        return {"size": list(rgb.size), "rgb": hashlib.sha256(rgb.tobytes()).hexdigest()}
+    latents = image.detach().cpu().contiguous()
+    digest = hashlib.sha256(latents.flatten().view(torch.uint8).numpy()).hexdigest()
+    return {"shape": list(latents.shape), "dtype": str(latents.dtype), "latents": digest}
+
+
+def _plain(config) -> dict:
+    """A configuration without where it was loaded from and what wrote it."""
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    away = ("_name_or_path", "_diffusers_version", "transformers_version", "_class_name", "_use_default_values")
+    return {name: repr(values[name]) for name in sorted(values) if name not in away}

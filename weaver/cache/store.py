@@ -1,0 +1,234 @@
+"""Tensors on disk, addressed by what they were made from.
+
+An entry is a folder named by the SHA-256 of its identity, with `tensors.safetensors` and `entry.json` (the identity,
+and the tensors' own SHA-256). It appears by one rename and goes by one rename, so that a reader finds a whole entry or
+none, whenever a writer is killed. Writers take turns by a lock that dies with its process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from weaver.errors import WeaverError
+from weaver.sizes import format_bytes
+
+__all__ = ["Cache", "CacheWarning", "Entry", "default_folder"]
+
+FORMAT = 1
+_LIMIT = 8 * 2**30
+_WAIT = 60.0  # seconds for other writers; a gigabyte takes a few
+_TENSORS, _CARD, _LOCK, _PARTIAL = "tensors.safetensors", "entry.json", ".lock", ".partial-"
+_CHANNELS_LAST = "#channels_last"
+
+
+class CacheWarning(UserWarning):
+    """The cache could not keep, or had to throw away something; the run goes on without it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry: its key and identity, its size in bytes, when it was last used (seconds since 1970)."""
+
+    key: str
+    identity: Mapping
+    nbytes: int
+    used: float
+
+
+def default_folder() -> Path:
+    """`$WEAVER_CACHE`, or `~/.cache/concept-weaver`."""
+    named = os.environ.get("WEAVER_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "concept-weaver"
+
+
+class Cache:
+    """Results kept on disk by the content that they follow from. Safe for several processes at once.
+
+    Whatever goes wrong with the disk is one `CacheWarning` and no more: what could not be kept is computed again. An
+    entry that is damaged is thrown away and not returned.
+
+    Parameters
+    ----------
+    folder : where; None is `default_folder()`. Made when something is first kept
+    limit : bytes that all entries may take; what was not used for longest goes first
+    features : keep features too, which take far more room than latents (1.1 GB for Stable Diffusion 2.1 at 768, 50
+        steps), and save the reverse pass on top of the inversion
+    """
+
+    def __init__(self, folder: str | os.PathLike | None = None, *, limit: int = _LIMIT, features: bool = False):
+        if limit < 0:
+            raise WeaverError(f"the cache's limit is {limit} bytes, expected 0 or more")
+        self.folder = Path(folder) if folder is not None else default_folder()
+        self.limit = limit
+        self.features = features
+
+    def get(self, identity: Mapping) -> dict[str, torch.Tensor] | None:
+        """The tensors kept under `identity`, on the CPU; None where there are none. Counts as a use."""
+        key = _key(identity)
+        place = self.folder / key
+        try:
+            card = json.loads((place / _CARD).read_bytes())
+            data = (place / _TENSORS).read_bytes()
+            if _key(card["identity"]) != key or hashlib.sha256(data).hexdigest() != card["sha256"]:
+                raise ValueError("its bytes are not those that were written")
+            tensors = dict(_laid_out(*stored) for stored in load(data).items())
+        except FileNotFoundError:
+            # Never there, thrown away meanwhile, or half of it lost: then the next writer replaces it.
+            return None
+        except OSError as error:
+            warnings.warn(f"cache entry {place} can't be read ({error.strerror})", CacheWarning, stacklevel=2)
+            return None
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            self._discard(place, error)
+            return None
+        try:
+            os.utime(place / _CARD)
+        except OSError:  # a folder that is only read: its order of use stays
+            pass
+        return tensors
+
+    def put(self, identity: Mapping, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Keep tensors under `identity`, a mapping of plain values; whether they are kept now."""
+        key = _key(identity)
+        data = save(dict(_flat(name, tensor.detach().cpu()) for name, tensor in tensors.items()))
+        card = {"identity": dict(identity), "sha256": hashlib.sha256(data).hexdigest()}
+        text = json.dumps(card, indent=1, ensure_ascii=False).encode()
+        try:
+            if len(data) + len(text) > self.limit:
+                size, limit = format_bytes(len(data)), format_bytes(self.limit)
+                raise OSError(0, f"{size} are more than the cache's limit of {limit}")
+            with self._locked():
+                if not _whole(self.folder / key):
+                    self._write(key, data, text)
+                    self._evict(self.limit, keep=key)
+        except (OSError, Timeout, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            warnings.warn(f"nothing is kept in the cache {self.folder} ({reason})", CacheWarning, stacklevel=2)
+            return False
+        return True
+
+    def entries(self) -> list[Entry]:
+        """All entries, the last used first."""
+        found = []
+        for place in self._places():
+            try:
+                nbytes = sum(file.stat().st_size for file in place.iterdir())
+                used = (place / _CARD).stat().st_mtime
+                identity = json.loads((place / _CARD).read_bytes())["identity"]
+            except OSError:
+                continue
+            except (ValueError, KeyError, TypeError):
+                identity = {"kind": "damaged"}
+            found.append(Entry(place.name, identity, nbytes, used))
+        return sorted(found, key=lambda entry: entry.used, reverse=True)
+
+    def prune(self, limit: int | None = None) -> list[Entry]:
+        """Throw away what was not used for longest until `limit` bytes remain (None: the cache's own), and leftovers.
+
+        Returns what went. Raises `WeaverError` where the folder can't be changed.
+        """
+        limit = self.limit if limit is None else limit
+        if not self.folder.is_dir():
+            return []
+        try:
+            with self._locked():
+                return self._evict(limit)
+        except (OSError, Timeout, NotImplementedError) as error:
+            raise WeaverError(f"the cache {self.folder} can't be changed ({error})") from error
+
+    def clear(self) -> list[Entry]:
+        """Throw away everything; returns what went."""
+        return self.prune(0)
+
+    def _places(self) -> list[Path]:
+        try:
+            return [place for place in self.folder.iterdir() if len(place.name) == 64 and place.is_dir()]
+        except OSError:
+            return []
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone among writers. What a killed one left half-written goes first: nobody else can be at it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / _LOCK, timeout=_WAIT):
+            for left in self.folder.glob(f"{_PARTIAL}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            yield
+
+    def _write(self, key: str, data: bytes, text: bytes) -> None:
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.folder))
+        try:
+            for name, content in ((_TENSORS, data), (_CARD, text)):
+                with open(partial / name, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            self._remove(self.folder / key)  # a half that a disk lost
+            os.rename(partial, self.folder / key)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _remove(self, place: Path) -> None:
+        if place.exists():
+            aside = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.folder))
+            os.rename(place, aside / place.name)
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _evict(self, limit: int, keep: str | None = None) -> list[Entry]:
+        entries, gone = self.entries(), []
+        total = sum(entry.nbytes for entry in entries)
+        for entry in reversed(entries):
+            if total <= limit:
+                break
+            if entry.key != keep:
+                self._remove(self.folder / entry.key)
+                total -= entry.nbytes
+                gone.append(entry)
+        return gone
+
+    def _discard(self, place: Path, error: Exception) -> None:
+        what = f"cache entry {place} is damaged ({error})"
+        try:
+            with self._locked():
+                self._remove(place)
+            warnings.warn(f"{what}; it was thrown away", CacheWarning, stacklevel=3)
+        except (OSError, Timeout, NotImplementedError):
+            warnings.warn(f"{what}; it can't be removed and is not used", CacheWarning, stacklevel=3)
+
+
+def _key(identity: Mapping) -> str:
+    text = json.dumps({"format": FORMAT, **identity}, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _flat(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """A tensor as it is stored. Of one that lies with its channels last the name tells it: layout decides roundings."""
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return name + _CHANNELS_LAST, tensor.permute(0, 2, 3, 1)
+    return name, tensor.contiguous()
+
+
+def _laid_out(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """`_flat` undone, copied to where any new tensor would be: in the file's bytes they lie askew."""
+    if name.endswith(_CHANNELS_LAST):
+        return name.removesuffix(_CHANNELS_LAST), tensor.clone().permute(0, 3, 1, 2)
+    return name, tensor.clone()
+
+
+def _whole(place: Path) -> bool:
+    return (place / _CARD).is_file() and (place / _TENSORS).is_file()
