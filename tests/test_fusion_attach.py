@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import PNDMScheduler, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from weaver import WeaverError
@@ -292,8 +292,8 @@ def test_a_unet_called_before_its_pipeline_is_an_error(tiny_pipe, plan):
 
 
 def test_other_pipelines_are_an_error(tiny_pipe, plan):
-    other = StableDiffusionImg2ImgPipeline(**tiny_pipe.components, requires_safety_checker=False)
-    with pytest.raises(WeaverError, match="rows of a StableDiffusionImg2ImgPipeline are not known"):
+    other = StableDiffusionInstructPix2PixPipeline(**tiny_pipe.components, requires_safety_checker=False)
+    with pytest.raises(WeaverError, match="rows of a StableDiffusionInstructPix2PixPipeline are not known"):
         with attach(other, plan):
             pass
 

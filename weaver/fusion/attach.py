@@ -17,8 +17,15 @@ from weaver.layers import InjectionSites, cross_attention_paths
 __all__ = ["attach", "installable_reasons"]
 
 _OWN = (FusedCrossAttnProcessor, InjectedSelfAttnProcessor)
-# Pipelines whose batch is the negative rows, then the prompt's, over the whole of the scheduler's timesteps.
-_PIPELINES = ("StableDiffusionPipeline",)
+# Pipelines whose batch is the negative rows, then the prompt's, and whose steps are of the scheduler's timesteps.
+_PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionControlNetInpaintPipeline",
+)
 
 
 @contextmanager
@@ -27,13 +34,15 @@ def attach(target, plan: FusionPlan, *, rows: Sequence[str] | None = None) -> It
 
     Parameters
     ----------
-    target : a `StableDiffusionPipeline`, called as ever, with the plan's prompt, negative prompt, size and steps (see
-        `FusionPlan.pipeline_arguments`); or its U-Net, for a loop of one's own
+    target : a `StableDiffusionPipeline` or its image-to-image, inpainting and ControlNet forms, called as ever, with
+        the plan's prompt, negative prompt, size and steps (see `FusionPlan.pipeline_arguments`); or its U-Net, for a
+        loop of one's own
     rows : for a U-Net only: what each row of its batch is, "negative" or "fused". A loop of one's own also calls
         `set_step(step, timesteps)` on what this yields, before each forward, and runs under `torch.no_grad()`
 
     Guidance is the pipeline's: `eps = omega eps_fused + (1 - omega) eps_negative` (Concept Weaver, section 3.5), and
-    without guidance there is no negative row. Several images a prompt each get the plan.
+    without guidance there is no negative row. Several images a prompt each get the plan. A ControlNet reads the base
+    prompt. Windows are parts of the whole schedule, of which image-to-image at `strength` runs the last part.
 
     Raises `WeaverError` with every reason when the plan does not fit, and when the pipeline is called with other
     prompts or another size than the plan's or, where it injects features, with other steps than theirs. From plain
