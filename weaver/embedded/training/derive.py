@@ -1,7 +1,8 @@
 """Everything that is derived from the trained model, rebuilt by one command: ``... training derive``.
 
 Helpers, concept files and figures are worth nothing with another model, so ``derived.json`` records for each file its
-own hash and the hash of the model it was made with, and a test compares both.
+own hash, the part of the model it was made with and that part's hash, and a test compares them. The helpers learn from
+pictures through the autoencoder alone: while that stays, ``derive`` keeps them, and their own stages train them anew.
 """
 
 from __future__ import annotations
@@ -70,26 +71,48 @@ def train_concepts() -> None:
         pool.map(_train_one_concept, CONCEPTS, chunksize=1)
 
 
-def _record(files: Iterable[Path]) -> None:
-    """Note in ``derived.json`` which model the files were made with."""
-    records = json.loads(DERIVED_FILE.read_text(encoding="utf-8")) if DERIVED_FILE.exists() else {}
+def _name(file: Path) -> str:
+    return file.relative_to(_ROOT).as_posix()
+
+
+def _made(file: Path, part: str) -> dict[str, str]:
+    """What ``derived.json`` says of a file made with a part of the model ("." for all of it)."""
+    return {
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "part": part,
+        "model": model_hash((MODEL_DIR / part).resolve()),
+    }
+
+
+def _records() -> dict[str, dict[str, str]]:
+    return json.loads(DERIVED_FILE.read_text(encoding="utf-8")) if DERIVED_FILE.exists() else {}
+
+
+def _record(files: Iterable[Path], part: str = ".") -> None:
+    """Note in ``derived.json`` which part of the model the files were made with."""
+    records = _records()
     for file in files:
         file.chmod(0o644)  # safetensors leaves files that only their owner can read
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        records[file.relative_to(_ROOT).as_posix()] = {"sha256": digest, "model": model_hash()}
+        records[_name(file)] = _made(file, part)
     DERIVED_FILE.write_text(json.dumps(dict(sorted(records.items())), indent=2) + "\n", encoding="utf-8")
+
+
+def _to_make(stage: str, wanted: str, file: Path) -> bool:
+    """Whether a helper is to be trained: asked for by name, or not there as this autoencoder made it."""
+    kept = file.exists() and _records().get(_name(file)) == _made(file, "vae")
+    return wanted == stage or (wanted == "derive" and not kept)
 
 
 def run(stage: str, work: Path) -> None:
     """Run one stage on the package's own model, or all of them for ``derive``; `work` is a scratch folder."""
-    if stage in ("segmenter", "derive"):
+    if _to_make("segmenter", stage, SEGMENTER_FILE):
         vae = AutoencoderTiny.from_pretrained(MODEL_DIR / "vae").float()
         bank = make_bank(work / "bank_helpers", _HELPER_SCENES, for_helpers=True)
         train_segmenter(load_bank(bank), vae, SEGMENTER_FILE, minutes=10)
-        _record([SEGMENTER_FILE])
-    if stage in ("identity", "derive"):
+        _record([SEGMENTER_FILE], "vae")
+    if _to_make("identity", stage, IDENTITY_FILE):
         train_identity(MODEL_DIR / "vae", IDENTITY_FILE, minutes=4)
-        _record([IDENTITY_FILE])
+        _record([IDENTITY_FILE], "vae")
     if stage in ("concepts", "derive"):
         draw_concept_pictures()
         train_concepts()
