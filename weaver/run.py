@@ -131,6 +131,7 @@ def _weave(
         dilation=job.masks.dilation,
         overlap=job.masks.overlap,
         source_prompt=job.inversion_prompt,
+        noised=job.inversion_noised,
         seed=job.seed,
         steps=job.steps,
         guidance=fusion.guidance,

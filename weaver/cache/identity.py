@@ -17,9 +17,12 @@ __all__ = ["features_identity", "inversion_identity", "reconstruction_identity",
 _PLAIN_PROCESSORS = {"AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor"}
 
 
-def inversion_identity(pipe, image: Image.Image | torch.Tensor, prompt: str, steps: int) -> dict | None:
-    """Of `weaver.inversion.invert` with these arguments; None where something changes the model that is not in its
-    weights (`uncacheable_reasons`).
+def inversion_identity(
+    pipe, image: Image.Image | torch.Tensor, prompt: str, steps: int, noise: list[int] | None = None
+) -> dict | None:
+    """Of `weaver.inversion.invert` with these arguments, `noise` being [steps that are noised, seed] or None.
+
+    None where something changes the model that is not in its weights (`uncacheable_reasons`).
 
     The weights are hashed bit by bit each time: they may have been changed in place. Of a model of 2.6 GB that takes
     two seconds.
@@ -33,6 +36,7 @@ def inversion_identity(pipe, image: Image.Image | torch.Tensor, prompt: str, ste
         "prompt": prompt,
         "tokens": pipe.tokenizer(prompt).input_ids,
         "steps": steps,
+        "noise": noise,
         "model": weights_hash(pipe, exact=True),
         "config": {part: _plain(getattr(pipe, part).config) for part in ("unet", "vae", "text_encoder", "scheduler")},
         "scheduler": type(pipe.scheduler).__name__,
