@@ -87,7 +87,7 @@ def template_picture(
     seed: int = 0,
     steps: int = 50,
     guidance: float | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     stages: Stages | None = None,
 ) -> Image.Image:
     """The template at `size` (height, width): read from a `Path`, or made by `pipe` from a prompt.

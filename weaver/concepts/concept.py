@@ -17,7 +17,15 @@ from safetensors.torch import save_file
 from weaver.errors import WeaverError
 from weaver.layers import cross_attention_paths
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "Concept", "ConceptError", "attn2_hash", "attn2_projections"]
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "Concept",
+    "ConceptError",
+    "attn2_hash",
+    "attn2_projections",
+    "text_encoders",
+]
 
 FORMAT = "concept-weaver/concept"
 FORMAT_VERSION = 1
@@ -58,6 +66,15 @@ def attn2_hash(unet: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def text_encoders(pipe) -> dict[str, torch.nn.Module]:
+    """The text encoders of a pipeline by the names of its parts, in the order in which their widths are joined.
+
+    Stable Diffusion has "text_encoder", SDXL "text_encoder_2" too.
+    """
+    parts = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
+    return {name: encoder for name, encoder in parts.items() if encoder is not None}
+
+
 @dataclass(frozen=True, eq=False)
 class Concept:
     """One personalised subject or background, as deltas on one base model (Concept Weaver, section 3.1).
@@ -68,7 +85,8 @@ class Concept:
     token : the modifier token as written in prompts, such as "<v1>"; no white space.
     word : the class word the token stands before, such as "cat".
     base_hash : `attn2_hash` of the U-Net that the deltas belong to.
-    embeddings : ``{"text_encoder": [V, C]}``, the V vectors that the token stands for, per text encoder.
+    embeddings : ``{"text_encoder": [V, C]}``, the V vectors that the token stands for, per text encoder: for SDXL with
+        ``"text_encoder_2": [V, C_2]``.
     deltas : ``{"<path>.attn2.to_k": [out, in], ...}``, added to the base's weights.
     settings : how it was trained (steps, learning rates, seed, prior); plain JSON values.
     versions : library versions at training; plain JSON values.
@@ -141,6 +159,16 @@ class Concept:
         except ConceptError as error:
             raise ConceptError(f"{path}: {error}") from error
 
+    def embedding_reasons(self, pipe) -> list[str]:
+        """Why the token's vectors do not fit the pipeline's text encoders; empty when they do."""
+        widths = {key: part.get_input_embeddings().weight.shape[1] for key, part in text_encoders(pipe).items()}
+        missing = [f"its token has no embedding for {key}" for key in widths if key not in self.embeddings]
+        return missing + [
+            f"its token has width {vectors.shape[1]} in {key}, the model's is {widths.get(key)}"
+            for key, vectors in self.embeddings.items()
+            if vectors.shape[1] != widths.get(key)
+        ]
+
     def check_base(self, pipe, base_hash: str | None = None) -> None:
         """Raise `ConceptError` unless `pipe` has the base model that this concept was trained on.
 
@@ -151,11 +179,7 @@ class Concept:
         reasons = []
         if odd := sorted(name for name, shape in deltas.items() if weights.get(name) != shape):
             reasons.append(f"{len(odd)} of its {len(deltas)} weights do not fit the U-Net, {odd[0]} among them")
-        for key, vectors in self.embeddings.items():
-            encoder = getattr(pipe, key, None)
-            width = None if encoder is None else encoder.get_input_embeddings().weight.shape[1]
-            if width != vectors.shape[1]:
-                reasons.append(f"its token has width {vectors.shape[1]} in {key}, the model's is {width}")
+        reasons += self.embedding_reasons(pipe)
         if not reasons and (found := base_hash or attn2_hash(pipe.unet)) != self.base_hash:
             reasons.append(f"its base has hash {self.base_hash[:12]}..., this one {found[:12]}...")
         if reasons:
