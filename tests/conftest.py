@@ -186,6 +186,22 @@ def concepts_v(tiny_pipe_v):
 
 
 @pytest.fixture(scope="session")
+def tiny_sdxl():
+    """A noise-predicting SDXL pipeline, float64."""
+    from tiny_sdxl import make_sdxl
+
+    return make_sdxl()
+
+
+@pytest.fixture(scope="session")
+def concepts_sdxl(tiny_sdxl):
+    """The same concepts for `tiny_sdxl`."""
+    from tiny_sdxl import make_sdxl_concept
+
+    return [make_sdxl_concept(tiny_sdxl, i + 1, word) for i, word in enumerate(WORDS_OF_CONCEPTS)]
+
+
+@pytest.fixture(scope="session")
 def job_pipe():
     """A noise-predicting pipeline in float32, as jobs have it."""
     return make_pipeline(dtype=torch.float32)
