@@ -1,4 +1,4 @@
-"""What a U-Net reads besides latents and time: the text, and in SDXL a pooled embedding and time ids.
+"""What a U-Net reads besides latents and time: text, and in SDXL a pooled embedding and time ids.
 
 SDXL adds both to the time embedding (arXiv 2307.01952, sections 2.1 and 2.2), where no mask reaches them: a row of the
 batch has one of each. The time ids are six numbers: height and width of the training picture, top and left of its
@@ -12,10 +12,19 @@ from numbers import Real
 
 import torch
 
-__all__ = ["added_reasons", "make_time_ids", "time_id_reasons", "unet_arguments"]
+__all__ = ["added_reasons", "make_time_ids", "text_encoders", "time_id_reasons", "unet_arguments"]
 
 _TEXT_TIME = "text_time"
 _IDS = 6
+
+
+def text_encoders(pipe) -> dict[str, torch.nn.Module]:
+    """The text encoders of a pipeline by the names of its parts, in the order in which their widths are joined.
+
+    Stable Diffusion has "text_encoder", SDXL "text_encoder_2" too.
+    """
+    parts = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
+    return {name: encoder for name, encoder in parts.items() if encoder is not None}
 
 
 def added_reasons(pipe) -> list[str]:

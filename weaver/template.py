@@ -92,7 +92,7 @@ def template_picture(
 ) -> Image.Image:
     """The template at `size` (height, width): read from a `Path`, or made by `pipe` from a prompt.
 
-    `guidance` None is the model's default, which for a pipeline that can't fuse is its own.
+    `guidance` None is the model's default for Stable Diffusion 1.x and 2.x, any other pipeline's own.
     """
     stages = stages or Stages(bars=False)
     with stages.stage("template"):

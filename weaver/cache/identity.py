@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from PIL import Image
 
-from weaver.concepts.concept import text_encoders
+from weaver.conditioning import text_encoders
 from weaver.layers import InjectionSites
 from weaver.models import weights_hash
 

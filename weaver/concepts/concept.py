@@ -14,18 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError
 from weaver.layers import cross_attention_paths
 
-__all__ = [
-    "FORMAT",
-    "FORMAT_VERSION",
-    "Concept",
-    "ConceptError",
-    "attn2_hash",
-    "attn2_projections",
-    "text_encoders",
-]
+__all__ = ["FORMAT", "FORMAT_VERSION", "Concept", "ConceptError", "attn2_hash", "attn2_projections"]
 
 FORMAT = "concept-weaver/concept"
 FORMAT_VERSION = 1
@@ -64,15 +57,6 @@ def attn2_hash(unet: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
         digest.update(weight.numpy().astype("<f2", copy=False).tobytes())
     return digest.hexdigest()
-
-
-def text_encoders(pipe) -> dict[str, torch.nn.Module]:
-    """The text encoders of a pipeline by the names of its parts, in the order in which their widths are joined.
-
-    Stable Diffusion has "text_encoder", SDXL "text_encoder_2" too.
-    """
-    parts = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
-    return {name: encoder for name, encoder in parts.items() if encoder is not None}
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from weaver.concepts.concept import Concept, text_encoders
+from weaver.concepts.concept import Concept
+from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError
 
 __all__ = [
@@ -52,7 +53,7 @@ class Encoding(NamedTuple):
 def encode(pipe, prompt: str | None, concept: Concept | None = None) -> Encoding:
     """Encode one prompt as the `encode_prompt` of the pipeline does, with a concept's token if given.
 
-    Stable Diffusion's text is the last hidden state of its encoder. SDXL's joins the last hidden states but one of
+    Stable Diffusion's text is the last hidden state of its encoder. SDXL's joins the hidden states before the last of
     both encoders, and its pooled embedding is the second's (arXiv 2307.01952, section 2.1). No prompt at all (None) is
     an empty one, or zeros where SDXL is configured so (`force_zeros_for_empty_prompt`).
 
