@@ -69,7 +69,10 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @contextmanager
 def _upcast(vae) -> Iterator[None]:
-    """Run in float32 an autoencoder whose configuration says that it overflows in float16, as SDXL's does."""
+    """Run in float32 an autoencoder whose configuration says that it overflows in float16, as SDXL's does.
+
+    That is the library's default too: a Stable Diffusion model that says nothing of it is upcast as well.
+    """
     if vae.dtype != torch.float16 or not getattr(vae.config, "force_upcast", False):
         yield
         return
