@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from paper_reference import encode as reference_encode
 from PIL import Image
-from pipeline_forms import make
+from pipeline_forms import full_mask, make
+from tiny_sdxl import make_sdxl
 
 from weaver import Concept, WeaverError, weave
 from weaver.cache import Cache, inversion_identity
+from weaver.concepts.concept import attn2_hash
 from weaver.concepts.prompts import encode
 from weaver.conditioning import make_time_ids
 from weaver.defaults import defaults_for
 from weaver.features import collect_features, reconstruction_psnr
-from weaver.fusion import ConceptUse
-from weaver.inversion import invert
+from weaver.fusion import ConceptUse, FusionPlan, attach, sample_fusion
+from weaver.inversion import ddim_scheduler, invert
 from weaver.latents import decode_latents
 from weaver.layers import SDXL, InjectionSites, site_reasons, sites_for
 from weaver.masks.attention import attention_maps
@@ -148,6 +151,27 @@ def test_a_whole_run_of_the_library(tiny_sdxl, concepts_sdxl):
         (p, "a dog, mountain", "a <v1> dog, mountain") for p in (None, "")
     ]
     assert results[0].image.size == (32, 32) and results[0].settings["injection"]["sites"] == "sdxl"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lower_precision(tiny_sdxl, concepts_sdxl, dtype):
+    """Every stage in the model's own dtype, near what float64 gives, and the pipeline's numbers under `attach`."""
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def draw(pipe):
+        features = collect_features(pipe, invert(pipe, z, "a dog", 2), SITES)
+        concept = dataclasses.replace(concepts_sdxl[0], base_hash=attn2_hash(pipe.unet))
+        uses, amounts = [ConceptUse(concept)], {"suppression": 0.2, "guidance": 2.0}
+        plan = FusionPlan.build(pipe, uses, full_mask(), prompt="a dog", features=features, **amounts)
+        ours = sample_fusion(pipe.unet, features.z_T, ddim_scheduler(pipe.scheduler), plan)
+        with attach(pipe, plan):
+            assert torch.equal(ours, pipe(**plan.pipeline_arguments(), output_type="latent").images)
+        return ours
+
+    truth, ours = draw(tiny_sdxl), draw(make_sdxl(dtype=dtype))
+    assert ours.dtype == dtype
+    error = (ours.double() - truth).norm() / (truth - z).norm()
+    assert error < (1e-5 if dtype == torch.float32 else 0.1)
 
 
 def test_half_precision_decodes_in_float32_where_the_model_says_so(tiny_sdxl, picture):
