@@ -42,7 +42,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def make_tokenizer():
+def make_tokenizer(**options):
     """CLIP's byte-level BPE with merges learned from `WORDS`: every word of the list is one token."""
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
@@ -56,7 +56,7 @@ def make_tokenizer():
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH, **options)
 
 
 def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
@@ -183,6 +183,22 @@ def concepts(tiny_pipe):
 def concepts_v(tiny_pipe_v):
     """The same for `tiny_pipe_v`."""
     return [make_concept(tiny_pipe_v, i + 1, word) for i, word in enumerate(WORDS_OF_CONCEPTS)]
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl():
+    """A noise-predicting SDXL pipeline, float64."""
+    from tiny_sdxl import make_sdxl
+
+    return make_sdxl()
+
+
+@pytest.fixture(scope="session")
+def concepts_sdxl(tiny_sdxl):
+    """The same concepts for `tiny_sdxl`."""
+    from tiny_sdxl import make_sdxl_concept
+
+    return [make_sdxl_concept(tiny_sdxl, i + 1, word) for i, word in enumerate(WORDS_OF_CONCEPTS)]
 
 
 @pytest.fixture(scope="session")

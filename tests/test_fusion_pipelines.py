@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from diffusers import (
-    ControlNetModel,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
@@ -15,7 +12,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from PIL import Image
+from pipeline_forms import STEPS, controlnet_of, draw, full_mask, make
 
 from weaver import ConceptUse, FusionPlan, attach
 from weaver.concepts.concept import attn2_projections
@@ -23,7 +20,7 @@ from weaver.features import collect_features
 from weaver.inversion import ddim_scheduler, invert
 from weaver.layers import InjectionSites
 
-STEPS, PROMPT, NEGATIVE = 4, "a dog and a cat, mountain", "ugly"
+PROMPT, NEGATIVE = "a dog and a cat, mountain", "ugly"
 PIPELINES = [
     StableDiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -37,46 +34,7 @@ ALL = pytest.mark.parametrize("kind", PIPELINES, ids=lambda kind: kind.__name__.
 
 @pytest.fixture(scope="module")
 def controlnet(tiny_pipe):
-    """A ControlNet of the tiny U-Net whose zero convolutions are no longer zero."""
-    torch.manual_seed(0)
-    net = ControlNetModel.from_unet(tiny_pipe.unet, conditioning_embedding_out_channels=(8, 16))
-    for parameter in net.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return net.double()
-
-
-def make(kind, pipe, controlnet):
-    extra = {"controlnet": controlnet} if "controlnet" in inspect.signature(kind.__init__).parameters else {}
-    made = kind(**pipe.components, **extra, requires_safety_checker=False)
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-def draw(pipe, **arguments):
-    """Call a pipeline with every picture that its form takes."""
-    noise = Image.effect_noise((32, 32), 90).convert("RGB")
-    flat = Image.new("RGB", (32, 32), (200, 120, 40))
-    mask = Image.new("L", (32, 32), 0)
-    mask.paste(255, (4, 4, 28, 20))
-    controlled = "control_image" in inspect.signature(pipe.__call__).parameters
-    given = {"image": flat, "mask_image": mask, "control_image": noise}
-    if not controlled and hasattr(pipe, "controlnet"):
-        given["image"] = noise
-    given |= {"strength": 0.75, "num_inference_steps": STEPS, "output_type": "latent"} | arguments
-    given["generator"] = torch.Generator().manual_seed(0)
-    taken = inspect.signature(pipe.__call__).parameters
-    return pipe(**{name: value for name, value in given.items() if name in taken}).images
-
-
-@pytest.fixture(autouse=True)
-def _same_noise_picture(monkeypatch):
-    fixed = Image.effect_noise((32, 32), 90)
-    monkeypatch.setattr(Image, "effect_noise", lambda *_: fixed)
-
-
-def full_mask():
-    return torch.ones(1, 32, 32)
+    return controlnet_of(tiny_pipe.unet)
 
 
 @ALL
@@ -86,7 +44,7 @@ def test_a_region_that_is_the_whole_picture_is_its_prompt(kind, guidance, tiny_p
 
     A ControlNet reads p_base under `attach` and the region's prompt without it, so there p_base is that prompt too.
     """
-    pipe = make(kind, tiny_pipe, controlnet)
+    pipe = make(kind, tiny_pipe, controlnet, requires_safety_checker=False)
     own = "a cat, white"
     base = own if hasattr(pipe, "controlnet") else PROMPT
     plan = FusionPlan.build(
@@ -103,7 +61,7 @@ def test_a_region_that_is_the_whole_picture_is_its_prompt(kind, guidance, tiny_p
 @pytest.mark.parametrize("kind", PIPELINES[:3], ids=lambda kind: kind.__name__.removeprefix("StableDiffusion"))
 def test_a_concept_on_the_whole_picture_is_the_model_with_its_weights(kind, tiny_pipe, concepts):
     """Without a ControlNet, which would read p_base and not the concept's prompt."""
-    pipe, concept = make(kind, tiny_pipe, None), concepts[0]
+    pipe, concept = make(kind, tiny_pipe, requires_safety_checker=False), concepts[0]
     own = f"a {concept.token} {concept.word}"
     plan = FusionPlan.build(tiny_pipe, [ConceptUse(concept, prompt=own)], full_mask(), prompt=PROMPT, steps=STEPS)
     with attach(pipe, plan):
@@ -130,7 +88,7 @@ def test_features_of_the_template_are_injected(kind, tiny_pipe, controlnet, conc
         FusionPlan.build(tiny_pipe, [ConceptUse(concepts[0])], full_mask(), prompt=PROMPT, steps=STEPS, features=f)
         for f in (features, None)
     ]
-    pipe = make(kind, tiny_pipe, controlnet)
+    pipe = make(kind, tiny_pipe, controlnet, requires_safety_checker=False)
     pipe.scheduler = ddim_scheduler(tiny_pipe.scheduler)
     drawn = []
     for plan in plans:
@@ -142,7 +100,7 @@ def test_features_of_the_template_are_injected(kind, tiny_pipe, controlnet, conc
 @pytest.mark.parametrize("strength", [0.25, 0.5, 1.0])
 def test_windows_of_image_to_image_are_parts_of_the_whole_schedule(strength, tiny_pipe, concepts):
     """A concept whose window has passed where image-to-image begins is not seen at all."""
-    pipe = make(StableDiffusionImg2ImgPipeline, tiny_pipe, None)
+    pipe = make(StableDiffusionImg2ImgPipeline, tiny_pipe, requires_safety_checker=False)
     use = ConceptUse(concepts[0], window=(0.0, 0.5))
     plan = FusionPlan.build(tiny_pipe, [use], full_mask(), prompt=PROMPT, steps=STEPS)
     plain = draw(pipe, prompt=PROMPT, strength=strength)

@@ -8,7 +8,7 @@ from weaver.concepts.concept import Concept
 from weaver.fusion.attach import installable_reasons
 from weaver.fusion.contexts import ConceptUse, use_reasons
 from weaver.fusion.inputs import amount_reasons
-from weaver.fusion.support import unet_reasons
+from weaver.fusion.support import model_reasons
 from weaver.layers import InjectionSites, site_reasons
 from weaver.limits import size_reasons, step_reasons
 
@@ -50,7 +50,7 @@ def fusion_reasons(
     amounts : omega and lambda, by what to call them
     base_hash : `attn2_hash` of the pipeline's U-Net where it is known
     """
-    if reasons := unet_reasons(pipe.unet):
+    if reasons := model_reasons(pipe):
         return [f"model: {reason}" for reason in reasons]
     return [
         *step_reasons(pipe, steps),

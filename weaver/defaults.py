@@ -28,7 +28,7 @@ class Defaults:
 
 
 def defaults_for(pipe) -> Defaults:
-    """Defaults of a pipeline: Plug-and-Play's guidance for Stable Diffusion, swept values for the embedded model."""
+    """Defaults of a pipeline: Plug-and-Play's guidance for Stable Diffusion (SDXL too), the embedded model's swept."""
     if is_embedded(pipe):
         return Defaults(guidance=3.0, suppression=0.0, sites=EMBEDDED)
     return Defaults(guidance=7.5, suppression=0.2, sites=sites_for(pipe.unet))

@@ -36,6 +36,7 @@ class Features:
     z_T : the noise [1, C, h, w] the reverse pass started from, where fusion starts too
     reconstruction : the latents [1, C, h, w] it ended at; None if it was cut after the last injected step
     cached : whether they were taken from a cache
+    time_ids : SDXL's [1, 6], with which they were collected; None for models without
     """
 
     sites: InjectionSites
@@ -44,6 +45,7 @@ class Features:
     z_T: torch.Tensor
     reconstruction: torch.Tensor | None
     cached: bool = False
+    time_ids: torch.Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -97,7 +99,7 @@ def collect_features(
             tensors = _by_step(stored, inversion.steps, device if storage is None else storage)
             if progress:
                 progress(inversion.steps, inversion.steps)
-            return Features(sites, scheduler.timesteps, tensors, inversion.z_T, end, cached=True)
+            return Features(sites, scheduler.timesteps, tensors, inversion.z_T, end, True, inversion.time_ids)
     resnets = sites.resnet_modules()
     projections = [f"{path}.{name}" for path in sites.attention_modules(unet) for name in ("to_q", "to_k")]
     resnet_steps, attention_steps = sites.resnet_steps(inversion.steps), sites.attention_steps(inversion.steps)
@@ -110,7 +112,7 @@ def collect_features(
         with ExitStack() as hooks:
             for path in wanted:
                 hooks.callback(unet.get_submodule(path).register_forward_hook(_keep(found, path, storage)).remove)
-            output = unet(z, t, encoder_hidden_states=inversion.text, return_dict=False)[0]
+            output = unet(z, t, **inversion.unet_arguments, return_dict=False)[0]
         missing = [
             f"{path} was not called: unfuse the attention's projections first" for path in wanted if path not in found
         ]
@@ -126,7 +128,7 @@ def collect_features(
         flat = {f"{step}.{path}": tensor for step, found in enumerate(kept) for path, tensor in found.items()}
         cache.put(features_identity(identity, sites), flat)
     end = z if reconstruct and end is None else end
-    return Features(sites, scheduler.timesteps, tuple(kept), inversion.z_T, end)
+    return Features(sites, scheduler.timesteps, tuple(kept), inversion.z_T, end, False, inversion.time_ids)
 
 
 def reconstruction_psnr(pipe, inversion: Inversion, features: Features) -> float:

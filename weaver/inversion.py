@@ -8,7 +8,7 @@ template comes back less exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -17,9 +17,10 @@ from diffusers import DDIMInverseScheduler
 from PIL import Image
 
 from weaver.cache import Cache, inversion_identity
-from weaver.concepts.prompts import encode_prompt
+from weaver.concepts.prompts import encode
+from weaver.conditioning import added_reasons, make_time_ids, time_id_reasons, unet_arguments
 from weaver.errors import raise_if
-from weaver.latents import encode_image
+from weaver.latents import encode_image, vae_scale_factor
 from weaver.layers import whole_steps
 from weaver.limits import size_reasons, step_reasons
 from weaver.schedule import ddim_scheduler, invertible
@@ -38,6 +39,7 @@ class Inversion:
     prompt : the source prompt p_src, and `text` [1, L, C] its encoding
     identity : what it follows from (`weaver.cache`), where it was made with a cache
     cached : whether it was taken from there
+    pooled, time_ids : SDXL's pooled embedding [1, P] of p_src and time ids [1, 6]; None for models without
     """
 
     latents: torch.Tensor
@@ -46,6 +48,13 @@ class Inversion:
     text: torch.Tensor
     identity: Mapping | None = None
     cached: bool = False
+    pooled: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
+
+    @property
+    def unet_arguments(self) -> dict:
+        """What the U-Net's forward takes besides latents and timestep, for one row."""
+        return unet_arguments(self.text, self.pooled, self.time_ids)
 
     @property
     def steps(self) -> int:
@@ -76,6 +85,7 @@ def invert(
     *,
     noised: float = 0.0,
     seed: int = 0,
+    time_ids: Sequence[float] | None = None,
     cache: Cache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inversion:
@@ -85,42 +95,46 @@ def invert(
 
     Parameters
     ----------
-    pipe : a `StableDiffusionPipeline`; it is only read
+    pipe : a `StableDiffusionPipeline` or a `StableDiffusionXLPipeline`; it is only read
     image : a picture whose sides are multiples of 8 pixels, or latents [1, C, h, w] in the U-Net's scale
     prompt : what the picture shows, p_src
     steps : 1 to `weaver.schedule.most_steps(pipe.scheduler)`
     noised : part of the steps, from the picture on, that is replaced by adding noise at once; 0 is the paper's
         inversion, an approximation of it otherwise
     seed : of that noise
+    time_ids : for SDXL: original height and width, top and left of the crop, target height and width, which fusion then
+        has too; None is the picture's own size, uncropped
     cache : where the result is looked for, and kept; a model with adapters, FreeU or hooks is inverted without it
     progress : called after each step with (done, steps)
 
     Raises `WeaverError` with every reason, when picture or steps can't be used.
     """
-    raise_if(_reasons(pipe, image, steps) + noised_reasons(noised), "Cannot invert the picture")
-    unet, text = pipe.unet, encode_prompt(pipe, prompt)
+    reasons = _reasons(pipe, image, steps) + noised_reasons(noised) + time_id_reasons(time_ids)
+    raise_if(reasons, "Cannot invert the picture")
+    unet, (text, pooled) = pipe.unet, encode(pipe, prompt)
+    added = (pooled, make_time_ids(pipe, _pixels(pipe, image), text, time_ids))
     text = text.to(unet.dtype)
     scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config, **invertible(pipe.scheduler))
     scheduler.set_timesteps(steps, device=text.device)
     timesteps = scheduler.timesteps.flip(0)
     jumped = whole_steps(noised, steps)
     noise = [jumped, seed] if jumped else None
-    identity = None if cache is None else inversion_identity(pipe, image, prompt, steps, noise)
+    identity = None if cache is None else inversion_identity(pipe, image, prompt, steps, noise, added[1])
     if identity and (kept := cache.get(identity)):
         if progress:
             progress(steps, steps)
-        return Inversion(kept["latents"].to(text.device), timesteps, prompt, text, identity, cached=True)
+        return Inversion(kept["latents"].to(text.device), timesteps, prompt, text, identity, True, *added)
     z = encode_image(pipe.vae, image) if isinstance(image, Image.Image) else image
     z = z.to(device=text.device, dtype=unet.dtype)
-    path = [z, *_noised(z, scheduler, jumped, seed)]
+    path, arguments = [z, *_noised(z, scheduler, jumped, seed)], unet_arguments(text, *added)
     z = path[-1]
     for done, t in enumerate(scheduler.timesteps[jumped:], start=1 + jumped):
-        output = unet(z, t, encoder_hidden_states=text, return_dict=False)[0]
+        output = unet(z, t, **arguments, return_dict=False)[0]
         z = scheduler.step(output, t, z, return_dict=False)[0]
         path.append(z)
         if progress:
             progress(done, steps)
-    inversion = Inversion(torch.cat(path), timesteps, prompt, text, identity)
+    inversion = Inversion(torch.cat(path), timesteps, prompt, text, identity, False, *added)
     if identity:
         cache.put(identity, {"latents": inversion.latents})
     return inversion
@@ -140,8 +154,16 @@ def _noised(z: torch.Tensor, scheduler, steps: int, seed: int) -> list[torch.Ten
     return [alpha.sqrt() * z + (1 - alpha).sqrt() * noise for alpha in alphas]
 
 
+def _pixels(pipe, image: Image.Image | torch.Tensor) -> tuple[int, int]:
+    """Height and width of a picture, or of the picture that latents are of."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    factor = vae_scale_factor(pipe.vae)
+    return image.shape[-2] * factor, image.shape[-1] * factor
+
+
 def _reasons(pipe, image, steps) -> list[str]:
-    reasons = step_reasons(pipe, steps)
+    reasons = added_reasons(pipe) + step_reasons(pipe, steps)
     if isinstance(image, Image.Image):
         reasons += size_reasons(pipe, (image.height, image.width))
     elif not isinstance(image, torch.Tensor):

@@ -7,7 +7,8 @@ Shapes: pictures [B, 3, height, width] in -1..1, latents [B, C, h, w] in the sca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -41,17 +42,22 @@ def encode_image(vae, image: Image.Image | Sequence[Image.Image] | torch.Tensor)
 
     `image` is a picture, a list of pictures of one size, or a tensor [B, 3, height, width] in -1..1.
     """
-    x = image if isinstance(image, torch.Tensor) else image_to_tensor(image)
-    encoded = vae.encode(x.to(device=vae.device, dtype=vae.dtype))
+    x, dtype = image if isinstance(image, torch.Tensor) else image_to_tensor(image), vae.dtype
+    with _upcast(vae):
+        encoded = vae.encode(x.to(device=vae.device, dtype=vae.dtype))
     z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    return (z - _shift(vae)) * vae.config.scaling_factor
+    z = z.to(dtype)
+    mean, deviation = _moments(vae, z)
+    return (z - mean) * vae.config.scaling_factor / deviation
 
 
 @torch.no_grad()
 def decode_latents(vae, z: torch.Tensor) -> torch.Tensor:
     """Decode latents [B, C, h, w] to pictures [B, 3, height, width], about -1..1 and not clamped."""
-    z = z.to(device=vae.device, dtype=vae.dtype) / vae.config.scaling_factor + _shift(vae)
-    return vae.decode(z, return_dict=False)[0]
+    with _upcast(vae):
+        z = z.to(device=vae.device, dtype=vae.dtype)
+        mean, deviation = _moments(vae, z)
+        return vae.decode(z * deviation / vae.config.scaling_factor + mean, return_dict=False)[0]
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -61,5 +67,25 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return float("inf") if error == 0 else float(-10 * torch.log10(error))
 
 
-def _shift(vae) -> float:
-    return getattr(vae.config, "shift_factor", None) or 0.0
+@contextmanager
+def _upcast(vae) -> Iterator[None]:
+    """Run in float32 an autoencoder whose configuration says that it overflows in float16, as SDXL's does.
+
+    That is the library's default too: a Stable Diffusion model that says nothing of it is upcast as well.
+    """
+    if vae.dtype != torch.float16 or not getattr(vae.config, "force_upcast", False):
+        yield
+        return
+    vae.float()
+    try:
+        yield
+    finally:
+        vae.half()  # exact: the weights were float16 before
+
+
+def _moments(vae, z: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """Mean and standard deviation that latents are normalised by before they are scaled, [C, 1, 1] or one number."""
+    mean, deviation = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or deviation is None:
+        return getattr(vae.config, "shift_factor", None) or 0.0, 1.0
+    return z.new_tensor(mean)[:, None, None], z.new_tensor(deviation)[:, None, None]

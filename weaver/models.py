@@ -49,7 +49,7 @@ def load_model(
     device : "auto", or as `torch.device` takes it.
     offline : take a Hub model from the local cache only; folders and the embedded model need no network anyway.
     dtype : of the weights; None is float16 on CUDA and float32 elsewhere.
-    fuses : whether it is to fuse, which takes a `StableDiffusionPipeline`; a template may come from any
+    fuses : whether it is to fuse in a job, which takes a `StableDiffusionPipeline`; a template may come from any
         text-to-image pipeline.
 
     Raises `ModelError`, one line.
@@ -68,7 +68,8 @@ def load_model(
         kind = DiffusionPipeline.load_config(model, local_files_only=local).get("_class_name")
         if fuses and kind != "StableDiffusionPipeline":
             raise ModelError(
-                f"{model!r} is a {kind}; concepts are fused in a StableDiffusionPipeline (1.x, 2.x). "
+                f"{model!r} is a {kind}; concepts are fused in a StableDiffusionPipeline (1.x, 2.x), in SDXL by the "
+                "library only (weaver.weave, weaver.attach). "
                 "Any text-to-image pipeline can make the template: name it as template.model"
             )
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, local_files_only=local)

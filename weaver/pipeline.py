@@ -21,7 +21,7 @@ from weaver.features import collect_features, reconstruction_psnr
 from weaver.fusion.contexts import ConceptUse, encode_contexts
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
-from weaver.fusion.support import unet_reasons
+from weaver.fusion.support import model_reasons
 from weaver.inversion import invert, noised_reasons
 from weaver.job import MaskSpec
 from weaver.latents import decode_latents, tensor_to_images
@@ -45,7 +45,8 @@ class WeaveResult:
     template : the picture whose composition it has
     masks : [N + 1, height, width] float32, summing to one, the background last
     names : of the N concepts
-    prompts : one for each context, as fused: negative, base, concepts, background where it is a concept
+    prompts : one for each context, as fused: negative (None: as `FusionPlan.build` says), base, concepts, background
+        where it is a concept
     reconstruction_psnr : how well the template is drawn again from its inversion, in dB
     settings : everything that was chosen or taken by default, plain values
     seconds : of each stage
@@ -56,7 +57,7 @@ class WeaveResult:
     template: Image.Image
     masks: torch.Tensor
     names: tuple[str, ...]
-    prompts: tuple[str, ...]
+    prompts: tuple[str | None, ...]
     reconstruction_psnr: float
     settings: dict
     seconds: dict[str, float]
@@ -68,7 +69,7 @@ def _on_model(function):
 
     @wraps(function)
     def run(pipe, *args, **kwargs):
-        raise_if(unet_reasons(getattr(pipe, "unet", None)), "Cannot weave with this model")
+        raise_if(model_reasons(pipe), "Cannot weave with this model")
         with threads_for(pipe):
             return function(pipe, *args, **kwargs)
 
@@ -82,7 +83,7 @@ def weave(
     concepts: Sequence[Concept | ConceptUse],
     *,
     background: Concept | ConceptUse | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     template: Image.Image | str | Path | None = None,
     places: Places | Sequence[MaskSpec] | None = None,
     masks: torch.Tensor | np.ndarray | None = None,
@@ -109,8 +110,9 @@ def weave(
 
     Parameters
     ----------
-    pipe : a `StableDiffusionPipeline`; it is left as it was
+    pipe : a `StableDiffusionPipeline` or a `StableDiffusionXLPipeline`; it is left as it was
     prompt : p_base, without any concept's token
+    negative_prompt : p_neg; None is what the pipeline takes where none is given
     concepts : N concepts, in the order of their priority where masks overlap
     background : a concept for what no mask covers; None leaves that to the base model
     template : a picture or its file; None makes one from `prompt` with `pipe`, `seed` and `template_steps`

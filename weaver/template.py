@@ -87,12 +87,12 @@ def template_picture(
     seed: int = 0,
     steps: int = 50,
     guidance: float | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     stages: Stages | None = None,
 ) -> Image.Image:
     """The template at `size` (height, width): read from a `Path`, or made by `pipe` from a prompt.
 
-    `guidance` None is the model's default, which for a pipeline that can't fuse is its own.
+    `guidance` None is the model's default for Stable Diffusion 1.x and 2.x, any other pipeline's own.
     """
     stages = stages or Stages(bars=False)
     with stages.stage("template"):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from PIL import Image
 
+from weaver.conditioning import text_encoders
 from weaver.layers import InjectionSites
 from weaver.models import weights_hash
 
@@ -18,31 +19,42 @@ _PLAIN_PROCESSORS = {"AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor
 
 
 def inversion_identity(
-    pipe, image: Image.Image | torch.Tensor, prompt: str, steps: int, noise: list[int] | None = None
+    pipe,
+    image: Image.Image | torch.Tensor,
+    prompt: str,
+    steps: int,
+    noise: list[int] | None = None,
+    time_ids: torch.Tensor | None = None,
 ) -> dict | None:
     """Of `weaver.inversion.invert` with these arguments, `noise` being [steps that are noised, seed] or None.
 
     None where something changes the model that is not in its weights (`uncacheable_reasons`).
+
+    SDXL's pooled embedding follows from the prompt's tokens and the second encoder's weights, configuration and dtype;
+    its time ids [1, 6] are given.
 
     The weights are hashed bit by bit each time: they may have been changed in place. Of a model of 2.6 GB that takes
     two seconds.
     """
     if uncacheable_reasons(pipe):
         return None
+    encoders = list(text_encoders(pipe))
+    tokens = [getattr(pipe, name.replace("text_encoder", "tokenizer"))(prompt).input_ids for name in encoders]
+    parts = ("unet", "vae", *encoders)
     processors = {type(processor).__name__ for processor in pipe.unet.attn_processors.values()}
     return {
         "kind": "inversion",
         "picture": _picture(image),
         "prompt": prompt,
-        "tokens": pipe.tokenizer(prompt).input_ids,
+        "tokens": tokens[0] if len(tokens) == 1 else tokens,
         "steps": steps,
         "noise": noise,
         "model": weights_hash(pipe, exact=True),
-        "config": {part: _plain(getattr(pipe, part).config) for part in ("unet", "vae", "text_encoder", "scheduler")},
+        "config": {part: _plain(getattr(pipe, part).config) for part in (*parts, "scheduler")},
         "scheduler": type(pipe.scheduler).__name__,
         "processors": sorted(processors),
-        "dtype": {part: str(getattr(pipe, part).dtype) for part in ("unet", "vae", "text_encoder")},
-        "time_ids": None,  # Stable Diffusion has none
+        "dtype": {part: str(getattr(pipe, part).dtype) for part in parts},
+        "time_ids": None if time_ids is None else time_ids[0].tolist(),  # Stable Diffusion has none
         "device": pipe.unet.device.type,
         "torch": torch.__version__,
     }

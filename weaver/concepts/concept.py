@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError
 from weaver.layers import cross_attention_paths
 
@@ -68,7 +69,8 @@ class Concept:
     token : the modifier token as written in prompts, such as "<v1>"; no white space.
     word : the class word the token stands before, such as "cat".
     base_hash : `attn2_hash` of the U-Net that the deltas belong to.
-    embeddings : ``{"text_encoder": [V, C]}``, the V vectors that the token stands for, per text encoder.
+    embeddings : ``{"text_encoder": [V, C]}``, the V vectors that the token stands for, per text encoder: for SDXL with
+        ``"text_encoder_2": [V, C_2]``.
     deltas : ``{"<path>.attn2.to_k": [out, in], ...}``, added to the base's weights.
     settings : how it was trained (steps, learning rates, seed, prior); plain JSON values.
     versions : library versions at training; plain JSON values.
@@ -141,6 +143,16 @@ class Concept:
         except ConceptError as error:
             raise ConceptError(f"{path}: {error}") from error
 
+    def embedding_reasons(self, pipe) -> list[str]:
+        """Why the token's vectors do not fit the pipeline's text encoders; empty when they do."""
+        widths = {key: part.get_input_embeddings().weight.shape[1] for key, part in text_encoders(pipe).items()}
+        missing = [f"its token has no embedding for {key}" for key in widths if key not in self.embeddings]
+        return missing + [
+            f"its token has width {vectors.shape[1]} in {key}, the model's is {widths.get(key)}"
+            for key, vectors in self.embeddings.items()
+            if vectors.shape[1] != widths.get(key)
+        ]
+
     def check_base(self, pipe, base_hash: str | None = None) -> None:
         """Raise `ConceptError` unless `pipe` has the base model that this concept was trained on.
 
@@ -151,11 +163,7 @@ class Concept:
         reasons = []
         if odd := sorted(name for name, shape in deltas.items() if weights.get(name) != shape):
             reasons.append(f"{len(odd)} of its {len(deltas)} weights do not fit the U-Net, {odd[0]} among them")
-        for key, vectors in self.embeddings.items():
-            encoder = getattr(pipe, key, None)
-            width = None if encoder is None else encoder.get_input_embeddings().weight.shape[1]
-            if width != vectors.shape[1]:
-                reasons.append(f"its token has width {vectors.shape[1]} in {key}, the model's is {width}")
+        reasons += self.embedding_reasons(pipe)
         if not reasons and (found := base_hash or attn2_hash(pipe.unet)) != self.base_hash:
             reasons.append(f"its base has hash {self.base_hash[:12]}..., this one {found[:12]}...")
         if reasons:

@@ -6,13 +6,25 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 from weaver.concepts.concept import Concept
+from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError
 
-__all__ = ["PromptError", "derive_prompt", "encode_prompt", "encode_text", "names_token", "tokenize"]
+__all__ = [
+    "Encoding",
+    "PromptError",
+    "absent_is_zero",
+    "derive_prompt",
+    "encode",
+    "encode_prompt",
+    "encode_text",
+    "names_token",
+    "tokenize",
+]
 
 _log = logging.getLogger(__name__)
 # What may follow a noun that is not itself part of a longer one, as "dog" is in "a dog house".
@@ -30,20 +42,55 @@ class PromptError(WeaverError):
     """A prompt that lacks the modifier token or the class word; names both."""
 
 
-def encode_prompt(pipe, prompt: str, concept: Concept | None = None) -> torch.Tensor:
-    """Encode one prompt as `StableDiffusionPipeline.encode_prompt` does, with a concept's token if given.
+class Encoding(NamedTuple):
+    """A prompt as the U-Net reads it: `text` [1, L, C], and SDXL's pooled embedding [1, P], which others lack."""
 
-    The tokenizer and the text encoder are left as they are. Padding to the encoder's full length is kept, since
+    text: torch.Tensor
+    pooled: torch.Tensor | None
+
+
+@torch.no_grad()
+def encode(pipe, prompt: str | None, concept: Concept | None = None) -> Encoding:
+    """Encode one prompt as the `encode_prompt` of the pipeline does, with a concept's token if given.
+
+    Stable Diffusion's text is the last hidden state of its encoder. SDXL's joins the hidden states before the last of
+    both encoders, and its pooled embedding is the second's (arXiv 2307.01952, section 2.1). No prompt at all (None) is
+    an empty one, or zeros where SDXL is configured so (`force_zeros_for_empty_prompt`).
+
+    Tokenizers and text encoders are left as they are. Padding to the encoders' full length is kept, since
     cross-attention reads it.
 
-    Returns [1, L, C] in the text encoder's dtype, on its device. Raises `PromptError` when the concept's token is
-    not in the prompt, or stands behind the last position the encoder reads.
+    Returns text in the (last) text encoder's dtype, on the pipeline's device. Raises `PromptError` when the concept's
+    token is not in the prompt, or stands behind the last position the encoders read.
     """
-    token, vectors = (None, None) if concept is None else (concept.token, concept.embeddings["text_encoder"])
-    ids, positions, length = tokenize(pipe, prompt, token, 1 if vectors is None else len(vectors))
-    places = [(0, position) for position in positions]
-    with torch.no_grad():
-        return encode_text(pipe.text_encoder, ids.to(pipe._execution_device), [length], places, vectors)
+    if prompt is None:
+        empty = encode(pipe, "")
+        return Encoding(*map(torch.zeros_like, empty)) if absent_is_zero(pipe) else empty
+    texts, pooled = [], None
+    encoders = text_encoders(pipe)
+    for name, encoder in encoders.items():
+        token, vectors = (None, None) if concept is None else (concept.token, concept.embeddings[name])
+        tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+        count = 1 if vectors is None else len(vectors)
+        ids, positions, length = tokenize(pipe, prompt, token, count, tokenizer=tokenizer)
+        ids, places = ids.to(pipe._execution_device), [(0, position) for position in positions]
+        if "text_encoder_2" not in encoders:
+            return Encoding(encode_text(encoder, ids, [length], places, vectors), None)
+        with _embeddings_replaced(encoder, places, vectors):
+            output = encoder(ids, output_hidden_states=True)
+        texts.append(output.hidden_states[-2])
+        pooled = output[0]
+    return Encoding(torch.cat(texts, dim=-1).to(pipe.text_encoder_2.dtype), pooled)
+
+
+def absent_is_zero(pipe) -> bool:
+    """Whether the pipeline reads zeros where no negative prompt is given, not an empty one."""
+    return "text_encoder_2" in text_encoders(pipe) and bool(pipe.config.force_zeros_for_empty_prompt)
+
+
+def encode_prompt(pipe, prompt: str, concept: Concept | None = None) -> torch.Tensor:
+    """The text [1, L, C] of `encode`."""
+    return encode(pipe, prompt, concept).text
 
 
 def derive_prompt(base_prompt: str, concept: Concept, *, occurrence: int = 0, without: Sequence[str] = ()) -> str:
@@ -86,15 +133,18 @@ def names_token(text: str, token: str) -> bool:
     return _whole(token).search(text) is not None
 
 
-def tokenize(pipe, prompt: str, token: str | None = None, vectors: int = 1) -> tuple[torch.Tensor, list[int], int]:
+def tokenize(
+    pipe, prompt: str, token: str | None = None, vectors: int = 1, *, tokenizer=None
+) -> tuple[torch.Tensor, list[int], int]:
     """Turn a prompt into ids, with room for `vectors` embeddings wherever `token` stands.
 
-    The text on both sides of the token is tokenized by itself, as it is around an added token.
+    The text on both sides of the token is tokenized by itself, as it is around an added token. `tokenizer` is one of
+    the pipeline's; None is its first.
 
     Returns ids [1, L], the positions of the token's vectors (in order, a multiple of `vectors`), and the number of
     ids before padding.
     """
-    tokenizer = pipe.tokenizer
+    tokenizer = pipe.tokenizer if tokenizer is None else tokenizer
     convert = getattr(pipe, "maybe_convert_prompt", lambda text, _: text)  # the pipeline's own textual inversions
     limit = tokenizer.model_max_length
     pieces = [prompt] if token is None else _whole(token).split(prompt)

@@ -25,6 +25,12 @@ _PIPELINES = (
     "StableDiffusionControlNetPipeline",
     "StableDiffusionControlNetImg2ImgPipeline",
     "StableDiffusionControlNetInpaintPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline",
 )
 
 
@@ -34,19 +40,21 @@ def attach(target, plan: FusionPlan, *, rows: Sequence[str] | None = None) -> It
 
     Parameters
     ----------
-    target : a `StableDiffusionPipeline` or its image-to-image, inpainting and ControlNet forms, called as ever, with
-        the plan's prompt, negative prompt, size and steps (see `FusionPlan.pipeline_arguments`); or its U-Net, for a
-        loop of one's own
+    target : a `StableDiffusionPipeline`, a `StableDiffusionXLPipeline`, or their image-to-image, inpainting and
+        ControlNet forms, called as ever, with the plan's prompt, negative prompt, size and steps (see
+        `FusionPlan.pipeline_arguments`); or its U-Net, for a loop of one's own
     rows : for a U-Net only: what each row of its batch is, "negative" or "fused". A loop of one's own also calls
         `set_step(step, timesteps)` on what this yields, before each forward, and runs under `torch.no_grad()`
 
     Guidance is the pipeline's: `eps = omega eps_fused + (1 - omega) eps_negative` (Concept Weaver, section 3.5), and
     without guidance there is no negative row. Several images a prompt each get the plan. A ControlNet reads the base
-    prompt. Windows are parts of the whole schedule, of which image-to-image at `strength` runs the last part.
+    prompt. Windows are parts of the whole schedule, of which image-to-image at `strength` runs the last part, and SDXL
+    with `denoising_end` or `denoising_start` the first or the last. SDXL's rows have the pooled embeddings of the base
+    and of the negative prompt, and time ids that are the same in all of them.
 
     Raises `WeaverError` with every reason when the plan does not fit, and when the pipeline is called with other
-    prompts or another size than the plan's or, where it injects features, with other steps than theirs. From plain
-    noise any number of steps will do: windows are parts of them.
+    prompts or another size than the plan's or, where it injects features, with other steps or time ids than theirs.
+    From plain noise any number of steps will do: windows are parts of them.
     """
     unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
     pipe = None if unet is target else target

@@ -15,7 +15,7 @@ from torch import nn
 
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.concepts.own_prompts import own_prompt_reasons, own_prompts, token_reasons
-from weaver.concepts.prompts import encode_prompt
+from weaver.concepts.prompts import Encoding, absent_is_zero, encode
 from weaver.errors import WeaverError
 from weaver.layers import cross_attention_paths
 from weaver_kernels import ContextKV, ProjectionChange, equal_contexts, project_contexts
@@ -93,18 +93,21 @@ def use_reasons(pipe, uses: Sequence[ConceptUse], base_hash: str | None = None) 
 
 
 def encode_contexts(
-    pipe, prompt: str, negative_prompt: str, uses: Sequence[ConceptUse], background: ConceptUse | None = None
-) -> tuple[tuple[str, ...], torch.Tensor | None, list[str]]:
+    pipe, prompt: str, negative_prompt: str | None, uses: Sequence[ConceptUse], background: ConceptUse | None = None
+) -> tuple[tuple[str | None, ...], Encoding | None, list[str]]:
     """Write and encode the prompt of every context, the background's last.
 
-    Returns the prompts and their encodings [S', L, C], negative and base first; or the reasons why one can't be had,
-    and None for the encodings.
+    Returns the prompts and their encodings, text [S', L, C] and pooled [S', P], negative and base first; or the reasons
+    why one can't be had, and None for the encodings. Where a concept's token does not fit the text encoders, these are
+    None too, and `use_reasons` says why. A negative prompt None stays None only where its encoding is zeros.
     """
+    if negative_prompt is None and not absent_is_zero(pipe):
+        negative_prompt = ""
     uses = [*uses, *([background] if background is not None else [])]
     concepts = [use.concept for use in uses if use.concept is not None]
     last = background and background.concept
     derived = iter(own_prompts(prompt, concepts[:-1] if last else concepts, last))
-    prompts: list[tuple[str, Concept | None]] = [(negative_prompt, None), (prompt, None)]
+    prompts: list[tuple[str | None, Concept | None]] = [(negative_prompt, None), (prompt, None)]
     reasons = token_reasons({"prompt": prompt, "negative_prompt": negative_prompt}, concepts)
     for use in uses:
         own = next(derived) if use.concept is not None else None
@@ -115,15 +118,18 @@ def encode_contexts(
         reasons += [f"the prompt of {use.name}: {reason}" for reason in own_prompt_reasons(own, use.concept, concepts)]
         prompts.append((own, use.concept))
     texts = tuple(text for text, _ in prompts)
-    if reasons:
+    if reasons or any(concept.embedding_reasons(pipe) for concept in concepts):
         return texts, None, reasons
     encoded = []
     for text, concept in prompts:
         try:
-            encoded.append(encode_prompt(pipe, text, concept))
+            encoded.append(encode(pipe, text, concept))
         except WeaverError as error:
             reasons.append(str(error))
-    return texts, None if reasons else torch.cat(encoded), reasons
+    if reasons:
+        return texts, None, reasons
+    text, pooled = zip(*encoded, strict=True)
+    return texts, Encoding(torch.cat(text), None if pooled[0] is None else torch.cat(pooled)), []
 
 
 @torch.no_grad()

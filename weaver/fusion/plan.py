@@ -10,6 +10,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
+from weaver.conditioning import make_time_ids
 from weaver.errors import raise_if
 from weaver.features import Features
 from weaver.fusion.contexts import (
@@ -22,7 +23,7 @@ from weaver.fusion.contexts import (
     use_reasons,
 )
 from weaver.fusion.inputs import amount_reasons, full_masks, steps_and_size
-from weaver.fusion.support import unet_reasons
+from weaver.fusion.support import model_reasons
 from weaver.fusion.weights import phase_starts, token_weights
 from weaver.latents import vae_scale_factor
 from weaver.layers import layer_size
@@ -41,7 +42,7 @@ class FusionPlan:
 
     Parameters
     ----------
-    prompts : the S' prompts, and `text` [S', L, C] their encodings
+    prompts : the S' prompts, and `text` [S', L, C] their encodings; the negative one is None where it is zeros
     keys_values : path of each attn2 -> its keys and values, both [S', L, H, D]
     same_as : [S'], for each context the first one equal to it in text and weights; these are computed once
     phases : where, as parts of the run, the weights change
@@ -51,9 +52,12 @@ class FusionPlan:
     steps : for how many steps it was planned
     guidance : omega; 1 or less draws without a negative row
     features : the template's, or None for fusion from plain noise
+    pooled : SDXL's pooled embeddings [2, P] of the negative and the base prompt, which the rows have whatever they
+        attend to: they enter the time embedding, where no mask reaches. None for models without
+    time_ids : SDXL's [1, 6], the same for every row: the features', or the picture's size, uncropped
     """
 
-    prompts: tuple[str, ...]
+    prompts: tuple[str | None, ...]
     text: torch.Tensor
     keys_values: Mapping[str, ContextKV]
     same_as: torch.Tensor
@@ -65,6 +69,8 @@ class FusionPlan:
     steps: int
     guidance: float
     features: Features | None
+    pooled: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
 
     def __post_init__(self):
         for name in ("keys_values", "weights", "sizes"):
@@ -79,7 +85,7 @@ class FusionPlan:
         masks: torch.Tensor | np.ndarray | None = None,
         *,
         prompt: str,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         background: ConceptUse | None = None,
         suppression: float = 0.0,
         guidance: float = 7.5,
@@ -95,12 +101,12 @@ class FusionPlan:
 
         Parameters
         ----------
-        pipe : a `StableDiffusionPipeline`, only read
+        pipe : a `StableDiffusionPipeline` or a `StableDiffusionXLPipeline`, only read
         concepts : N uses of concepts, each in the region of its mask
         masks : [N, height, width] that do not overlap, or [N + 1, height, width] with the background last and summing
             to one, as `compose_masks` makes them; 0..1, in the picture's pixels or in latent cells. None if N is 0
         prompt : p_base, the concept-free prompt of the whole picture
-        negative_prompt : p_neg
+        negative_prompt : p_neg; None is what the pipeline takes where none is given: an empty one, or zeros in SDXL
         background : a concept for everything outside the masks; None leaves it to the base model
         suppression : lambda, how far the result is pushed away from the base model's own idea; 0 or more
         guidance : omega, 0 or more; the default is Plug-and-Play's. 1 or less draws without a negative row
@@ -114,18 +120,18 @@ class FusionPlan:
         """
         unet, concepts = pipe.unet, list(concepts)
         uses = [*concepts, *([background] if background is not None else [])]
-        raise_if(unet_reasons(unet), "Cannot fuse with this model")
+        raise_if(model_reasons(pipe), "Cannot fuse with this model")
         factor = vae_scale_factor(pipe.vae)
         steps, size, reasons = steps_and_size(pipe, features, steps, height, width)
         reasons += amount_reasons({"suppression": suppression, "guidance": guidance})
         full, mask_reasons = full_masks(
             masks, [use.name for use in concepts], background.name if background else None, size, factor
         )
-        prompts, text, text_reasons = encode_contexts(pipe, prompt, negative_prompt, concepts, background)
+        prompts, encoded, text_reasons = encode_contexts(pipe, prompt, negative_prompt, concepts, background)
         reasons += mask_reasons + use_reasons(pipe, uses, base_hash) + text_reasons
         raise_if(reasons, "Cannot build the fusion plan")
 
-        text = text.to(unet.device)
+        text, pooled = (None if part is None else part.to(unet.device) for part in encoded)
         keys_values, same_as = context_keys_values(unet, text, uses), same_contexts(text, uses)
         levels = len(unet.config.block_out_channels)
         sizes = {path: layer_size(path, levels, size) for path in keys_values}
@@ -137,7 +143,23 @@ class FusionPlan:
                 strengths = [use.strength_at(start) for use in uses]
                 weights[phase, hw] = token_weights(reduced, strengths, suppression).to(unet.device, dtype)
         pixels = (size[0] * factor, size[1] * factor)
-        return cls(prompts, text, keys_values, same_as, phases, weights, sizes, size, pixels, steps, guidance, features)
+        time_ids = make_time_ids(pipe, pixels, text) if features is None else features.time_ids
+        return cls(
+            prompts,
+            text,
+            keys_values,
+            same_as,
+            phases,
+            weights,
+            sizes,
+            size,
+            pixels,
+            steps,
+            guidance,
+            features,
+            None if pooled is None else pooled[[NEGATIVE, BASE]],
+            time_ids,
+        )
 
     def phase_at(self, progress: float) -> int:
         """Number of the phase at a part of the run, 0 (first step) to 1."""
@@ -145,6 +167,8 @@ class FusionPlan:
 
     def pipeline_arguments(self) -> dict:
         """Arguments for a pipeline call under `attach` that say what this plan says: texts, size, steps, omega, noise.
+
+        For SDXL with pooled embeddings and the sizes and crop of the time ids.
 
         Without features the noise is left to the pipeline's own `generator`.
         """
@@ -156,4 +180,13 @@ class FusionPlan:
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance,
         }
+        if self.pooled is not None:
+            sizes = [round(value) for value in self.time_ids[0].tolist()]
+            arguments |= {
+                "pooled_prompt_embeds": self.pooled[BASE : BASE + 1],
+                "negative_pooled_prompt_embeds": self.pooled[NEGATIVE : NEGATIVE + 1],
+                "original_size": tuple(sizes[:2]),
+                "crops_coords_top_left": tuple(sizes[2:4]),
+                "target_size": tuple(sizes[4:]),
+            }
         return arguments if self.features is None else arguments | {"latents": self.features.z_T}

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from weaver.conditioning import unet_arguments
 from weaver.fusion.attach import attach
+from weaver.fusion.contexts import BASE, NEGATIVE
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.state import FUSED_ROW, NEGATIVE_ROW
 
@@ -39,12 +41,15 @@ def sample_fusion(
     rows = (NEGATIVE_ROW,) * (len(z) * guided) + (FUSED_ROW,) * len(z)
     scheduler.set_timesteps(plan.steps, device=z.device)
     z = z * scheduler.init_noise_sigma
+    contexts = [NEGATIVE if row == NEGATIVE_ROW else BASE for row in rows]
     text = plan.text[:1].expand(len(rows), -1, -1)  # the U-Net asks for one; attention reads the plan's
+    added = (None, None) if plan.pooled is None else (plan.pooled[contexts], plan.time_ids.expand(len(rows), -1))
+    arguments = unet_arguments(text, *added)
     with attach(unet, plan, rows=rows) as state:
         for step, t in enumerate(scheduler.timesteps):
             state.set_step(step, scheduler.timesteps)
             batch = scheduler.scale_model_input(torch.cat([z, z]) if guided else z, t)
-            output = unet(batch, t, encoder_hidden_states=text, return_dict=False)[0]
+            output = unet(batch, t, **arguments, return_dict=False)[0]
             if guided:
                 negative, fused = output.chunk(2)
                 output = negative + plan.guidance * (fused - negative)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from weaver.errors import WeaverError
+from weaver.fusion.agreement import check_prompts, check_time_ids, check_timesteps
 from weaver.fusion.contexts import BASE, NEGATIVE
 from weaver.fusion.plan import FusionPlan
 from weaver_kernels import ContextKV, ContextPlan
@@ -14,10 +15,6 @@ from weaver_kernels import ContextKV, ContextPlan
 __all__ = ["FUSED_ROW", "NEGATIVE_ROW", "FusionState"]
 
 NEGATIVE_ROW, FUSED_ROW = "negative", "fused"
-# Encodings of one prompt differ between batches and devices by rounding: in each position by a few units of its dtype,
-# and by less than 1e-3 in float32 with TF32. Another word changes its position by tens of percents.
-_SAME_TEXT = 1e-3
-_SAME_TEXT_UNITS = 16
 
 
 class FusionState:
@@ -40,7 +37,7 @@ class FusionState:
     def set_step(self, step: int, timesteps: torch.Tensor) -> None:
         """Say that the next forward is number `step` of a loop over `timesteps` (bare U-Net)."""
         if timesteps is not self._timesteps:
-            self._check_timesteps(timesteps)
+            check_timesteps(self.plan, timesteps)
             self._timesteps = timesteps
         self._step = (step, len(timesteps))
 
@@ -55,7 +52,7 @@ class FusionState:
             raise WeaverError(f"The latents are {got[0]} x {got[1]}, the plan is for {size[0]} x {size[1]}")
         rows = self._rows(len(sample))
         if self._pipe is not None and self._follow(timestep):
-            self._check_text(rows, text)
+            self._check(rows, text, kwargs.get("added_cond_kwargs") or {})
         step, steps = self._require_step()
         if torch.is_grad_enabled():
             raise WeaverError("Fusion is for inference only: call the U-Net under torch.no_grad()")
@@ -88,36 +85,20 @@ class FusionState:
         self._step = (_position(timestep, timesteps), len(timesteps))
         if timesteps is self._timesteps:
             return False
-        self._check_timesteps(timesteps)
+        check_timesteps(self.plan, timesteps)
         self._timesteps = timesteps
         return True
+
+    def _check(self, rows: tuple[str, ...], text: torch.Tensor, added: dict) -> None:
+        contexts = [NEGATIVE if row == NEGATIVE_ROW else BASE for row in rows]
+        check_prompts(self.plan, contexts, text, added.get("text_embeds"))
+        if self.plan.time_ids is not None:
+            check_time_ids(self.plan, added["time_ids"])
 
     def _require_step(self) -> tuple[int, int]:
         if self._step is None:
             raise WeaverError("Attached to a bare U-Net: call set_step(step, timesteps) before each forward")
         return self._step
-
-    def _check_timesteps(self, timesteps: torch.Tensor) -> None:
-        features = self.plan.features
-        if features is not None and features.timesteps.tolist() != timesteps.tolist():
-            raise WeaverError(
-                f"The template's features are for {features.steps} DDIM steps from {int(features.timesteps[0])}, the "
-                f"run has {len(timesteps)} from {int(timesteps[0])}: use ddim_scheduler(pipe.scheduler) and "
-                f"num_inference_steps={features.steps}"
-            )
-
-    def _check_text(self, rows: tuple[str, ...], text: torch.Tensor) -> None:
-        own = self.plan.text[[NEGATIVE if row == NEGATIVE_ROW else BASE for row in rows]].to(text)
-        same = own.shape == text.shape
-        if same:
-            unit = max(torch.finfo(dtype).eps for dtype in (self.plan.text.dtype, text.dtype))
-            error = (own - text).float().norm(dim=-1) / own.float().norm(dim=-1)  # [B, L]
-            same = bool((error <= max(_SAME_TEXT, _SAME_TEXT_UNITS * unit)).all())
-        if not same:
-            raise WeaverError(
-                f"The pipeline was called with other prompts than the plan's {self.plan.prompts[BASE]!r} and negative "
-                f"{self.plan.prompts[NEGATIVE]!r}: pass these, or **plan.pipeline_arguments()"
-            )
 
     @torch.inference_mode(False)  # whose tensors could not be written over outside of it
     def _weigh(self, rows: tuple[str, ...], phase: int) -> None:

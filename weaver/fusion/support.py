@@ -1,4 +1,4 @@
-"""Which U-Nets can be fused, and which attention processors may be replaced while they are."""
+"""Which models can be fused, and which attention processors may be replaced while they are."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from diffusers import UNet2DConditionModel
 from diffusers.models import attention_processor as library
 
+from weaver.conditioning import added_reasons
 from weaver.layers import attention_paths, cross_attention_paths
 
-__all__ = ["processor_reasons", "unet_reasons"]
+__all__ = ["model_reasons", "processor_reasons", "unet_reasons"]
 
 # Attention as such, in several implementations: to compute it otherwise changes nothing but rounding.
 _PLAIN = (
@@ -18,6 +19,12 @@ _PLAIN = (
     library.SlicedAttnProcessor,
     library.XFormersAttnProcessor,
 )
+
+
+def model_reasons(pipe) -> list[str]:
+    """Why contexts can't be fused in this pipeline's model; empty when they can."""
+    reasons = unet_reasons(getattr(pipe, "unet", None))
+    return reasons if reasons else added_reasons(pipe)
 
 
 def unet_reasons(unet) -> list[str]:
@@ -30,8 +37,6 @@ def unet_reasons(unet) -> list[str]:
             "the U-Net's weights are not on its device between calls (CPU offload): "
             "call pipe.remove_all_hooks() and pipe.to(device) first"
         )
-    if unet.config.addition_embed_type is not None:
-        reasons.append(f"the U-Net has added conditioning ({unet.config.addition_embed_type}), as SDXL's has")
     if unet.config.encoder_hid_dim_type is not None:
         reasons.append(f"the U-Net projects its text by {unet.config.encoder_hid_dim_type}: unload the image adapter")
     for path in cross_attention_paths(unet):

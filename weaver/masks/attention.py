@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from weaver.concepts.prompts import encode_prompt, tokenize
+from weaver.concepts.prompts import encode, tokenize
+from weaver.conditioning import make_time_ids, unet_arguments
 from weaver.latents import encode_image
 from weaver.layers import cross_attention_paths, layer_size
 from weaver.masks.components import assign_objects, tidy
@@ -76,7 +77,9 @@ def attention_maps(
     """
     places = word_positions(pipe, prompt, words)
     latents = encode_image(pipe.vae, image).to(pipe.unet.dtype)
-    text = encode_prompt(pipe, prompt).to(latents)
+    text, pooled = encode(pipe, prompt)
+    time_ids = make_time_ids(pipe, (image.height, image.width), text)
+    arguments = unet_arguments(text.to(latents), pooled, time_ids)
     scheduler = ddim_scheduler(pipe.scheduler)  # the user's may scale its noise otherwise
     total = scheduler.config.num_train_timesteps
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -85,7 +88,7 @@ def attention_maps(
         for done, level in enumerate(noise_levels, start=1):
             t = torch.tensor([min(int(level * total), total - 1)], device=latents.device)
             noise = torch.randn(latents.shape, generator=generator).to(latents)
-            pipe.unet(scheduler.add_noise(latents, noise, t), t, encoder_hidden_states=text)
+            pipe.unet(scheduler.add_noise(latents, noise, t), t, **arguments)
             for path, attention in captured.items():
                 sums[path] = sums.get(path, 0) + torch.stack([attention[0][:, place].mean(1) for place in places])
             if progress:
@@ -132,6 +135,8 @@ def capture_cross_attention(unet: torch.nn.Module) -> Iterator[dict[str, torch.T
 
 def word_positions(pipe, prompt: str, words: Sequence[str]) -> list[list[int]]:
     """The positions in the encoded prompt of every word, then of all other words.
+
+    Both tokenizers of SDXL give a word the same positions.
 
     Raises `MaskError` for a word that is not in the prompt.
     """

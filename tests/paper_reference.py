@@ -1,0 +1,272 @@
+"""The paper's equations, written out: what the stock pipeline under `attach` is compared with.
+
+The reference shares nothing with the package: it copies the U-Net, adds each concept's token to copies of tokenizers
+and text encoders, loops over contexts inside each cross-attention, projects each with its own key and value weights,
+runs the output projection of each, fuses after it, applies guidance, and recomputes the source row in the batch of
+every step (rows: source, negative, fused). In float64, where the two differ by rounding only. SDXL's rows have the
+pooled embeddings of the source, the negative and the base prompt, and the same time ids.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from weaver.features import collect_features
+from weaver.fusion import ConceptUse, FusionPlan, attach
+from weaver.inversion import invert
+from weaver.layers import InjectionSites
+
+STEPS = 5
+WORDS = ("dog", "cat", "fox", "panda")
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Layers and windows as plain numbers, so that the reference needs nothing of the package."""
+
+    name: str
+    resnets: tuple[int, ...] = ()
+    attentions: tuple[int, ...] = ()
+    resnet_window: float = 0.8
+    attention_window: float = 0.5
+
+
+@dataclass
+class Case:
+    name: str
+    n: int
+    prediction: str = "epsilon"
+    lam: float = 0.0
+    omega: float = 4.0
+    negative: str = ""
+    background: bool = False
+    soft: bool = False
+    pixels: tuple[int, int] = (32, 32)
+    sites: Sites | None = None
+    strengths: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    windows: dict[int, tuple[float, float]] = field(default_factory=dict)
+    scale: float = 1.0
+
+
+def prompts_of(case: Case) -> tuple[str, list[str]]:
+    animals = [f"a {word}" for word in WORDS[: case.n]]
+    base = ", ".join([" and ".join(animals) or "a photo", "mountain"])
+    own = [f"a <v{i + 1}> {word}, mountain" for i, word in enumerate(WORDS[: case.n])]
+    return base, own + ([base.replace("mountain", "<v5> mountain")] if case.background else [])
+
+
+def masks_of(case: Case) -> torch.Tensor:
+    """[N, H, W]: upright stripes on a margin; soft ones share their borders by halves."""
+    height, width = case.pixels
+    masks = torch.zeros(case.n, height, width)
+    stripe = (width - 8) // max(case.n, 1)
+    for i in range(case.n):
+        masks[i, 3 : height - 6 - i, 4 + i * stripe : 4 + (i + 1) * stripe] = 1
+        if case.soft:
+            masks[i, :, 4 + (i + 1) * stripe - 1] *= 0.5
+    return masks
+
+
+def encode(pipe, prompt, concept=None):
+    """Text [1, L, C] and SDXL's pooled [1, P], with the concept's token added to copies of tokenizers and encoders."""
+    two = hasattr(pipe, "text_encoder_2")
+    found = []
+    for suffix in ("", "_2") if two else ("",):
+        tokenizer, encoder = getattr(pipe, f"tokenizer{suffix}"), getattr(pipe, f"text_encoder{suffix}")
+        if concept is not None:
+            tokenizer, encoder = copy.deepcopy(tokenizer), copy.deepcopy(encoder)
+            tokenizer.add_tokens(concept.token)
+            encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            encoder.get_input_embeddings().weight.data[-1] = concept.embeddings[f"text_encoder{suffix}"][0]
+        length = tokenizer.model_max_length
+        ids = tokenizer(prompt, padding="max_length", max_length=length, return_tensors="pt").input_ids
+        found.append(encoder(ids, output_hidden_states=True))
+    if not two:
+        return found[0][0], None
+    return torch.cat([output.hidden_states[-2] for output in found], dim=-1), found[1].text_embeds
+
+
+def heads(x, attn):
+    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+
+class CrossAttention:
+    def __init__(self, run, path):
+        self.run, self.path = run, path
+
+    def one(self, attn, h, text, concept):
+        """softmax(q k^T) v through the output projection, with a concept's own W^k and W^v."""
+        w_k, w_v = attn.to_k.weight, attn.to_v.weight
+        if concept is not None:
+            w_k = w_k + self.run.case.scale * concept.deltas[f"{self.path}.to_k"]
+            w_v = w_v + self.run.case.scale * concept.deltas[f"{self.path}.to_v"]
+        q, k, v = heads(attn.to_q(h), attn), heads(F.linear(text, w_k), attn), heads(F.linear(text, w_v), attn)
+        out = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+        return attn.to_out[0](out.transpose(1, 2).flatten(-2))
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        run, case = self.run, self.run.case
+        rows = dict(zip(run.rows, hidden_states.split(1), strict=True))
+        out = {kind: self.one(attn, h, run.text[kind], None) for kind, h in rows.items() if kind != "fused"}
+        h = rows["fused"]
+        base = self.one(attn, h, run.text["base"], None)
+        masks = run.masks_for(h.shape[1])
+        mixed = torch.zeros_like(base)
+        for i, (text, concept) in enumerate(run.contexts):
+            start, end = case.windows.get(i, (0.0, 1.0))
+            a = case.strengths[i] if start <= run.step / STEPS < end else 0.0
+            h_i = a * self.one(attn, h, text, concept) + (1 - a) * base
+            mixed = mixed + masks[i][None, :, None] * h_i
+        if not case.background:
+            mixed = mixed + masks[-1][None, :, None] * base
+        out["fused"] = (1 + case.lam) * mixed - case.lam * base
+        return torch.cat([out[kind] for kind in run.rows])
+
+
+class SelfAttention:
+    def __init__(self, run, until):
+        self.run, self.until = run, until
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        h = hidden_states
+        q, k, v = heads(attn.to_q(h), attn), heads(attn.to_k(h), attn), heads(attn.to_v(h), attn)
+        if self.run.step < self.until:
+            q, k = q[:1].expand_as(q), k[:1].expand_as(k)
+        out = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+        return attn.to_out[0](out.transpose(1, 2).flatten(-2))
+
+
+class Reference:
+    """Algorithm of the paper's fusion stage, a step at a time."""
+
+    def __init__(self, pipe, case, concepts, masks, source=None):
+        self.case, self.step, self.scheduler = case, 0, pipe.scheduler
+        base, own = prompts_of(case)
+        used = concepts[: case.n] + ([concepts[4]] if case.background else [])
+        self.contexts = [(encode(pipe, prompt, c)[0], c) for prompt, c in zip(own, used, strict=True)]
+        encoded = {"base": encode(pipe, base), "negative": encode(pipe, case.negative)}
+        self.rows = (["source"] if source else []) + (["negative"] if case.omega > 1 else []) + ["fused"]
+        if source:
+            encoded["source"] = encode(pipe, source)
+        self.text = {kind: text for kind, (text, _) in encoded.items()}
+        self.added = None
+        if encoded["base"][1] is not None:
+            pooled = [encoded["base" if kind == "fused" else kind][1] for kind in self.rows]
+            height, width = case.pixels
+            ids = torch.tensor([[height, width, 0, 0, height, width]] * len(self.rows)).double()
+            self.added = {"text_embeds": torch.cat(pooled), "time_ids": ids}
+        full = torch.cat([masks, 1 - masks.sum(0, keepdim=True)]).double()
+        self.masks = {}
+        for factor in (2, 4, 8, 16):
+            small = F.avg_pool2d(full[None], factor)[0].flatten(1)
+            self.masks[small.shape[1]] = small
+        self.unet = copy.deepcopy(pipe.unet)
+        self.install()
+
+    def masks_for(self, tokens):
+        return self.masks[tokens]
+
+    def install(self):
+        sites = self.case.sites or Sites("none")
+        for path, module in self.unet.named_modules():
+            if path.endswith("attn2"):
+                module.set_processor(CrossAttention(self, path))
+            if path.endswith("attn1"):
+                layers = [f"up_blocks.{n // 3}.attentions.{n % 3}." for n in sites.attentions]
+                injected = any(path.startswith(layer) for layer in layers)
+                module.set_processor(SelfAttention(self, int(sites.attention_window * STEPS) if injected else 0))
+        for n in sites.resnets:
+            conv2 = self.unet.up_blocks[n // 3].resnets[n % 3].conv2
+            conv2.register_forward_hook(self.copy_source_row)
+
+    def copy_source_row(self, module, args, output):
+        if self.step < int(self.case.sites.resnet_window * STEPS):
+            return output[:1].expand_as(output)
+
+    def ddim(self, output, t, z):
+        """One step of DDIM, with the noise levels in the precision in which the scheduler keeps them."""
+        levels = self.scheduler.alphas_cumprod
+        a, previous = levels[t], t - 1000 // STEPS
+        b = levels[previous] if previous >= 0 else levels[0]
+        if self.case.prediction == "epsilon":
+            z_0, eps = (z - (1 - a) ** 0.5 * output) / a**0.5, output
+        else:
+            z_0, eps = a**0.5 * z - (1 - a) ** 0.5 * output, a**0.5 * output + (1 - a) ** 0.5 * z
+        return b**0.5 * z_0 + (1 - b) ** 0.5 * eps
+
+    def run(self, z):
+        source, ignored = z, self.text["base"].expand(len(self.rows), -1, -1)
+        for self.step, t in enumerate(range(1 + 1000 // STEPS * (STEPS - 1), 0, -1000 // STEPS)):
+            latents = {"source": source, "negative": z, "fused": z}
+            batch = torch.cat([latents[kind] for kind in self.rows])
+            output = self.unet(batch, t, ignored, added_cond_kwargs=self.added).sample
+            output = dict(zip(self.rows, output.split(1), strict=True))
+            omega = self.case.omega
+            eps = output["fused"]
+            if omega > 1:
+                eps = omega * eps + (1 - omega) * output["negative"]
+            if "source" in self.rows:
+                source = self.ddim(output["source"], t, source)
+            z = self.ddim(eps, t, z)
+        return z
+
+
+def compare(case, pipe, concepts, templates):
+    masks = masks_of(case)
+    base, own = prompts_of(case)
+    uses = [
+        ConceptUse(concept, strength=case.strengths[i], window=case.windows.get(i, (0.0, 1.0)), scale=case.scale)
+        for i, concept in enumerate(concepts[: case.n] + ([concepts[4]] if case.background else []))
+    ]
+    features = None
+    z = torch.randn(1, 4, *(n // 2 for n in case.pixels), generator=torch.Generator().manual_seed(9)).double()
+    if case.sites is not None:
+        inversion = templates(pipe, case.prediction, case.pixels)
+        features, z = collect_features(pipe, inversion, InjectionSites(**asdict(case.sites))), inversion.z_T
+    plan = FusionPlan.build(
+        pipe,
+        uses[: case.n],
+        masks if case.n else None,
+        prompt=base,
+        negative_prompt=case.negative,
+        background=uses[case.n] if case.background else None,
+        suppression=case.lam,
+        guidance=case.omega,
+        features=features,
+        steps=STEPS,
+        height=case.pixels[0],
+        width=case.pixels[1],
+    )
+    assert list(plan.prompts) == [case.negative, base, *own]
+    with attach(pipe, plan):
+        ours = pipe(
+            base,
+            negative_prompt=case.negative,
+            guidance_scale=plan.guidance,
+            num_inference_steps=STEPS,
+            height=case.pixels[0],
+            width=case.pixels[1],
+            latents=z,
+            output_type="latent",
+        ).images
+    with torch.no_grad():
+        theirs = Reference(pipe, case, concepts, masks, source="a dog and a cat" if features else None).run(z)
+    scale = theirs.abs().max()
+    assert (ours - theirs).abs().max() < 1e-10 * scale
+
+
+def make_templates():
+    """Returns a function that inverts one picture for each kind of prediction and each size that is asked for."""
+    made = {}
+
+    def get(pipe, prediction, pixels):
+        if (prediction, pixels) not in made:
+            z = torch.randn(1, 4, *(n // 2 for n in pixels), generator=torch.Generator().manual_seed(5)).double()
+            made[prediction, pixels] = invert(pipe, z, "a dog and a cat", STEPS)
+        return made[prediction, pixels]
+
+    return get
