@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler, EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from weaver import WeaverError
@@ -101,32 +101,3 @@ def test_bad_input(tiny_pipe, z):
         invert(tiny_pipe, torch.zeros(1, 3, 32, 32), "a dog")
     with pytest.raises(WeaverError, match="the picture is a str"):
         invert(tiny_pipe, "photo.png", "a dog")
-
-
-def test_first_steps_by_adding_noise(tiny_pipe_v, z):
-    """Up to the jump the forward process with one noise, from there the DDIM inversion; both at the same levels."""
-    steps, jumped = 10, 3
-    inversion = invert(tiny_pipe_v, z, "a dog", steps, noised=0.3, seed=4)
-    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(4)).double()
-    levels = tiny_pipe_v.scheduler.alphas_cumprod
-    for i in range(1, jumped + 1):
-        level = levels[1 + 100 * (i - 1)]
-        expected = level.sqrt() * z + (1 - level).sqrt() * noise
-        torch.testing.assert_close(inversion.latents[i : i + 1], expected, rtol=1e-6, atol=1e-6)
-    plain = invert(tiny_pipe_v, z, "a dog", steps)
-    assert torch.equal(inversion.timesteps, plain.timesteps) and len(inversion.latents) == len(plain.latents)
-    scheduler = DDIMInverseScheduler.from_config(tiny_pipe_v.scheduler.config)
-    scheduler.set_timesteps(steps)
-    x = inversion.latents[jumped : jumped + 1]
-    for t in scheduler.timesteps[jumped:]:
-        with torch.no_grad():
-            x = scheduler.step(tiny_pipe_v.unet(x, t, inversion.text).sample, t, x).prev_sample
-    torch.testing.assert_close(inversion.z_T, x, rtol=1e-12, atol=1e-12)
-    assert torch.equal(invert(tiny_pipe_v, z, "a dog", steps, noised=0.09).latents, plain.latents)  # less than a step
-    assert not torch.equal(invert(tiny_pipe_v, z, "a dog", steps, noised=0.3, seed=5).z_T, inversion.z_T)
-
-
-@pytest.mark.parametrize("noised", [-0.1, 1.0, float("nan"), "0.5", True])
-def test_parts_that_cannot_be_noised(tiny_pipe, z, noised):
-    with pytest.raises(WeaverError, match="noised is"):
-        invert(tiny_pipe, z, "a dog", 2, noised=noised)

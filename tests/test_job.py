@@ -83,7 +83,7 @@ def test_everything_a_job_can_say_survives_writing_and_reading(folder, tmp_path_
             {"name": "third", "file": "rex.safetensors", "mask": {"word": "puppy"}},
         ],
         "background": {"name": "hills", "file": "rex.safetensors", "word": "mountain"},
-        "inversion": {"prompt": "a photo", "noised": 0.1},
+        "inversion": {"prompt": "a photo"},
         "masks": {"source": "attention", "dilation": 3, "overlap": "share"},
         "fusion": {
             "lambda": 0.3, "guidance": 6, "injection": {"sites": "plug-and-play", "resnet": 0.7, "attention": 0.4}

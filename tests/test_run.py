@@ -146,7 +146,6 @@ REACHES = {
     "negative prompt": ({"negative_prompt": "ugly"}, {"prompts", "keys"}),
     "steps": ({"steps": 3}, {"steps", "noise"}),
     "size": ({"size": [48, 32]}, {"pixels", "weights", "noise"}),
-    "noised": ({"inversion": {"noised": 0.5}}, {"noise"}),
     "source prompt": ({"inversion": {"prompt": "a red ball"}}, {"noise"}),
     "dilation": ({"masks": {"dilation": 4}}, {"weights"}),
     "overlap": ({"masks": {"overlap": "share"}}, {"weights"}),

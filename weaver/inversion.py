@@ -1,16 +1,9 @@
-"""From a picture to the noise that draws it again: deterministic DDIM inversion (Concept Weaver, section 3.3).
-
-The noise of flat regions comes out too weak: of the embedded model's drawings its standard deviation is 0.7, where the
-model expects 1. What another concept draws from it is smeared. `noised` has the first steps of the way, where that
-arises, done by adding noise instead (as proposed in arXiv 2410.23530); it is no longer the paper's inversion, and the
-template comes back less exactly.
-"""
+"""From a picture to the noise that draws it again: deterministic DDIM inversion (Concept Weaver, section 3.3)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from diffusers import DDIMInverseScheduler
@@ -21,11 +14,10 @@ from weaver.concepts.prompts import encode
 from weaver.conditioning import added_reasons, make_time_ids, time_id_reasons, unet_arguments
 from weaver.errors import raise_if
 from weaver.latents import encode_image, vae_scale_factor
-from weaver.layers import whole_steps
 from weaver.limits import size_reasons, step_reasons
 from weaver.schedule import ddim_scheduler, invertible
 
-__all__ = ["Inversion", "ddim_scheduler", "invert", "noised_reasons"]
+__all__ = ["Inversion", "ddim_scheduler", "invert"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +75,6 @@ def invert(
     prompt: str,
     steps: int = 50,
     *,
-    noised: float = 0.0,
-    seed: int = 0,
     time_ids: Sequence[float] | None = None,
     cache: Cache | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -99,9 +89,6 @@ def invert(
     image : a picture whose sides are multiples of 8 pixels, or latents [1, C, h, w] in the U-Net's scale
     prompt : what the picture shows, p_src
     steps : 1 to `weaver.schedule.most_steps(pipe.scheduler)`
-    noised : part of the steps, from the picture on, that is replaced by adding noise at once; 0 is the paper's
-        inversion, an approximation of it otherwise
-    seed : of that noise
     time_ids : for SDXL: original height and width, top and left of the crop, target height and width, which fusion then
         has too; None is the picture's own size, uncropped
     cache : where the result is looked for, and kept; a model with adapters, FreeU or hooks is inverted without it
@@ -109,26 +96,22 @@ def invert(
 
     Raises `WeaverError` with every reason, when picture or steps can't be used.
     """
-    reasons = _reasons(pipe, image, steps) + noised_reasons(noised) + time_id_reasons(time_ids)
-    raise_if(reasons, "Cannot invert the picture")
+    raise_if(_reasons(pipe, image, steps) + time_id_reasons(time_ids), "Cannot invert the picture")
     unet, (text, pooled) = pipe.unet, encode(pipe, prompt)
     added = (pooled, make_time_ids(pipe, _pixels(pipe, image), text, time_ids))
     text = text.to(unet.dtype)
     scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config, **invertible(pipe.scheduler))
     scheduler.set_timesteps(steps, device=text.device)
     timesteps = scheduler.timesteps.flip(0)
-    jumped = whole_steps(noised, steps)
-    noise = [jumped, seed] if jumped else None
-    identity = None if cache is None else inversion_identity(pipe, image, prompt, steps, noise, added[1])
+    identity = None if cache is None else inversion_identity(pipe, image, prompt, steps, added[1])
     if identity and (kept := cache.get(identity)):
         if progress:
             progress(steps, steps)
         return Inversion(kept["latents"].to(text.device), timesteps, prompt, text, identity, True, *added)
     z = encode_image(pipe.vae, image) if isinstance(image, Image.Image) else image
     z = z.to(device=text.device, dtype=unet.dtype)
-    path, arguments = [z, *_noised(z, scheduler, jumped, seed)], unet_arguments(text, *added)
-    z = path[-1]
-    for done, t in enumerate(scheduler.timesteps[jumped:], start=1 + jumped):
+    path, arguments = [z], unet_arguments(text, *added)
+    for done, t in enumerate(scheduler.timesteps, start=1):
         output = unet(z, t, **arguments, return_dict=False)[0]
         z = scheduler.step(output, t, z, return_dict=False)[0]
         path.append(z)
@@ -138,20 +121,6 @@ def invert(
     if identity:
         cache.put(identity, {"latents": inversion.latents})
     return inversion
-
-
-def noised_reasons(noised: float) -> list[str]:
-    """What is wrong with the part of the steps that is replaced by adding noise."""
-    if isinstance(noised, Real) and not isinstance(noised, bool) and 0 <= noised < 1:
-        return []
-    return [f"noised is {noised!r}, expected a part of the steps, 0 or more and less than 1"]
-
-
-def _noised(z: torch.Tensor, scheduler, steps: int, seed: int) -> list[torch.Tensor]:
-    """The latents after each of the first `steps` steps, by the forward process with one noise for all."""
-    noise = torch.randn(z.shape, generator=torch.Generator("cpu").manual_seed(seed)).to(z)
-    alphas = scheduler.alphas_cumprod.to(z.device)[scheduler.timesteps[:steps]].to(z.dtype)
-    return [alpha.sqrt() * z + (1 - alpha).sqrt() * noise for alpha in alphas]
 
 
 def _pixels(pipe, image: Image.Image | torch.Tensor) -> tuple[int, int]:

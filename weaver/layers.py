@@ -27,7 +27,6 @@ __all__ = [
     "layer_size",
     "site_reasons",
     "sites_for",
-    "whole_steps",
 ]
 
 _RESNETS_PER_BLOCK = 3
@@ -71,11 +70,11 @@ class InjectionSites:
 
     def resnet_steps(self, steps: int) -> int:
         """For how many of `steps` the ResNet features are injected."""
-        return whole_steps(self.resnet_window, steps)
+        return _whole(self.resnet_window * steps)
 
     def attention_steps(self, steps: int) -> int:
         """For how many of `steps` queries and keys are injected."""
-        return whole_steps(self.attention_window, steps)
+        return _whole(self.attention_window * steps)
 
     def resnet_modules(self) -> list[str]:
         """The modules whose outputs are the ResNet features."""
@@ -179,6 +178,5 @@ def layer_size(path: str, levels: int, size: tuple[int, int]) -> tuple[int, int]
     return height, width
 
 
-def whole_steps(part: float, steps: int) -> int:
-    """How many of `steps` a part of them is, rounded down."""
-    return int(part * steps + 1e-9)  # 0.29 * 100 is 28.999999999999996
+def _whole(steps: float) -> int:
+    return int(steps + 1e-9)  # 0.29 * 100 is 28.999999999999996

@@ -22,7 +22,7 @@ from weaver.fusion.contexts import ConceptUse, encode_contexts
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
 from weaver.fusion.support import model_reasons
-from weaver.inversion import invert, noised_reasons
+from weaver.inversion import invert
 from weaver.job import MaskSpec
 from weaver.latents import decode_latents, tensor_to_images
 from weaver.layers import InjectionSites
@@ -91,7 +91,6 @@ def weave(
     dilation: int | None = None,
     overlap: str = "priority",
     source_prompt: str | None = None,
-    noised: float = 0.0,
     seed: int = 0,
     steps: int = 50,
     template_steps: int = 50,
@@ -123,7 +122,6 @@ def weave(
     dilation : pixels that masks grow by; None is a 64th of the shorter side
     overlap : who gets what two masks claim, "priority" or "share"
     source_prompt : p_src, what the template shows; None is `prompt`
-    noised : part of the inversion that is replaced by adding noise (`weaver.inversion`); 0 is the paper's inversion
     steps : of inversion, reconstruction and fusion
     guidance : omega; None, like `suppression` (lambda) and `sites`, is the model's default (`weaver.defaults`)
     size : (height, width) of the picture; None is the model's own
@@ -145,7 +143,7 @@ def weave(
     source_prompt = prompt if source_prompt is None else source_prompt
     amounts, base_hash = {"guidance": guidance, "suppression": suppression}, attn2_hash(pipe.unet)
     reasons = fusion_reasons(pipe, everyone, size=size, steps=steps, sites=sites, base_hash=base_hash, amounts=amounts)
-    reasons += noised_reasons(noised) + ([] if everyone else ["there is no concept to draw"])
+    reasons += [] if everyone else ["there is no concept to draw"]
     source = {} if source_prompt == prompt else {"source_prompt": source_prompt}
     reasons += token_reasons(source, [use.concept for use in everyone if use.concept])
     reasons += encode_contexts(pipe, prompt, negative_prompt, uses, ground)[2]
@@ -178,9 +176,7 @@ def weave(
         final = places.compose(size, dilation=dilation, overlap=overlap, names=names)
     with stages.stage("inversion"):
         with stages.bar("inversion", steps) as move:
-            inversion = invert(
-                pipe, template, source_prompt, steps, noised=noised, seed=seed, cache=cache, progress=move
-            )
+            inversion = invert(pipe, template, source_prompt, steps, cache=cache, progress=move)
         with stages.bar("features", steps) as move:
             features = collect_features(pipe, inversion, sites, cache=cache, progress=move)
         quality = reconstruction_psnr(pipe, inversion, features)
@@ -206,7 +202,6 @@ def weave(
         "guidance": guidance,
         "lambda": suppression,
         "source_prompt": source_prompt,
-        "noised": noised,
         "injection": {"sites": sites.name, "resnet": sites.resnet_window, "attention": sites.attention_window},
         "masks": {"sources": list(places.sources), "dilation": dilation, "overlap": overlap},
     }

@@ -131,7 +131,6 @@ def _weave(
         dilation=job.masks.dilation,
         overlap=job.masks.overlap,
         source_prompt=job.inversion_prompt,
-        noised=job.inversion_noised,
         seed=job.seed,
         steps=job.steps,
         guidance=fusion.guidance,

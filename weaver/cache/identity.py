@@ -19,16 +19,10 @@ _PLAIN_PROCESSORS = {"AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor
 
 
 def inversion_identity(
-    pipe,
-    image: Image.Image | torch.Tensor,
-    prompt: str,
-    steps: int,
-    noise: list[int] | None = None,
-    time_ids: torch.Tensor | None = None,
+    pipe, image: Image.Image | torch.Tensor, prompt: str, steps: int, time_ids: torch.Tensor | None = None
 ) -> dict | None:
-    """Of `weaver.inversion.invert` with these arguments, `noise` being [steps that are noised, seed] or None.
-
-    None where something changes the model that is not in its weights (`uncacheable_reasons`).
+    """Of `weaver.inversion.invert` with these arguments; None where something changes the model that is not in its
+    weights (`uncacheable_reasons`).
 
     SDXL's pooled embedding follows from the prompt's tokens and the second encoder's weights, configuration and dtype;
     its time ids [1, 6] are given.
@@ -48,7 +42,6 @@ def inversion_identity(
         "prompt": prompt,
         "tokens": tokens[0] if len(tokens) == 1 else tokens,
         "steps": steps,
-        "noise": noise,
         "model": weights_hash(pipe, exact=True),
         "config": {part: _plain(getattr(pipe, part).config) for part in (*parts, "scheduler")},
         "scheduler": type(pipe.scheduler).__name__,

@@ -111,8 +111,7 @@ def job_to_mapping(job: Job, folder: Path) -> dict:
         mapping["template"] = {"image": mapping["template"]["image"]}
     if job.size:
         mapping["size"] = [job.size[1], job.size[0]]
-    inversion = {key: mapping.pop(f"inversion_{key}", None) for key in ("prompt", "noised")}
-    mapping["inversion"] = {key: value for key, value in inversion.items() if value is not None}
+    mapping["inversion"] = {"prompt": mapping.pop("inversion_prompt")} if job.inversion_prompt is not None else {}
     fusion = mapping["fusion"]
     fusion["injection"] = {key: fusion.pop(key) for key in ("sites", "resnet", "attention") if key in fusion}
     return mapping

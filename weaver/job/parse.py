@@ -47,7 +47,6 @@ def job_from_mapping(mapping: object, *, folder: Path, source: str = "job") -> J
     )
     inversion = fields.section("inversion")
     values["inversion_prompt"] = inversion.text("prompt", empty=True)
-    values["inversion_noised"] = inversion.number("noised", 0.0, least=0, most=0.9)
     inversion.finish()
     if entries == [] and not values["background"]:
         fields.complain("concepts", "is missing; list at least one concept")

@@ -129,7 +129,6 @@ class Job:
     size: tuple[int, int] | None = None
     device: str = "auto"
     inversion_prompt: str | None = None
-    inversion_noised: float = 0.0
     template: TemplateSpec = field(default_factory=TemplateSpec)
     masks: MasksSpec = field(default_factory=MasksSpec)
     fusion: FusionSpec = field(default_factory=FusionSpec)

@@ -190,9 +190,9 @@ Rows: singles (two), singles with a colour, pairs (two), three animals, four ani
 `make train-embedded` draws the scenes, trains the autoencoder, then denoiser and text encoder together, and rebuilds
 everything derived from them. Half of the drawings are repainted (palette colours moved to eleven named ones, a tenth of
 them not told in the caption), and a fifth of the backgrounds: this variety is what lets a concept be learned by
-cross-attention keys and values alone. Captions are drawn anew each time a scene is seen: of several animals a third of
-them leave some out, 15 in a hundred the background, 5 all animals. In fusion a concept's prompt does not name its
-neighbours, and must not paint them over. The curves lie beside the weights (`weights/curve_*.jsonl`).
+cross-attention keys and values alone. A third of the captions leave animals or the background out: in fusion a
+concept's prompt does not name its neighbours, and must not paint them over. The curves lie beside the weights
+(`weights/curve_*.jsonl`).
 These trainings, each from where the one before ended, made the weights:
 
 | part | device | minutes | processes x batch | peak learning rate | samples | PSNR in dB, or held-out loss |
