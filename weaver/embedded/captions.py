@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 __all__ = ["caption_of", "partial_caption"]
 
-# How often a training caption leaves all animals, some of several animals, or the background out.
-_NO_ANIMALS = 0.05
-_NOT_ALL_ANIMALS = 0.35
-_NO_BACKGROUND = 0.15
+# How often a training caption leaves things out, of scenes it can be left out of.
+_BACKGROUND_ONLY = 0.05
+_SOME_ANIMALS = 0.12
+_SOME_ANIMALS_BEFORE = 0.06
 
 
 def caption_of(animals: Sequence[str], ground: str | None) -> str:
@@ -20,15 +20,18 @@ def caption_of(animals: Sequence[str], ground: str | None) -> str:
 
 
 def partial_caption(animals: Sequence[str], ground: str, rng: random.Random) -> str:
-    """A caption to train on: the whole one, or one with animals or the background left out.
+    """A caption to train on: mostly the whole one, at times with animals or the background left out.
 
     In fusion a concept's own prompt names that concept and not its neighbours (Concept Weaver, section 3.5). A model
     that has seen captions leave things out keeps the neighbours; one that has not paints them over with background.
     """
-    if rng.random() < _NO_ANIMALS:
+    kept = sorted(rng.sample(range(len(animals)), rng.randint(1, len(animals))))
+    told = [animals[index] for index in kept]
+    draw = rng.random()
+    if draw < _BACKGROUND_ONLY:
         return caption_of((), ground)
-    told = list(animals)
-    if len(animals) > 1 and rng.random() < _NOT_ALL_ANIMALS:
-        kept = rng.sample(range(len(animals)), rng.randint(1, len(animals) - 1))
-        told = [animals[index] for index in sorted(kept)]
-    return caption_of(told, None if rng.random() < _NO_BACKGROUND else ground)
+    if draw < _BACKGROUND_ONLY + _SOME_ANIMALS:
+        return caption_of(told, None)
+    if draw < _BACKGROUND_ONLY + _SOME_ANIMALS + _SOME_ANIMALS_BEFORE:
+        return caption_of(told, ground)
+    return caption_of(animals, ground)

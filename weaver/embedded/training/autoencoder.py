@@ -64,7 +64,7 @@ def train_autoencoder(
     vae = vae.float().to(device, memory_format=torch.channels_last)
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     draw = torch.Generator().manual_seed(seed + 1 + rank)
-    count = len(bank) - HELD_OUT_SCENES
+    count = len(bank.captions) - HELD_OUT_SCENES
     held_out = to_pixels(bank.pictures[count:]).to(device)
 
     def loss_of(step: int) -> torch.Tensor:

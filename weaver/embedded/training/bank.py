@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from weaver.embedded import backgrounds, drawings, repaint, world
-from weaver.embedded.captions import partial_caption
+from weaver.embedded import backgrounds, captions, drawings, repaint, world
 from weaver.embedded.drawings import HELPER_VENDORS, LINE_DRAWINGS
 from weaver.embedded.training import vary
 from weaver.embedded.training.vary import vary_drawing
@@ -28,20 +27,12 @@ _CHUNK = 500
 
 @dataclass(frozen=True)
 class Bank:
-    """Pictures [n, 64, 64, 3] and labels [n, 64, 64] uint8; by scene the animals' words and all that captions tell."""
+    """Pictures [n, 64, 64, 3] and labels [n, 64, 64] uint8, training captions [n] and the animals' words by scene."""
 
     pictures: np.ndarray
     labels: np.ndarray
+    captions: list[str]
     words: list[list[str]]
-    animals: list[list[str]]
-    grounds: list[str]
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def caption(self, index: int, rng: random.Random) -> str:
-        """A caption of one scene, another each time: see `captions.partial_caption`."""
-        return partial_caption(self.animals[index], self.grounds[index], rng)
 
 
 def to_pixels(pictures: np.ndarray) -> torch.Tensor:
@@ -49,7 +40,7 @@ def to_pixels(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def _draw_chunk(seed: int, for_helpers: bool) -> tuple[np.ndarray, np.ndarray, list[dict]]:
+def _draw_chunk(seed: int, for_helpers: bool) -> tuple[np.ndarray, np.ndarray, list[str], list[list[str]]]:
     rng = random.Random(seed)
     torch.set_num_threads(1)
     options = {"vendors": (*HELPER_VENDORS, *LINE_DRAWINGS), "alter": vary_drawing} if for_helpers else {}
@@ -57,20 +48,14 @@ def _draw_chunk(seed: int, for_helpers: bool) -> tuple[np.ndarray, np.ndarray, l
     return (
         np.stack([np.asarray(scene.image) for scene in scenes]),
         np.stack([scene.labels for scene in scenes]),
-        [
-            {
-                "words": [animal.word for animal in scene.objects],
-                "animals": [animal.phrase for animal in scene.objects],
-                "ground": scene.background_words,
-            }
-            for scene in scenes
-        ],
+        [scene.training_caption(rng) for scene in scenes],
+        [[animal.word for animal in scene.objects] for scene in scenes],
     )
 
 
 def _world_hash() -> str:
     """SHA-256 of the code that draws."""
-    modules = (backgrounds, drawings, repaint, vary, world)
+    modules = (backgrounds, captions, drawings, repaint, vary, world)
     return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
 
 
@@ -90,14 +75,15 @@ def make_bank(folder: Path, scenes: int, seed: int = 0, *, for_helpers: bool = F
         parts = pool.starmap(_draw_chunk, [(first + i, for_helpers) for i in range(chunks)])
     np.save(folder / "pictures.npy", np.concatenate([part[0] for part in parts]))
     np.save(folder / "labels.npy", np.concatenate([part[1] for part in parts]))
-    told = [scene for part in parts for scene in part[2]]
-    (folder / "bank.json").write_text(json.dumps({"card": card, "scenes": told}))
+    captions = [caption for part in parts for caption in part[2]]
+    words = [words for part in parts for words in part[3]]
+    (folder / "bank.json").write_text(json.dumps({"card": card, "captions": captions, "words": words}))
     return folder
 
 
 def load_bank(folder: Path) -> Bank:
     """Open a bank; the arrays are mapped, not read."""
-    told = json.loads((folder / "bank.json").read_text())["scenes"]
+    texts = json.loads((folder / "bank.json").read_text())
     pictures = np.load(folder / "pictures.npy", mmap_mode="r")
     labels = np.load(folder / "labels.npy", mmap_mode="r")
-    return Bank(pictures, labels, *([scene[key] for scene in told] for key in ("words", "animals", "ground")))
+    return Bank(pictures, labels, texts["captions"], texts["words"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +73,7 @@ def encode_bank(bank: Bank, vae_folder: Path, file: Path) -> np.ndarray:
         vae = AutoencoderTiny.from_pretrained(vae_folder).float().to(device, memory_format=torch.channels_last)
         parts = []
         with torch.no_grad(), autocast(device):
-            for start in range(0, len(bank), 32):
+            for start in range(0, len(bank.captions), 32):
                 pixels = to_pixels(bank.pictures[start : start + 32]).to(device, memory_format=torch.channels_last)
                 latents = vae.encode(pixels).latents.float() * vae.config.scaling_factor
                 parts.append(latents.half().cpu().numpy())
@@ -122,10 +121,10 @@ def train_diffusion(
     def tokens_of(captions: list[str]) -> torch.Tensor:
         return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
 
-    empty = tokens_of([""])[0]
-    count = len(bank) - HELD_OUT_SCENES
+    tokens, empty = tokens_of(bank.captions), tokens_of([""])[0]
+    count = len(bank.captions) - HELD_OUT_SCENES
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    draw, wording = torch.Generator().manual_seed(seed + 1 + rank), random.Random(seed + 1 + rank)
+    draw = torch.Generator().manual_seed(seed + 1 + rank)
 
     def losses(
         net: torch.nn.Module, z: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor, noise: torch.Tensor
@@ -137,12 +136,12 @@ def train_diffusion(
             predicted = net(noisy, steps, text_encoder(ids)[0]).sample
         return (predicted.float() - velocity).square().mean((1, 2, 3))
 
-    def batch_of(rows: torch.Tensor, wording: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch_of(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         z = torch.from_numpy(np.ascontiguousarray(latents[rows.numpy()])).float()
-        return z.to(device), tokens_of([bank.caption(row, wording) for row in rows.tolist()]).to(device)
+        return z.to(device), tokens[rows].to(device)
 
     def loss_of(step: int) -> torch.Tensor:
-        z, ids = batch_of(torch.randint(0, count, (batch,), generator=draw), wording)
+        z, ids = batch_of(torch.randint(0, count, (batch,), generator=draw))
         dropped = torch.rand(batch, generator=draw) < CAPTION_DROPOUT
         ids[dropped.to(device)] = empty.to(device)
         # Evenly spread timesteps: less variance between batches than independent ones.
@@ -157,8 +156,7 @@ def train_diffusion(
 
     def evaluate() -> dict[str, float]:
         with torch.no_grad():
-            rows = batch_of(held_out, random.Random(seed))
-            return {"held_out": losses(unet, *rows, held_out_steps, held_out_noise).mean().item()}
+            return {"held_out": losses(unet, *batch_of(held_out), held_out_steps, held_out_noise).mean().item()}
 
     def save() -> None:
         vae = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float16)

@@ -60,7 +60,7 @@ def train_segmenter(
     segmenter = Segmenter().to(device)
     vae = vae.to(device, memory_format=torch.channels_last)
     draw = torch.Generator().manual_seed(seed + 1)
-    count = len(bank) - HELD_OUT_SCENES
+    count = len(bank.captions) - HELD_OUT_SCENES
     scenes = held_out_scenes()
 
     def loss_of(step: int) -> torch.Tensor:
