@@ -62,19 +62,19 @@ def live_context_attention(
 
 
 # A chunk's scores stay in the cache. Its result is added to `out` whole: a product that begins at what `out` holds
-# would round each of its terms to the size of the sum.
+# would round each of its terms to the size of the sum. It is a tensor of its own: a batched product into a view that
+# lies as [T, H, D] is done head by head (1.4 times the time at T = 144, H = 20).
 
 
 def _on_all(out, query, keys, values, weight, scale, chunk, *, add: bool) -> None:
     """Add one context to `out` [T, H, D], or write it there."""
     for start in range(0, len(weight), chunk):
         part = slice(start, start + chunk)
-        scores = _weighted_scores(query[part], keys, weight[part], scale)
-        target = out[part].transpose(0, 1)
+        found = torch.bmm(_weighted_scores(query[part], keys, weight[part], scale), values).transpose(0, 1)
         if add:
-            target += scores @ values
+            out[part] += found
         else:
-            target.baddbmm_(scores, values, beta=0)
+            out[part] = found
 
 
 def _on_some(out, query, keys, values, weight, live, scale, chunk) -> None:
@@ -82,9 +82,7 @@ def _on_some(out, query, keys, values, weight, live, scale, chunk) -> None:
     for start in range(0, len(live), chunk):
         part = live[start : start + chunk]
         scores = _weighted_scores(query.index_select(0, part), keys, weight.index_select(0, part), scale)
-        found = torch.empty(len(part), *out.shape[1:], dtype=out.dtype, device=out.device)
-        found.transpose(0, 1).baddbmm_(scores, values, beta=0)
-        out.index_add_(0, part, found)
+        out.index_add_(0, part, torch.bmm(scores, values).transpose(0, 1))
 
 
 def _weighted_scores(query, keys, weight, scale) -> torch.Tensor:
