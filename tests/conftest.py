@@ -69,12 +69,51 @@ def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
+def make_vae(**options):
+    """An `AutoencoderKL` of two levels: a cell of latents is 2 x 2 pixels."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        **options,
+    )
+
+
+def make_scheduler(prediction_type: str):
+    """Stable Diffusion's noise schedule, DDIM."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+def make_louder(unet) -> None:
+    """Have attention move the result visibly, its output's bias too."""
+    for name, parameter in unet.named_parameters():
+        if ".attn" in name and name.endswith("weight"):
+            parameter.mul_(2)
+        if name.endswith("to_out.0.bias"):
+            parameter.normal_()
+
+
 def make_pipeline(prediction_type: str = "epsilon", dtype: torch.dtype = torch.float64, seed: int = 0):
     """A `StableDiffusionPipeline` with random weights: 32 px pictures, latents [4, 16, 16], text [16, 16].
 
     Weights are drawn larger than the library's defaults, so that text, masks and injection move the result visibly.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = make_tokenizer()
@@ -105,35 +144,16 @@ def make_pipeline(prediction_type: str = "epsilon", dtype: torch.dtype = torch.f
             down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            latent_channels=4,
-            layers_per_block=1,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-        )
+        vae = make_vae()
         with torch.no_grad():
             text_encoder.get_input_embeddings().weight.normal_()
-            for name, parameter in unet.named_parameters():
-                if ".attn" in name and name.endswith("weight"):
-                    parameter.mul_(2)
-                if name.endswith("to_out.0.bias"):
-                    parameter.normal_()
+            make_louder(unet)
     pipe = StableDiffusionPipeline(
         vae=vae.to(dtype).eval(),
         text_encoder=text_encoder.to(dtype).eval(),
         tokenizer=tokenizer,
         unet=unet.to(dtype).eval(),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            prediction_type=prediction_type,
-        ),
+        scheduler=make_scheduler(prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -157,15 +177,17 @@ def tiny_pipe_v():
 def make_concept(pipe, number: int, word: str, amount: float = 0.3):
     """A concept `c<number>` with token `<v<number>>` and random deltas of `amount`, for this pipeline's base."""
     from weaver.concepts.concept import Concept, attn2_hash, attn2_projections
+    from weaver.conditioning import text_encoders
 
     rng = torch.Generator().manual_seed(number)
     projections = attn2_projections(pipe.unet)
+    widths = {name: encoder.config.hidden_size for name, encoder in text_encoders(pipe).items()}
     return Concept(
         name=f"c{number}",
         token=f"<v{number}>",
         word=word,
         base_hash=attn2_hash(pipe.unet),
-        embeddings={"text_encoder": torch.randn(1, TEXT_WIDTH, generator=rng)},
+        embeddings={name: torch.randn(1, width, generator=rng) for name, width in widths.items()},
         deltas={name: amount * torch.randn(linear.weight.shape, generator=rng) for name, linear in projections.items()},
     )
 
@@ -196,9 +218,7 @@ def tiny_sdxl():
 @pytest.fixture(scope="session")
 def concepts_sdxl(tiny_sdxl):
     """The same concepts for `tiny_sdxl`."""
-    from tiny_sdxl import make_sdxl_concept
-
-    return [make_sdxl_concept(tiny_sdxl, i + 1, word) for i, word in enumerate(WORDS_OF_CONCEPTS)]
+    return [make_concept(tiny_sdxl, i + 1, word) for i, word in enumerate(WORDS_OF_CONCEPTS)]
 
 
 @pytest.fixture(scope="session")

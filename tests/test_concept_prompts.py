@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from weaver.concepts.concept import Concept
-from weaver.concepts.prompts import PromptError, derive_prompt, encode_prompt
+from weaver.concepts.prompts import PromptError, derive_prompt, encode
 
 PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 PROMPTS = [
@@ -54,7 +54,7 @@ def extended(pipe, concept):
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_without_a_concept_equals_diffusers(tiny_pipe, prompt):
     expected = tiny_pipe.encode_prompt(prompt, "cpu", 1, False)[0]
-    assert torch.equal(encode_prompt(tiny_pipe, prompt), expected)
+    assert torch.equal(encode(tiny_pipe, prompt).text, expected)
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
@@ -71,21 +71,21 @@ def test_without_a_concept_equals_diffusers(tiny_pipe, prompt):
 @torch.no_grad()
 def test_with_a_concept_equals_a_really_extended_encoder(tiny_pipe, prompt, vectors):
     concept = make_concept(vectors)
-    torch.testing.assert_close(encode_prompt(tiny_pipe, prompt, concept), extended(tiny_pipe, concept)(prompt))
+    torch.testing.assert_close(encode(tiny_pipe, prompt, concept).text, extended(tiny_pipe, concept)(prompt))
 
 
 def test_the_token_changes_the_encoding(tiny_pipe):
     concept = make_concept()
-    with_token = encode_prompt(tiny_pipe, "a <v1> cat", concept)
+    with_token = encode(tiny_pipe, "a <v1> cat", concept).text
     assert with_token.shape == (1, tiny_pipe.tokenizer.model_max_length, 16)
-    assert not torch.allclose(with_token[:, 2:], encode_prompt(tiny_pipe, "a dog cat")[:, 2:])
+    assert not torch.allclose(with_token[:, 2:], encode(tiny_pipe, "a dog cat").text[:, 2:])
 
 
 def test_tokenizer_and_text_encoder_stay_as_they_are(tiny_pipe):
     tokenizer, encoder = tiny_pipe.tokenizer, tiny_pipe.text_encoder
     size, probe = len(tokenizer), tokenizer("a <v1> cat").input_ids
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    encode_prompt(tiny_pipe, "a <v1> cat", make_concept(3))
+    encode(tiny_pipe, "a <v1> cat", make_concept(3))
     assert len(tokenizer) == size
     assert tokenizer("a <v1> cat").input_ids == probe
     after = encoder.state_dict()
@@ -96,29 +96,29 @@ def test_tokenizer_and_text_encoder_stay_as_they_are(tiny_pipe):
 
 def test_hook_comes_off_after_an_exception(tiny_pipe):
     with pytest.raises(RuntimeError):
-        encode_prompt(tiny_pipe, "a <v1> cat", make_concept(width=5))
+        encode(tiny_pipe, "a <v1> cat", make_concept(width=5))
     assert not tiny_pipe.text_encoder.get_input_embeddings()._forward_hooks
 
 
 def test_token_missing_from_its_prompt(tiny_pipe):
     with pytest.raises(PromptError, match="token '<v1>' is not in its prompt 'a cat': put it before the class word"):
-        encode_prompt(tiny_pipe, "a cat", make_concept())
+        encode(tiny_pipe, "a cat", make_concept())
 
 
 def test_a_plain_word_as_token_is_not_found_inside_other_words(tiny_pipe):
     concept = make_concept(token="sks")
-    encode_prompt(tiny_pipe, "a sks cat", concept)
+    encode(tiny_pipe, "a sks cat", concept)
     with pytest.raises(PromptError, match="not in its prompt"):
-        encode_prompt(tiny_pipe, "a sksy cat", concept)
+        encode(tiny_pipe, "a sksy cat", concept)
 
 
 def test_token_behind_the_last_position_read(tiny_pipe):
     with pytest.raises(PromptError, match="lies behind the 16 tokens"):
-        encode_prompt(tiny_pipe, "a dog and " * 6 + "a <v1> cat", make_concept())
+        encode(tiny_pipe, "a dog and " * 6 + "a <v1> cat", make_concept())
 
 
 def test_a_cut_prompt_is_told(tiny_pipe, caplog):
-    encode_prompt(tiny_pipe, "a <v1> cat and " + "a dog and " * 6, make_concept())
+    encode(tiny_pipe, "a <v1> cat and " + "a dog and " * 6, make_concept())
     assert "is cut to the 16 tokens" in caplog.text
 
 

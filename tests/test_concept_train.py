@@ -13,7 +13,7 @@ from PIL import Image
 from weaver.concepts.concept import ConceptError, attn2_hash, attn2_projections
 from weaver.concepts.images import TrainingSet
 from weaver.concepts.prior import class_pictures
-from weaver.concepts.prompts import PromptError, encode_prompt
+from weaver.concepts.prompts import PromptError, encode
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.train import train_concept
 from weaver.concepts.training_state import added
@@ -126,11 +126,11 @@ def test_what_is_learned_lowers_the_loss(tiny_pipe, tiny_pipe_v, prediction, aut
     images = pictures(1)
     concept = train_concept(pipe, images, **NAMES, settings=settings, progress=False)
     unet = copy.deepcopy(pipe.unet)
-    base = loss_of(pipe, unet, images[0], encode_prompt(pipe, "a cat cat"))
+    base = loss_of(pipe, unet, images[0], encode(pipe, "a cat cat").text)
     with torch.no_grad():
         for path, delta in concept.deltas.items():
             unet.get_submodule(path).weight += delta
-    learned = loss_of(pipe, unet, images[0], encode_prompt(pipe, "a <v1> cat", concept))
+    learned = loss_of(pipe, unet, images[0], encode(pipe, "a <v1> cat", concept).text)
     assert learned < 0.97 * base
 
 
@@ -153,7 +153,7 @@ def loss_of(pipe, unet, image, text):
 def test_training_adds_what_a_reader_of_the_deltas_adds(tiny_pipe, alone):
     """The hooks of training and weights with the delta added are one and the same model."""
     concept = alone
-    z, text = torch.ones(1, 4, 16, 16, dtype=torch.float64), encode_prompt(tiny_pipe, "a <v1> cat", concept)
+    z, text = torch.ones(1, 4, 16, 16, dtype=torch.float64), encode(tiny_pipe, "a <v1> cat", concept).text
     unet = copy.deepcopy(tiny_pipe.unet)
     with torch.no_grad():
         with added(tiny_pipe.unet, concept.deltas):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from conftest import make_concept
 from paper_reference import Case, Sites, compare, make_templates
-from tiny_sdxl import make_sdxl, make_sdxl_concept
+from tiny_sdxl import make_sdxl
 
 BOTH = Sites("both", resnets=(1,), attentions=(1, 4), resnet_window=0.8, attention_window=0.4)
 CASES = [
@@ -44,5 +45,5 @@ def test_injection_equals_the_three_row_formulation(sites, tiny_sdxl, concepts_s
 
 def test_velocity_prediction(templates):
     pipe = make_sdxl("v_prediction", seed=1)
-    concepts = [make_sdxl_concept(pipe, 1, "dog")]
+    concepts = [make_concept(pipe, 1, "dog")]
     compare(Case("v", 1, "v_prediction", sites=BOTH, lam=0.2), pipe, concepts, templates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from conftest import TEXT_LENGTH, make_tokenizer
+from conftest import TEXT_LENGTH, make_louder, make_scheduler, make_tokenizer, make_vae
 
 WIDTHS, POOLED = (16, 24), 10
 BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
@@ -34,7 +34,7 @@ def make_sdxl(prediction_type: str = "epsilon", dtype: torch.dtype = torch.float
     Its second tokenizer pads with another token, as SDXL's does. Weights are drawn larger than the library's defaults,
     so that text, pooled embedding, time ids, masks and injection move the result visibly.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
     tokenizers = make_tokenizer(), make_tokenizer(pad_token="!")
     with torch.random.fork_rng(devices=[]):
@@ -62,24 +62,13 @@ def make_sdxl(prediction_type: str = "epsilon", dtype: torch.dtype = torch.float
             addition_time_embed_dim=4,
             projection_class_embeddings_input_dim=6 * 4 + POOLED,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            latent_channels=4,
-            layers_per_block=1,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            force_upcast=False,  # to float32, from which float64 does not come back
-        )
+        vae = make_vae(force_upcast=False)  # to float32, from which float64 does not come back
         with torch.no_grad():
             for encoder in encoders:
                 encoder.get_input_embeddings().weight.normal_()
             encoders[1].text_projection.weight.normal_()
+            make_louder(unet)
             for name, parameter in unet.named_parameters():
-                if ".attn" in name and name.endswith("weight"):
-                    parameter.mul_(2)
-                if name.endswith("to_out.0.bias"):
-                    parameter.normal_()
                 if name.startswith("add_embedding") or "time_emb_proj" in name:
                     parameter.mul_(3)
     pipe = StableDiffusionXLPipeline(
@@ -89,33 +78,8 @@ def make_sdxl(prediction_type: str = "epsilon", dtype: torch.dtype = torch.float
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1],
         unet=unet.to(dtype).eval(),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            prediction_type=prediction_type,
-        ),
+        scheduler=make_scheduler(prediction_type),
         add_watermarker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def make_sdxl_concept(pipe, number: int, word: str, amount: float = 0.3):
-    """As `make_concept`, with vectors for both encoders."""
-    from weaver.concepts.concept import Concept, attn2_hash, attn2_projections
-
-    rng = torch.Generator().manual_seed(number)
-    names = ("text_encoder", "text_encoder_2")
-    projections = attn2_projections(pipe.unet)
-    return Concept(
-        name=f"c{number}",
-        token=f"<v{number}>",
-        word=word,
-        base_hash=attn2_hash(pipe.unet),
-        embeddings={name: torch.randn(1, width, generator=rng) for name, width in zip(names, WIDTHS, strict=True)},
-        deltas={name: amount * torch.randn(linear.weight.shape, generator=rng) for name, linear in projections.items()},
-    )

@@ -11,11 +11,9 @@ from PIL import Image
 from weaver.conditioning import text_encoders
 from weaver.layers import InjectionSites
 from weaver.models import weights_hash
+from weaver.processors import PLAIN_PROCESSORS
 
 __all__ = ["features_identity", "inversion_identity", "reconstruction_identity", "uncacheable_reasons"]
-
-# Attention processors of diffusers that compute attention and nothing else; they differ in rounding.
-_PLAIN_PROCESSORS = {"AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor"}
 
 
 def inversion_identity(
@@ -35,7 +33,6 @@ def inversion_identity(
     encoders = list(text_encoders(pipe))
     tokens = [getattr(pipe, name.replace("text_encoder", "tokenizer"))(prompt).input_ids for name in encoders]
     parts = ("unet", "vae", *encoders)
-    processors = {type(processor).__name__ for processor in pipe.unet.attn_processors.values()}
     return {
         "kind": "inversion",
         "picture": _picture(image),
@@ -45,7 +42,7 @@ def inversion_identity(
         "model": weights_hash(pipe, exact=True),
         "config": {part: _plain(getattr(pipe, part).config) for part in (*parts, "scheduler")},
         "scheduler": type(pipe.scheduler).__name__,
-        "processors": sorted(processors),
+        "processors": _processors(pipe.unet),
         "dtype": {part: str(getattr(pipe, part).dtype) for part in parts},
         "time_ids": None if time_ids is None else time_ids[0].tolist(),  # Stable Diffusion has none
         "device": pipe.unet.device.type,
@@ -74,15 +71,19 @@ def uncacheable_reasons(pipe) -> list[str]:
     reasons = []
     if getattr(unet, "_hf_peft_config_loaded", False):
         reasons.append("adapters are loaded: fuse them, or unload them")
-    odd = {type(processor).__name__ for processor in unet.attn_processors.values()} - _PLAIN_PROCESSORS
-    if odd:
-        reasons.append(f"it has attention processors of its own ({', '.join(sorted(odd))})")
+    if odd := _processors(unet, other_than=PLAIN_PROCESSORS):
+        reasons.append(f"it has attention processors of its own ({', '.join(odd)})")
     if any(getattr(block, name, None) for block in unet.up_blocks for name in ("s1", "s2", "b1", "b2")):
         reasons.append("FreeU is on: disable it")
     hooked = [name for name, module in unet.named_modules() if module._forward_hooks or module._forward_pre_hooks]
     if hooked:
         reasons.append(f"{hooked[0] or 'the U-Net'} has forward hooks")
     return reasons
+
+
+def _processors(unet, other_than: tuple[type, ...] = ()) -> list[str]:
+    kinds = {type(processor) for processor in unet.attn_processors.values()} - set(other_than)
+    return sorted(kind.__name__ for kind in kinds)
 
 
 def _picture(image: Image.Image | torch.Tensor) -> dict:

@@ -14,12 +14,12 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -33,6 +33,8 @@ _LIMIT = 8 * 2**30
 _WAIT = 60.0  # seconds for other writers; a gigabyte takes a few
 _TENSORS, _CARD, _LOCK, _PARTIAL = "tensors.safetensors", "entry.json", ".lock", ".partial-"
 _CHANNELS_LAST = "#channels_last"
+# Of a disk, too long a wait for the lock (a TimeoutError) among them; and of a file system that has no locks.
+_FAULTS = (OSError, NotImplementedError)
 
 
 class CacheWarning(UserWarning):
@@ -95,10 +97,8 @@ class Cache:
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             self._discard(place, error)
             return None
-        try:
+        with suppress(OSError):  # of a folder that is only read the order of use stays
             os.utime(place / _CARD)
-        except OSError:  # a folder that is only read: its order of use stays
-            pass
         return tensors
 
     def put(self, identity: Mapping, tensors: Mapping[str, torch.Tensor]) -> bool:
@@ -115,7 +115,7 @@ class Cache:
                 if not _whole(self.folder / key):
                     self._write(key, data, text)
                     self._evict(self.limit, keep=key)
-        except (OSError, Timeout, NotImplementedError) as error:
+        except _FAULTS as error:
             reason = getattr(error, "strerror", None) or str(error)
             warnings.warn(f"nothing is kept in the cache {self.folder} ({reason})", CacheWarning, stacklevel=2)
             return False
@@ -147,7 +147,7 @@ class Cache:
         try:
             with self._locked():
                 return self._evict(limit)
-        except (OSError, Timeout, NotImplementedError) as error:
+        except _FAULTS as error:
             raise WeaverError(f"the cache {self.folder} can't be changed ({error})") from error
 
     def clear(self) -> list[Entry]:
@@ -207,7 +207,7 @@ class Cache:
             with self._locked():
                 self._remove(place)
             warnings.warn(f"{what}; it was thrown away", CacheWarning, stacklevel=3)
-        except (OSError, Timeout, NotImplementedError):
+        except _FAULTS:
             warnings.warn(f"{what}; it can't be removed and is not used", CacheWarning, stacklevel=3)
 
 

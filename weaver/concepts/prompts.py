@@ -20,7 +20,6 @@ __all__ = [
     "absent_is_zero",
     "derive_prompt",
     "encode",
-    "encode_prompt",
     "encode_text",
     "names_token",
     "tokenize",
@@ -86,11 +85,6 @@ def encode(pipe, prompt: str | None, concept: Concept | None = None) -> Encoding
 def absent_is_zero(pipe) -> bool:
     """Whether the pipeline reads zeros where no negative prompt is given, not an empty one."""
     return "text_encoder_2" in text_encoders(pipe) and bool(pipe.config.force_zeros_for_empty_prompt)
-
-
-def encode_prompt(pipe, prompt: str, concept: Concept | None = None) -> torch.Tensor:
-    """The text [1, L, C] of `encode`."""
-    return encode(pipe, prompt, concept).text
 
 
 def derive_prompt(base_prompt: str, concept: Concept, *, occurrence: int = 0, without: Sequence[str] = ()) -> str:

@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from diffusers import UNet2DConditionModel
-from diffusers.models import attention_processor as library
 
 from weaver.conditioning import added_reasons
 from weaver.layers import attention_paths, cross_attention_paths
+from weaver.processors import PLAIN_PROCESSORS
 
 __all__ = ["model_reasons", "processor_reasons", "unet_reasons"]
-
-# Attention as such, in several implementations: to compute it otherwise changes nothing but rounding.
-_PLAIN = (
-    library.AttnProcessor,
-    library.AttnProcessor2_0,
-    library.SlicedAttnProcessor,
-    library.XFormersAttnProcessor,
-)
 
 
 def model_reasons(pipe) -> list[str]:
@@ -64,7 +56,7 @@ def processor_reasons(unet, paths: Iterable[str], own: tuple[type, ...]) -> list
         processor = attention.processor
         if isinstance(processor, own):
             return ["a plan is already attached to this U-Net: leave its `with` block first"]
-        if type(processor) not in _PLAIN:
+        if type(processor) not in PLAIN_PROCESSORS:
             reasons.append(
                 f"{path} has a {type(processor).__name__}, whose work would be lost: "
                 "call unet.set_default_attn_processor() or unload what installed it"
