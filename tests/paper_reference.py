@@ -50,6 +50,7 @@ class Case:
     strengths: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
     windows: dict[int, tuple[float, float]] = field(default_factory=dict)
     scale: float = 1.0
+    own_negatives: dict[int, str] = field(default_factory=dict)
 
 
 def prompts_of(case: Case) -> tuple[str, list[str]]:
@@ -116,9 +117,12 @@ class CrossAttention:
         base = self.one(attn, h, run.text["base"], None)
         masks = run.masks_for(h.shape[1])
         mixed = torch.zeros_like(base)
+        for i, text in run.own_negatives.items() if "negative" in rows else ():
+            own = self.one(attn, rows["negative"], text, None)
+            general = self.one(attn, rows["negative"], run.text["negative"], None)
+            out["negative"] = out["negative"] + run.strength(i) * masks[i][None, :, None] * (own - general)
         for i, (text, concept) in enumerate(run.contexts):
-            start, end = case.windows.get(i, (0.0, 1.0))
-            a = case.strengths[i] if start <= run.step / STEPS < end else 0.0
+            a = run.strength(i)
             h_i = a * self.one(attn, h, text, concept) + (1 - a) * base
             mixed = mixed + masks[i][None, :, None] * h_i
         if not case.background:
@@ -153,6 +157,7 @@ class Reference:
         if source:
             encoded["source"] = encode(pipe, source)
         self.text = {kind: text for kind, (text, _) in encoded.items()}
+        self.own_negatives = {i: encode(pipe, prompt)[0] for i, prompt in case.own_negatives.items()}
         self.added = None
         if encoded["base"][1] is not None:
             pooled = [encoded["base" if kind == "fused" else kind][1] for kind in self.rows]
@@ -166,6 +171,10 @@ class Reference:
             self.masks[small.shape[1]] = small
         self.unet = copy.deepcopy(pipe.unet)
         self.install()
+
+    def strength(self, i):
+        start, end = self.case.windows.get(i, (0.0, 1.0))
+        return self.case.strengths[i] if start <= self.step / STEPS < end else 0.0
 
     def masks_for(self, tokens):
         return self.masks[tokens]
@@ -219,7 +228,13 @@ def compare(case, pipe, concepts, templates):
     masks = masks_of(case)
     base, own = prompts_of(case)
     uses = [
-        ConceptUse(concept, strength=case.strengths[i], window=case.windows.get(i, (0.0, 1.0)), scale=case.scale)
+        ConceptUse(
+            concept,
+            strength=case.strengths[i],
+            window=case.windows.get(i, (0.0, 1.0)),
+            scale=case.scale,
+            negative_prompt=case.own_negatives.get(i),
+        )
         for i, concept in enumerate(concepts[: case.n] + ([concepts[4]] if case.background else []))
     ]
     features = None
@@ -241,7 +256,7 @@ def compare(case, pipe, concepts, templates):
         height=case.pixels[0],
         width=case.pixels[1],
     )
-    assert list(plan.prompts) == [case.negative, base, *own]
+    assert list(plan.prompts) == [case.negative, base, *own, *case.own_negatives.values()]
     with attach(pipe, plan):
         ours = pipe(
             base,

@@ -20,6 +20,9 @@ CASES = [
     Case("strengths", 2, strengths=(0.5, 0.0, 0.25), lam=0.4, background=True),
     Case("windows", 2, windows={0: (0.0, 0.4), 1: (0.2, 1.0), 2: (0.4, 0.8)}, lam=0.4, background=True, sites=BOTH),
     Case("scaled-deltas", 1, scale=0.5, lam=0.2),
+    Case("own-negatives", 2, own_negatives={0: "a cat", 2: "ugly beach"}, negative="low", background=True, lam=0.3),
+    Case("own-negative-windows", 2, own_negatives={1: "dog"}, windows={1: (0.2, 0.7)}, strengths=(1, 0.6), sites=BOTH),
+    Case("own-negatives-unguided", 2, own_negatives={0: "ugly"}, omega=1.0),
 ]
 SITES = [
     Sites("resnet-4", resnets=(4,), resnet_window=1.0),

@@ -60,7 +60,8 @@ def test_partition_of_unity_in_the_plan_at_every_resolution_and_phase(tiny_pipe,
     assert {size for _, size in plan.weights} == {(16, 24), (8, 12), (4, 6), (2, 3)}
     assert len(plan.weights) == 4 * 5
     for weights in plan.weights.values():
-        torch.testing.assert_close(weights.sum(0), torch.ones_like(weights[0]))
+        assert weights.shape[:3] == (2, 1, 4)
+        torch.testing.assert_close(weights.sum(2), torch.ones_like(weights[:, :, 0]))
 
 
 def test_partition_of_unity_for_a_full_and_an_empty_mask():

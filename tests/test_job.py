@@ -73,6 +73,7 @@ def test_everything_a_job_can_say_survives_writing_and_reading(folder, tmp_path_
             {
                 "name": "tom", "word": "cat", "prompt": "a <v1> cat",
                 "strength": 0.8, "window": [0.1, 0.9], "scale": 0.5,
+                "negative_prompt": "dog",
                 "train": {
                     "images": ["pictures", "mask.png"], "token": "<v1>", "caption": "one {token} cat", "steps": 7,
                     "learning_rate": "1e-4", "flip": True,

@@ -141,6 +141,7 @@ REACHES = {
     "window": (with_tom(window=[0, 0.5]), {"weights", "phases"}),
     "scale": (with_tom(scale=0.5), {"keys"}),
     "concept's prompt": (with_tom(prompt="the <v1> cat"), {"prompts", "keys"}),
+    "concept's negative prompt": (with_tom(negative_prompt="ugly"), {"prompts", "keys", "weights"}),
     "concept's mask": (with_tom(mask={"box": [0, 0, 0.5, 0.5]}), {"weights"}),
     "background": ({"background": {"file": "hills.safetensors"}}, {"prompts", "keys", "weights"}),
     "negative prompt": ({"negative_prompt": "ugly"}, {"prompts", "keys"}),

@@ -26,6 +26,7 @@ _LAZY = {
     "load_template": "template",
     "make_template": "template",
     "sample_fusion": "fusion.sampler",
+    "stack_plans": "fusion.variants",
     "train_concept": "concepts.train",
     "weave": "pipeline",
 }

@@ -135,6 +135,7 @@ def _concept_entry(spec: BackgroundSpec, concept: Concept) -> dict:
         "token": concept.token,
         "word": concept.word,
         "prompt": spec.prompt,
+        "negative_prompt": spec.negative_prompt,
         "strength": spec.strength,
         "window": list(spec.window),
         "scale": spec.scale,

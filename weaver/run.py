@@ -116,7 +116,14 @@ def _weave(
 ) -> WeaveResult:
     """Inversion and fusion as the job, with its defaults resolved, has them."""
     uses = [
-        ConceptUse(concept, prompt=spec.prompt, strength=spec.strength, window=spec.window, scale=spec.scale)
+        ConceptUse(
+            concept,
+            prompt=spec.prompt,
+            strength=spec.strength,
+            window=spec.window,
+            scale=spec.scale,
+            negative_prompt=spec.negative_prompt,
+        )
         for spec, concept in zip(job.everyone, concepts, strict=True)
     ]
     fusion = job.fusion

@@ -61,6 +61,7 @@ def resolve_prompts(job: Job, known: dict[str, Concept], source: str = "job") ->
     derived = own_prompts(job.prompt, people[: len(job.concepts)], people[-1] if job.background else None)
     texts = {"prompt": job.prompt, "negative_prompt": job.negative_prompt}
     texts |= {"inversion.prompt": job.inversion_prompt, "template.prompt": job.template.prompt}
+    texts |= {f"{place}.negative_prompt": spec.negative_prompt for place, spec in job.places()}
     prompts, problems = [], token_reasons(texts, people)
     for (place, spec), concept, own in zip(job.places(), people, derived, strict=True):
         prompt = spec.prompt or own

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from weaver.errors import WeaverError
-from weaver.fusion.contexts import BASE, NEGATIVE
 from weaver.fusion.plan import FusionPlan
+from weaver.fusion.rows import FUSED, NEGATED
 
 __all__ = ["check_prompts", "check_time_ids", "check_timesteps"]
 
@@ -19,15 +19,15 @@ _SAME_TEXT_UNITS = 16
 def check_prompts(plan: FusionPlan, contexts: list[int], text: torch.Tensor, pooled: torch.Tensor | None) -> None:
     """Raise `WeaverError` unless each row of text [B, L, C] and of pooled [B, P] is the plan's for its context.
 
-    `contexts` are those of the rows, `NEGATIVE` or `BASE`.
+    `contexts` are the first ones of the rows, as `FusionPlan.leads` gives them.
     """
     same = _same(plan.text[contexts], text)
     if same and plan.pooled is not None:
         same = pooled is not None and _same(plan.pooled[contexts], pooled)
     if not same:
         raise WeaverError(
-            f"The pipeline was called with other prompts than the plan's {plan.prompts[BASE]!r} and negative "
-            f"{plan.prompts[NEGATIVE]!r}: pass these, or **plan.pipeline_arguments()"
+            f"The pipeline was called with other prompts than the plan's {_prompts(plan, FUSED)} and negative "
+            f"{_prompts(plan, NEGATED)}: pass these, or **plan.pipeline_arguments()"
         )
 
 
@@ -57,6 +57,12 @@ def check_time_ids(plan: FusionPlan, time_ids: torch.Tensor) -> None:
             f"The template was inverted with time ids {own} (original_size, crops_coords_top_left, target_size), the "
             f"pipeline was called with {called}: pass the same, or **plan.pipeline_arguments(), or invert it with these"
         )
+
+
+def _prompts(plan: FusionPlan, kind: int) -> str:
+    """The prompt of every variant's rows of a kind, as an error tells it."""
+    prompts = [plan.prompts[lead] for lead in plan.leads([(kind, variant) for variant in range(plan.variants)])]
+    return repr(prompts[0] if len(prompts) == 1 else prompts)
 
 
 def _same(own: torch.Tensor, called: torch.Tensor) -> bool:

@@ -10,7 +10,8 @@ from torch import nn
 from weaver.errors import raise_if
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.processors import FusedCrossAttnProcessor, InjectedSelfAttnProcessor
-from weaver.fusion.state import FUSED_ROW, NEGATIVE_ROW, FusionState
+from weaver.fusion.rows import row_reasons
+from weaver.fusion.state import FusionState
 from weaver.fusion.support import processor_reasons, unet_reasons
 from weaver.layers import InjectionSites, cross_attention_paths
 
@@ -35,7 +36,7 @@ _PIPELINES = (
 
 
 @contextmanager
-def attach(target, plan: FusionPlan, *, rows: Sequence[str] | None = None) -> Iterator[FusionState]:
+def attach(target, plan: FusionPlan, *, rows: Sequence[str | tuple[str, int]] | None = None) -> Iterator[FusionState]:
     """Within the `with` block, `target` draws the plan's fusion. Afterwards it is as it was, bit for bit.
 
     Parameters
@@ -43,14 +44,16 @@ def attach(target, plan: FusionPlan, *, rows: Sequence[str] | None = None) -> It
     target : a `StableDiffusionPipeline`, a `StableDiffusionXLPipeline`, or their image-to-image, inpainting and
         ControlNet forms, called as ever, with the plan's prompt, negative prompt, size and steps (see
         `FusionPlan.pipeline_arguments`); or its U-Net, for a loop of one's own
-    rows : for a U-Net only: what each row of its batch is, "negative" or "fused". A loop of one's own also calls
-        `set_step(step, timesteps)` on what this yields, before each forward, and runs under `torch.no_grad()`
+    rows : for a U-Net only: what each row of its batch is, "negative" or "fused"; for a plan of several variants with
+        the number of its own, as ("fused", 2). A loop of one's own also calls `set_step(step, timesteps)` on what this
+        yields, before each forward, and runs under `torch.no_grad()`
 
     Guidance is the pipeline's: `eps = omega eps_fused + (1 - omega) eps_negative` (Concept Weaver, section 3.5), and
-    without guidance there is no negative row. Several images a prompt each get the plan. A ControlNet reads the base
-    prompt. Windows are parts of the whole schedule, of which image-to-image at `strength` runs the last part, and SDXL
-    with `denoising_end` or `denoising_start` the first or the last. SDXL's rows have the pooled embeddings of the base
-    and of the negative prompt, and time ids that are the same in all of them.
+    without guidance there is no negative row. Several images a prompt each get the plan, and a plan of several variants
+    is called with as many prompts. A ControlNet reads the base prompt. Windows are parts of the whole schedule, of
+    which image-to-image at `strength` runs the last part, and SDXL with `denoising_end` or `denoising_start` the first
+    or the last. SDXL's rows have the pooled embeddings of the base and of the negative prompt, and time ids that are
+    the same in all of them.
 
     Raises `WeaverError` with every reason when the plan does not fit, and when the pipeline is called with other
     prompts or another size than the plan's or, where it injects features, with other steps or time ids than theirs.
@@ -93,7 +96,7 @@ def _inject(state: FusionState, path: str):
     return hook
 
 
-def _reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str] | None) -> list[str]:
+def _reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str | tuple[str, int]] | None) -> list[str]:
     if unet_problems := unet_reasons(unet):
         return unet_problems
     reasons = []
@@ -106,8 +109,7 @@ def _reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str] | None) -> list[s
             f"the rows of a {type(pipe).__name__} are not known (of {', '.join(_PIPELINES)} they are): "
             "attach to its U-Net and declare them"
         )
-    if odd := sorted(set(rows or ()) - {NEGATIVE_ROW, FUSED_ROW}):
-        reasons.append(f"rows has {', '.join(map(repr, odd))}, expected {NEGATIVE_ROW!r} or {FUSED_ROW!r}")
+    reasons += row_reasons(rows or (), plan.variants)
     modules = dict(unet.named_modules())
     for path, kv in plan.keys_values.items():
         attention = modules.get(path)

@@ -1,7 +1,7 @@
 """The texts that a fusion attends to, and their keys and values in every cross-attention layer.
 
 Contexts are numbered the same way everywhere: 0 negative, 1 base, then the concepts in their order, then the
-background where it is a concept too (Concept Weaver, section 3.5).
+background where it is a concept too (Concept Weaver, section 3.5), then the concepts' own negative prompts.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = [
     "ConceptUse",
     "context_keys_values",
     "encode_contexts",
+    "row_contexts",
     "same_contexts",
     "use_reasons",
 ]
@@ -46,6 +47,8 @@ class ConceptUse:
     strength : how much of the concept its region shows; the rest is base, so that weights keep summing to one
     window : part of the steps, [start, end) within 0..1, in which the concept is used; base outside of it
     scale : multiplies the concept's weight deltas
+    negative_prompt : what its region is kept away from, in the place of the picture's negative prompt, with the base
+        model's weights and as far as strength and window show the concept; None leaves the picture's
     """
 
     concept: Concept | None
@@ -53,6 +56,7 @@ class ConceptUse:
     strength: float = 1.0
     window: tuple[float, float] = (0.0, 1.0)
     scale: float = 1.0
+    negative_prompt: str | None = None
 
     def __post_init__(self):
         if self.concept is None and self.prompt is None:
@@ -95,9 +99,9 @@ def use_reasons(pipe, uses: Sequence[ConceptUse], base_hash: str | None = None) 
 def encode_contexts(
     pipe, prompt: str, negative_prompt: str | None, uses: Sequence[ConceptUse], background: ConceptUse | None = None
 ) -> tuple[tuple[str | None, ...], Encoding | None, list[str]]:
-    """Write and encode the prompt of every context, the background's last.
+    """Write and encode the prompt of every context, in their order.
 
-    Returns the prompts and their encodings, text [S', L, C] and pooled [S', P], negative and base first; or the reasons
+    Returns the prompts and their encodings, text [S', L, C] and pooled [S', P]; or the reasons
     why one can't be had, and None for the encodings. Where a concept's token does not fit the text encoders, these are
     None too, and `use_reasons` says why. A negative prompt None stays None only where its encoding is zeros.
     """
@@ -117,6 +121,10 @@ def encode_contexts(
             continue
         reasons += [f"the prompt of {use.name}: {reason}" for reason in own_prompt_reasons(own, use.concept, concepts)]
         prompts.append((own, use.concept))
+    for use in uses:
+        if use.negative_prompt is not None:
+            reasons += token_reasons({f"the negative prompt of {use.name}": use.negative_prompt}, concepts)
+            prompts.append((use.negative_prompt, None))
     texts = tuple(text for text, _ in prompts)
     if reasons or any(concept.embedding_reasons(pipe) for concept in concepts):
         return texts, None, reasons
@@ -141,7 +149,7 @@ def context_keys_values(unet, text: torch.Tensor, uses: Sequence[ConceptUse]) ->
 
     Parameters
     ----------
-    text : [S', L, C], `uses` those of contexts 2 and on
+    text : [S', L, C]; `uses` are those of contexts 2 and on, and the ones after them have the untuned weights
 
     Returns path of the attn2 -> keys and values, each [S', L, H, D] in the U-Net's dtype.
     """
@@ -161,8 +169,18 @@ def context_keys_values(unet, text: torch.Tensor, uses: Sequence[ConceptUse]) ->
 
 def same_contexts(text: torch.Tensor, uses: Sequence[ConceptUse]) -> torch.Tensor:
     """[S'], for each context the first one equal to it in text and weights, which need not be computed twice."""
-    weights = [(use.concept, use.scale) if use.concept is not None else None for use in uses]
-    return equal_contexts(text, [None] * _FIRST_USE + weights)
+    weights: list = [None] * len(text)
+    for s, use in enumerate(uses, start=_FIRST_USE):
+        weights[s] = (use.concept, use.scale) if use.concept is not None else None
+    return equal_contexts(text, weights)
+
+
+def row_contexts(uses: Sequence[ConceptUse]) -> list[list[int]]:
+    """The contexts of a negative row and of a fused one, both with as many: the negative row's own prompts, padded."""
+    fused = [BASE, *range(_FIRST_USE, _FIRST_USE + len(uses))]
+    own = sum(use.negative_prompt is not None for use in uses)
+    negative = [NEGATIVE, *range(fused[-1] + 1, fused[-1] + 1 + own)]
+    return [negative + [NEGATIVE] * (len(fused) - len(negative)), fused]
 
 
 def _change(use: ConceptUse, name: str, dtype: torch.dtype) -> torch.Tensor | None:

@@ -9,22 +9,23 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from weaver.conditioning import make_time_ids
 from weaver.errors import raise_if
 from weaver.features import Features
 from weaver.fusion.contexts import (
-    BASE,
-    NEGATIVE,
     ConceptUse,
     context_keys_values,
     encode_contexts,
+    row_contexts,
     same_contexts,
     use_reasons,
 )
 from weaver.fusion.inputs import amount_reasons, full_masks, steps_and_size
+from weaver.fusion.rows import FUSED, NEGATED, Row
 from weaver.fusion.support import model_reasons
-from weaver.fusion.weights import phase_starts, token_weights
+from weaver.fusion.weights import negative_weights, phase_starts, token_weights
 from weaver.latents import vae_scale_factor
 from weaver.layers import layer_size
 from weaver.masks.compose import mask_pyramid
@@ -37,23 +38,24 @@ __all__ = ["FusionPlan"]
 class FusionPlan:
     """A fusion, frozen: texts as keys and values, masks as weights, the template as features. Made by `build`.
 
-    Rows B, contexts S' (negative, base, concepts, background where it is one), tokens T, text length L, heads H, head
-    dimension D, text width C.
+    Contexts S', of which a row attends to S; variants V, kinds of rows 2 (negative and fused), tokens T, text length L,
+    heads H, head dimension D, text width C.
 
     Parameters
     ----------
     prompts : the S' prompts, and `text` [S', L, C] their encodings; the negative one is None where it is zeros
     keys_values : path of each attn2 -> its keys and values, both [S', L, H, D]
     same_as : [S'], for each context the first one equal to it in text and weights; these are computed once
+    index : [2, V, S], the contexts of each kind of row and variant; the first of them is the negative or base prompt
     phases : where, as parts of the run, the weights change
-    weights : (phase, (h, w)) -> [S' - 1, T], how the fused row weighs base and the contexts after it; columns sum to 1
+    weights : (phase, (h, w)) -> [2, V, S, T], how they are weighed; they sum to 1 in every token
     sizes : path of each attn2 -> (h, w) of its map
     size : (h, w) of the latents, and `pixels` (height, width) of the picture
     steps : for how many steps it was planned
     guidance : omega; 1 or less draws without a negative row
     features : the template's, or None for fusion from plain noise
-    pooled : SDXL's pooled embeddings [2, P] of the negative and the base prompt, which the rows have whatever they
-        attend to: they enter the time embedding, where no mask reaches. None for models without
+    pooled : SDXL's pooled embeddings [S', P]; a row has that of its first context whatever it attends to, since they
+        enter the time embedding, where no mask reaches. None for models without
     time_ids : SDXL's [1, 6], the same for every row: the features', or the picture's size, uncropped
     """
 
@@ -61,6 +63,7 @@ class FusionPlan:
     text: torch.Tensor
     keys_values: Mapping[str, ContextKV]
     same_as: torch.Tensor
+    index: torch.Tensor
     phases: tuple[float, ...]
     weights: Mapping[tuple[int, tuple[int, int]], torch.Tensor]
     sizes: Mapping[str, tuple[int, int]]
@@ -141,7 +144,10 @@ class FusionPlan:
         for hw, reduced in mask_pyramid(full, sorted(set(sizes.values()))).items():
             for phase, start in enumerate(phases):
                 strengths = [use.strength_at(start) for use in uses]
-                weights[phase, hw] = token_weights(reduced, strengths, suppression).to(unet.device, dtype)
+                own = [i for i, use in enumerate(uses) if use.negative_prompt is not None]
+                fused = token_weights(reduced, strengths, suppression)
+                negative = pad(negative_weights(reduced, strengths, own), (0, 0, 0, len(uses) - len(own)))
+                weights[phase, hw] = torch.stack([negative, fused])[:, None].to(unet.device, dtype)
         pixels = (size[0] * factor, size[1] * factor)
         time_ids = make_time_ids(pipe, pixels, text) if features is None else features.time_ids
         return cls(
@@ -149,6 +155,7 @@ class FusionPlan:
             text,
             keys_values,
             same_as,
+            torch.tensor(row_contexts(uses), device=unet.device)[:, None],
             phases,
             weights,
             sizes,
@@ -157,13 +164,22 @@ class FusionPlan:
             steps,
             guidance,
             features,
-            None if pooled is None else pooled[[NEGATIVE, BASE]],
+            pooled,
             time_ids,
         )
+
+    @property
+    def variants(self) -> int:
+        """The number V of variants, 1 but for what `stack` made."""
+        return self.index.shape[1]
 
     def phase_at(self, progress: float) -> int:
         """Number of the phase at a part of the run, 0 (first step) to 1."""
         return bisect.bisect_right(self.phases, progress) - 1
+
+    def leads(self, rows: Sequence[Row]) -> list[int]:
+        """The first context of each row: the negative or the base prompt of its variant."""
+        return [int(self.index[row][0]) for row in rows]
 
     def pipeline_arguments(self) -> dict:
         """Arguments for a pipeline call under `attach` that say what this plan says: texts, size, steps, omega, noise.
@@ -172,9 +188,10 @@ class FusionPlan:
 
         Without features the noise is left to the pipeline's own `generator`.
         """
+        negative, base = (self.leads([(kind, v) for v in range(self.variants)]) for kind in (NEGATED, FUSED))
         arguments = {
-            "prompt_embeds": self.text[BASE : BASE + 1],
-            "negative_prompt_embeds": self.text[NEGATIVE : NEGATIVE + 1],
+            "prompt_embeds": self.text[base],
+            "negative_prompt_embeds": self.text[negative],
             "height": self.pixels[0],
             "width": self.pixels[1],
             "num_inference_steps": self.steps,
@@ -183,10 +200,12 @@ class FusionPlan:
         if self.pooled is not None:
             sizes = [round(value) for value in self.time_ids[0].tolist()]
             arguments |= {
-                "pooled_prompt_embeds": self.pooled[BASE : BASE + 1],
-                "negative_pooled_prompt_embeds": self.pooled[NEGATIVE : NEGATIVE + 1],
+                "pooled_prompt_embeds": self.pooled[base],
+                "negative_pooled_prompt_embeds": self.pooled[negative],
                 "original_size": tuple(sizes[:2]),
                 "crops_coords_top_left": tuple(sizes[2:4]),
                 "target_size": tuple(sizes[4:]),
             }
-        return arguments if self.features is None else arguments | {"latents": self.features.z_T}
+        if self.features is not None:
+            arguments["latents"] = self.features.z_T.expand(self.variants, -1, -1, -1)
+        return arguments

@@ -8,9 +8,8 @@ import torch
 
 from weaver.conditioning import unet_arguments
 from weaver.fusion.attach import attach
-from weaver.fusion.contexts import BASE, NEGATIVE
 from weaver.fusion.plan import FusionPlan
-from weaver.fusion.state import FUSED_ROW, NEGATIVE_ROW
+from weaver.fusion.rows import KINDS, picture_rows
 
 __all__ = ["sample_fusion"]
 
@@ -31,21 +30,23 @@ def sample_fusion(
     Parameters
     ----------
     unet : the pipeline's
-    z : [n, C, h, w], the noise to start from: the template's z_T, or any, one picture each
+    z : [n, C, h, w], the noise to start from: the template's z_T, or any, one picture each; for a plan of V variants
+        one noise for all, or as many of each, the first variant's first
     scheduler : the pipeline's; with features `ddim_scheduler(pipe.scheduler)`
     progress : called after each step with (done, steps)
 
     Returns latents [n, C, h, w].
     """
     guided = plan.guidance > 1
-    rows = (NEGATIVE_ROW,) * (len(z) * guided) + (FUSED_ROW,) * len(z)
+    z = z.expand(plan.variants, -1, -1, -1) if len(z) == 1 else z
+    rows = picture_rows(len(z), plan.variants, guided)
+    leads = plan.leads(rows)
     scheduler.set_timesteps(plan.steps, device=z.device)
     z = z * scheduler.init_noise_sigma
-    contexts = [NEGATIVE if row == NEGATIVE_ROW else BASE for row in rows]
     text = plan.text[:1].expand(len(rows), -1, -1)  # the U-Net asks for one; attention reads the plan's
-    added = (None, None) if plan.pooled is None else (plan.pooled[contexts], plan.time_ids.expand(len(rows), -1))
+    added = (None, None) if plan.pooled is None else (plan.pooled[leads], plan.time_ids.expand(len(rows), -1))
     arguments = unet_arguments(text, *added)
-    with attach(unet, plan, rows=rows) as state:
+    with attach(unet, plan, rows=[(KINDS[kind], variant) for kind, variant in rows]) as state:
         for step, t in enumerate(scheduler.timesteps):
             state.set_step(step, scheduler.timesteps)
             batch = scheduler.scale_model_input(torch.cat([z, z]) if guided else z, t)

@@ -8,13 +8,11 @@ import torch
 
 from weaver.errors import WeaverError
 from weaver.fusion.agreement import check_prompts, check_time_ids, check_timesteps
-from weaver.fusion.contexts import BASE, NEGATIVE
 from weaver.fusion.plan import FusionPlan
+from weaver.fusion.rows import Row, picture_rows, read_rows
 from weaver_kernels import ContextKV, ContextPlan
 
-__all__ = ["FUSED_ROW", "NEGATIVE_ROW", "FusionState"]
-
-NEGATIVE_ROW, FUSED_ROW = "negative", "fused"
+__all__ = ["FusionState"]
 
 
 class FusionState:
@@ -24,10 +22,10 @@ class FusionState:
     a bare U-Net both are told: `rows` to `attach`, the step to `set_step`.
     """
 
-    def __init__(self, plan: FusionPlan, pipe=None, rows: Sequence[str] | None = None):
+    def __init__(self, plan: FusionPlan, pipe=None, rows: Sequence[str | tuple[str, int]] | None = None):
         self.plan = plan
         self._pipe = pipe
-        self._declared = tuple(rows) if rows is not None else None
+        self._declared = read_rows(rows) if rows is not None else None
         self._timesteps: torch.Tensor | None = None
         self._step: tuple[int, int] | None = None
         self._weighed: tuple = (None, None)
@@ -68,16 +66,15 @@ class FusionState:
         feature = self._features.get(path)
         return None if feature is None else feature.to(like.device, like.dtype, non_blocking=True)
 
-    def _rows(self, batch: int) -> tuple[str, ...]:
+    def _rows(self, batch: int) -> tuple[Row, ...]:
         if self._declared is not None:
             if len(self._declared) != batch:
                 raise WeaverError(f"The batch has {batch} rows, {len(self._declared)} were declared to attach()")
             return self._declared
         if not hasattr(self._pipe, "_guidance_scale"):
             raise WeaverError("The U-Net was called before its pipeline: attach to the U-Net to call it by itself")
-        if not self._pipe.do_classifier_free_guidance:
-            return (FUSED_ROW,) * batch
-        return (NEGATIVE_ROW,) * (batch // 2) + (FUSED_ROW,) * (batch - batch // 2)
+        guided = self._pipe.do_classifier_free_guidance
+        return picture_rows(batch // 2 if guided else batch, self.plan.variants, guided)
 
     def _follow(self, timestep) -> bool:
         """Find the step in the scheduler's own list; True if a new run of the pipeline has begun."""
@@ -89,9 +86,8 @@ class FusionState:
         self._timesteps = timesteps
         return True
 
-    def _check(self, rows: tuple[str, ...], text: torch.Tensor, added: dict) -> None:
-        contexts = [NEGATIVE if row == NEGATIVE_ROW else BASE for row in rows]
-        check_prompts(self.plan, contexts, text, added.get("text_embeds"))
+    def _check(self, rows: tuple[Row, ...], text: torch.Tensor, added: dict) -> None:
+        check_prompts(self.plan, self.plan.leads(rows), text, added.get("text_embeds"))
         if self.plan.time_ids is not None:
             check_time_ids(self.plan, added["time_ids"])
 
@@ -101,28 +97,19 @@ class FusionState:
         return self._step
 
     @torch.inference_mode(False)  # whose tensors could not be written over outside of it
-    def _weigh(self, rows: tuple[str, ...], phase: int) -> None:
+    def _weigh(self, rows: tuple[Row, ...], phase: int) -> None:
         """Write the phase's weights into the `ContextPlan` of each size; for other rows than before make these anew."""
         if (rows, phase) == self._weighed:
             return
         contexts = self._contexts if rows == self._weighed[0] else {}
+        kinds, variants = map(list, zip(*rows, strict=True))
         for size in set(self.plan.sizes.values()):
-            weights, index = _row_weights(rows, self.plan.weights[phase, size])
+            weights, index = self.plan.weights[phase, size][kinds, variants], self.plan.index[kinds, variants]
             if size in contexts:
                 contexts[size].update(weights, index, self.plan.same_as)
             else:
                 contexts[size] = ContextPlan(weights, index, same_as=self.plan.same_as)
         self._contexts, self._weighed = contexts, (rows, phase)
-
-
-def _row_weights(rows: tuple[str, ...], fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [B, S, T] and context index [B, S] of these rows, `fused` [S, T] being the fused row's."""
-    negative = torch.zeros_like(fused)
-    negative[0] = 1
-    weights = torch.stack([negative if row == NEGATIVE_ROW else fused for row in rows])
-    fused_index = list(range(BASE, BASE + len(fused)))
-    index = [[NEGATIVE] * len(fused) if row == NEGATIVE_ROW else fused_index for row in rows]
-    return weights, torch.tensor(index, device=fused.device)
 
 
 def _position(timestep, timesteps: torch.Tensor) -> int:

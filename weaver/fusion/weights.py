@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-__all__ = ["phase_starts", "token_weights"]
+__all__ = ["negative_weights", "phase_starts", "token_weights"]
 
 
 def phase_starts(windows: Iterable[tuple[float, float]]) -> tuple[float, ...]:
@@ -34,3 +34,16 @@ def token_weights(masks: torch.Tensor, strengths: Sequence[float], suppression: 
     amounts = torch.tensor(list(strengths), dtype=torch.float64, device=masks.device)
     others = (1 + suppression) * amounts[:, None] * masks[: len(amounts)].double().flatten(1)
     return torch.cat([1 - others.sum(0, keepdim=True), others])
+
+
+def negative_weights(masks: torch.Tensor, strengths: Sequence[float], own: Sequence[int]) -> torch.Tensor:
+    """Weights of the negative row's contexts.
+
+    Parameters
+    ----------
+    masks, strengths : as in `token_weights`
+    own : which of the masks have a negative prompt of their own, K of them
+
+    Returns [1 + K, h * w] in float64: the negative prompt first, then those. Columns sum to one.
+    """
+    return token_weights(masks[list(own)], [strengths[i] for i in own], 0.0)

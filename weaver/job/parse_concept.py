@@ -41,6 +41,7 @@ def parse_concept(fields: Fields, kind: type[BackgroundSpec]) -> BackgroundSpec:
         strength=fields.number("strength", 1.0, least=0),
         window=fields.window("window"),
         scale=fields.number("scale", 1.0),
+        negative_prompt=fields.text("negative_prompt", empty=True),
     )
     if kind is ConceptSpec:
         values["mask"] = _mask(fields.section("mask"))

@@ -63,6 +63,7 @@ class BackgroundSpec:
     strength: float = 1.0
     window: tuple[float, float] = (0.0, 1.0)
     scale: float = 1.0
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True)
