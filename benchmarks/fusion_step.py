@@ -36,9 +36,9 @@ class WrittenOutCross(FusedCrossAttnProcessor):
     """Every context of a row on all its tokens, one after the other."""
 
     def __call__(self, attn, hidden_states, *args, **kwargs):
-        kv, plan = self.state.contexts(self.path)
+        kv, _, routes = self.state.contexts(self.path)
         q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
-        contexts = plan.weights, plan.context_index
+        contexts = routes.plan.weights, routes.plan.context_index
         out = context_attention_reference(q, kv.keys, kv.values, *contexts, scale=attn.scale)
         return attn.to_out[0](out.flatten(-2))
 

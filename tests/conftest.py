@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -174,13 +175,16 @@ def tiny_pipe_v():
     return make_pipeline("v_prediction", seed=1)
 
 
-def make_concept(pipe, number: int, word: str, amount: float = 0.3):
-    """A concept `c<number>` with token `<v<number>>` and random deltas of `amount`, for this pipeline's base."""
+def make_concept(pipe, number: int, word: str, amount: float = 0.3, changed: Sequence[str] = ("to_k", "to_v")):
+    """A concept `c<number>` with token `<v<number>>` and random deltas of `amount`, for this pipeline's base.
+
+    `changed` are the projections of every attn2 that have deltas.
+    """
     from weaver.concepts.concept import Concept, attn2_hash, attn2_projections
     from weaver.conditioning import text_encoders
 
     rng = torch.Generator().manual_seed(number)
-    projections = attn2_projections(pipe.unet)
+    projections = attn2_projections(pipe.unet, changed)
     widths = {name: encoder.config.hidden_size for name, encoder in text_encoders(pipe).items()}
     return Concept(
         name=f"c{number}",

@@ -143,7 +143,7 @@ KEY = "deltas/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
         ({}, {KEY: torch.zeros(8)}, r"shape \(8,\), expected two axes"),
         ({}, {KEY: torch.zeros(8, 16, dtype=torch.int32)}, "expected floating point"),
         ({}, {"embeddings/text_encoder": torch.zeros(0, 16)}, r"shape \(0, 16\)"),
-        ({}, {"deltas/conv_in": torch.zeros(8, 16)}, "no cross-attention key or value"),
+        ({}, {"deltas/conv_in": torch.zeros(8, 16)}, "no cross-attention projection"),
         ({}, {"lora.up": torch.zeros(8, 16)}, "unknown tensor 'lora.up'"),
     ],
 )

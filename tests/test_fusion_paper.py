@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+from conftest import WORDS_OF_CONCEPTS, make_concept
 from paper_reference import Case, Sites, compare, make_templates
 
 BOTH = Sites("both", resnets=(3, 4), attentions=(4, 7, 9), resnet_window=0.8, attention_window=0.4)
@@ -35,6 +38,28 @@ SITES = [
 ]
 
 
+LORA_CASES = [
+    Case("one", 1, lam=0.3),
+    Case("four-all", 4, lam=0.3, background=True, negative="ugly", soft=True, sites=BOTH, scale=0.5),
+    Case("windows", 3, windows={0: (0.0, 0.4), 1: (0.2, 1.0)}, strengths=(1.0, 0.5, 1.0), own_negatives={1: "dog"}),
+    Case("no-guidance", 2, omega=1.0),
+]
+
+
+@pytest.fixture(scope="module")
+def lora_concepts(tiny_pipe):
+    """Of some all projections are changed, of others the queries or the output alone, or only in some layers."""
+    every = ("to_k", "to_v", "to_q", "to_out.0")
+    parts = [every, ("to_k", "to_v", "to_q"), ("to_out.0",), ("to_k", "to_v"), every]
+    made = [
+        make_concept(tiny_pipe, i + 1, word, changed=names)
+        for i, (word, names) in enumerate(zip(WORDS_OF_CONCEPTS, parts, strict=True))
+    ]
+    some = {path: delta for path, delta in made[1].deltas.items() if "to_q" not in path or "up_blocks" in path}
+    made[1] = dataclasses.replace(made[1], deltas=some)
+    return made
+
+
 @pytest.fixture(scope="module")
 def templates():
     return make_templates()
@@ -45,6 +70,11 @@ def test_stock_pipeline_under_attach_equals_the_paper(case, request, templates):
     suffix = "_v" if case.prediction == "v_prediction" else ""
     pipe, concepts = request.getfixturevalue(f"tiny_pipe{suffix}"), request.getfixturevalue(f"concepts{suffix}")
     compare(case, pipe, concepts, templates)
+
+
+@pytest.mark.parametrize("case", LORA_CASES, ids=[case.name for case in LORA_CASES])
+def test_changed_queries_and_output_projections_equal_the_paper(case, tiny_pipe, lora_concepts, templates):
+    compare(case, tiny_pipe, lora_concepts, templates)
 
 
 @pytest.mark.parametrize("sites", SITES, ids=[sites.name for sites in SITES])

@@ -233,7 +233,8 @@ def test_contexts_that_are_equal_are_computed_once(tiny_pipe, concepts, masks):
     assert plan.same_as.tolist() == [0, 1, 1, 3, 3, 5, 6]
     seen = []
     with attach(tiny_pipe, plan) as state:
-        hook = tiny_pipe.unet.register_forward_hook(lambda *_: seen.append(state._contexts[16, 16].weights[1]))
+        largest = (16, 16), (), ()
+        hook = tiny_pipe.unet.register_forward_hook(lambda *_: seen.append(state._routes[largest].plan.weights[1]))
         tiny_pipe(**plan.pipeline_arguments(), output_type="latent")
         hook.remove()
     assert (seen[0] != 0).any(-1).tolist() == [True, False, True, False, True, True]

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import make_concept
 from pipeline_forms import STEPS, draw
 
 from weaver import WeaverError
@@ -114,3 +115,17 @@ def test_plans_that_do_not_go_together(tiny_pipe, make, features):
         assert reason in message
     with pytest.raises(WeaverError, match="there are none"):
         stack_plans([])
+
+
+def test_variants_with_projections_of_their_own(tiny_pipe, features):
+    """A plan with a changed query and output beside one without, whose contexts have other numbers when stacked."""
+    masks = torch.zeros(1, 32, 32)
+    masks[0, 4:28, 4:28] = 1
+    every = ("to_k", "to_v", "to_q", "to_out.0")
+    uses = [ConceptUse(make_concept(tiny_pipe, 1, "dog", changed=names)) for names in (every[:2], every)]
+    plans = [FusionPlan.build(tiny_pipe, [use], masks, prompt=PROMPT, features=features) for use in uses]
+    scheduler = ddim_scheduler(tiny_pipe.scheduler)
+    alone = torch.cat([sample_fusion(tiny_pipe.unet, features.z_T, scheduler, plan) for plan in plans])
+    together = sample_fusion(tiny_pipe.unet, features.z_T, scheduler, stack_plans(plans))
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+    assert (alone[0] - alone[1]).abs().max() > 1e-3

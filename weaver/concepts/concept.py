@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,8 @@ __all__ = ["FORMAT", "FORMAT_VERSION", "Concept", "ConceptError", "attn2_hash", 
 
 FORMAT = "concept-weaver/concept"
 FORMAT_VERSION = 1
+_CHANGED = ("to_k", "to_v", "to_q", "to_out.0")
+_PARTNERS = {"to_k": "to_v", "to_v": "to_k"}
 _FIELDS = ("name", "token", "word", "base_hash", "settings", "versions")
 
 
@@ -29,15 +31,15 @@ class ConceptError(WeaverError):
     """A concept file, or a concept's values, that can't be used; names the file or the field."""
 
 
-def attn2_projections(unet: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """Name the key and value projections of every cross-attention of a U-Net.
+def attn2_projections(unet: torch.nn.Module, names: Sequence[str] = ("to_k", "to_v")) -> dict[str, torch.nn.Linear]:
+    """Find the projections of every cross-attention of a U-Net: those of keys and values, or other ones by `names`.
 
     Returns ``{"<path>.attn2.to_k": Linear, "<path>.attn2.to_v": Linear, ...}`` in the U-Net's own order.
     Where an adapter library wraps a projection, this is the wrapped base layer.
     """
     found = {}
     for path in cross_attention_paths(unet):
-        for name in ("to_k", "to_v"):
+        for name in names:
             linear = unet.get_submodule(f"{path}.{name}")
             found[f"{path}.{name}"] = getattr(linear, "base_layer", linear)
     return found
@@ -71,7 +73,8 @@ class Concept:
     base_hash : `attn2_hash` of the U-Net that the deltas belong to.
     embeddings : ``{"text_encoder": [V, C]}``, the V vectors that the token stands for, per text encoder: for SDXL with
         ``"text_encoder_2": [V, C_2]``.
-    deltas : ``{"<path>.attn2.to_k": [out, in], ...}``, added to the base's weights.
+    deltas : ``{"<path>.attn2.to_k": [out, in], ...}``, added to the base's weights. Custom Diffusion learns `to_k` and
+        `to_v`; LoRA has `to_q` and `to_out.0` too, which are fused exactly, each at the cost of what it changes.
     settings : how it was trained (steps, learning rates, seed, prior); plain JSON values.
     versions : library versions at training; plain JSON values.
 
@@ -158,7 +161,7 @@ class Concept:
 
         `base_hash` is the `attn2_hash` of its U-Net where it is known already; None computes it.
         """
-        weights = {name: tuple(linear.weight.shape) for name, linear in attn2_projections(pipe.unet).items()}
+        weights = {name: tuple(linear.weight.shape) for name, linear in attn2_projections(pipe.unet, _CHANGED).items()}
         deltas = {name: tuple(delta.shape) for name, delta in self.deltas.items()}
         reasons = []
         if odd := sorted(name for name, shape in deltas.items() if weights.get(name) != shape):
@@ -193,10 +196,10 @@ def _reasons(concept: Concept) -> list[str]:
             elif not torch.isfinite(value).all():
                 reasons.append(f"{group}/{key} has NaN or infinite values")
     for key in concept.deltas:
-        head, _, kind = key.rpartition(".")
-        if kind not in ("to_k", "to_v") or head.rsplit(".", 1)[-1] != "attn2":
-            reasons.append(f"deltas/{key} is no cross-attention key or value projection (....attn2.to_k, to_v)")
-        elif f"{head}.{'to_v' if kind == 'to_k' else 'to_k'}" not in concept.deltas:
+        head, found, kind = key.rpartition("attn2.")
+        if kind not in _CHANGED or not (not head or head.endswith(".")):
+            reasons.append(f"deltas/{key} is no cross-attention projection (....attn2. and {', '.join(_CHANGED)})")
+        elif kind in _PARTNERS and f"{head}{found}{_PARTNERS[kind]}" not in concept.deltas:
             reasons.append(f"deltas/{key} has no partner for the other of to_k and to_v")
     return reasons
 

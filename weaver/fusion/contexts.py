@@ -17,6 +17,7 @@ from weaver.concepts.concept import Concept, attn2_hash
 from weaver.concepts.own_prompts import own_prompt_reasons, own_prompts, token_reasons
 from weaver.concepts.prompts import Encoding, absent_is_zero, encode
 from weaver.errors import WeaverError
+from weaver.fusion.routes import OwnProjections
 from weaver.layers import cross_attention_paths
 from weaver_kernels import ContextKV, ProjectionChange, equal_contexts, project_contexts
 
@@ -26,6 +27,7 @@ __all__ = [
     "ConceptUse",
     "context_keys_values",
     "encode_contexts",
+    "own_projections",
     "row_contexts",
     "same_contexts",
     "use_reasons",
@@ -164,6 +166,26 @@ def context_keys_values(unet, text: torch.Tensor, uses: Sequence[ConceptUse]) ->
         }
         weights = (_weight(projection, text) for projection in (attention.to_k, attention.to_v))
         found[path] = project_contexts(text, *weights, attention.heads, changes)
+    return found
+
+
+def own_projections(unet, uses: Sequence[ConceptUse], dtype: torch.dtype) -> dict[str, OwnProjections]:
+    """What concepts change in `to_q` and `to_out` of every cross-attention, for those where one does.
+
+    Returns path of the attn2 -> changes in `dtype`, on the U-Net's device, by the number of the context.
+    """
+    found = {}
+    for path in cross_attention_paths(unet):
+        parts = []
+        for name in ("to_q", "to_out.0"):
+            changes = {
+                s: _change(use, f"{path}.{name}", dtype)
+                for s, use in enumerate(uses, start=_FIRST_USE)
+                if use.concept is not None
+            }
+            parts.append({s: change.to(unet.device, dtype) for s, change in changes.items() if change is not None})
+        if any(parts):
+            found[path] = OwnProjections(*parts)
     return found
 
 

@@ -18,11 +18,13 @@ from weaver.fusion.contexts import (
     ConceptUse,
     context_keys_values,
     encode_contexts,
+    own_projections,
     row_contexts,
     same_contexts,
     use_reasons,
 )
 from weaver.fusion.inputs import amount_reasons, full_masks, steps_and_size
+from weaver.fusion.routes import OwnProjections
 from weaver.fusion.rows import FUSED, NEGATED, Row
 from weaver.fusion.support import model_reasons
 from weaver.fusion.weights import negative_weights, phase_starts, token_weights
@@ -45,6 +47,7 @@ class FusionPlan:
     ----------
     prompts : the S' prompts, and `text` [S', L, C] their encodings; the negative one is None where it is zeros
     keys_values : path of each attn2 -> its keys and values, both [S', L, H, D]
+    own_projections : path of an attn2 -> what contexts change in its `to_q` and `to_out`; paths without are left out
     same_as : [S'], for each context the first one equal to it in text and weights; these are computed once
     index : [2, V, S], the contexts of each kind of row and variant; the first of them is the negative or base prompt
     phases : where, as parts of the run, the weights change
@@ -62,6 +65,7 @@ class FusionPlan:
     prompts: tuple[str | None, ...]
     text: torch.Tensor
     keys_values: Mapping[str, ContextKV]
+    own_projections: Mapping[str, OwnProjections]
     same_as: torch.Tensor
     index: torch.Tensor
     phases: tuple[float, ...]
@@ -76,7 +80,7 @@ class FusionPlan:
     time_ids: torch.Tensor | None = None
 
     def __post_init__(self):
-        for name in ("keys_values", "weights", "sizes"):
+        for name in ("keys_values", "own_projections", "weights", "sizes"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @classmethod
@@ -154,6 +158,7 @@ class FusionPlan:
             prompts,
             text,
             keys_values,
+            own_projections(unet, uses, text.dtype),
             same_as,
             torch.tensor(row_contexts(uses), device=unet.device)[:, None],
             phases,
@@ -176,6 +181,11 @@ class FusionPlan:
     def phase_at(self, progress: float) -> int:
         """Number of the phase at a part of the run, 0 (first step) to 1."""
         return bisect.bisect_right(self.phases, progress) - 1
+
+    def route(self, path: str) -> tuple:
+        """The kind of layer that the attn2 at `path` is: its size, and which contexts have projections of their own."""
+        own = self.own_projections.get(path)
+        return (self.sizes[path], *(own.which if own is not None else ((), ())))
 
     def leads(self, rows: Sequence[Row]) -> list[int]:
         """The first context of each row: the negative or the base prompt of its variant."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from weaver.errors import WeaverError
-from weaver_kernels import context_attention, shared_attention
+from weaver.fusion.routes import project_out
+from weaver_kernels import shared_attention
 
 __all__ = ["FusedCrossAttnProcessor", "InjectedSelfAttnProcessor"]
 
@@ -13,8 +14,9 @@ __all__ = ["FusedCrossAttnProcessor", "InjectedSelfAttnProcessor"]
 class FusedCrossAttnProcessor:
     """Cross-attention to every context of a row at once (Concept Weaver, section 3.5).
 
-    All contexts share the queries of the fused hidden state. They are summed before the output projection, which is
-    shared too: exact, because the weights add up to one in every token and so keep the projection's bias.
+    All contexts share the queries of the fused hidden state, but for a concept that changes `to_q`. They are summed
+    before the output projection, which is shared too: exact, because the weights add up to one in every token and so
+    keep the projection's bias. What a concept changes in `to_out` is added apart (`weaver.fusion.routes`).
     """
 
     def __init__(self, state, path: str):
@@ -31,10 +33,8 @@ class FusedCrossAttnProcessor:
     ) -> torch.Tensor:
         if attention_mask is not None:
             raise WeaverError("A mask over text tokens (encoder_attention_mask) can't be fused: call without it")
-        kv, plan = self.state.contexts(self.path)
-        q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))  # [B, T, H, D]
-        out = context_attention(q, kv.keys, kv.values, plan.weights, plan.context_index, scale=attn.scale, plan=plan)
-        return _project_out(attn, out)
+        kv, own, routes = self.state.contexts(self.path)
+        return routes.attend(attn, hidden_states, kv, own)
 
 
 class InjectedSelfAttnProcessor:
@@ -62,12 +62,4 @@ class InjectedSelfAttnProcessor:
         k = self.state.injected(f"{self.path}.to_k", hidden_states)
         v = attn.to_v(hidden_states)
         q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))  # [1, T, H, D] twice, [B, T, H, D]
-        return _project_out(attn, shared_attention(q, k, v, scale=attn.scale))
-
-
-def _project_out(attn, out: torch.Tensor) -> torch.Tensor:
-    """[B, T, H, D] -> [B, T, C], through the layer's output projection and dropout."""
-    out = out.flatten(-2)
-    for layer in attn.to_out:
-        out = layer(out)
-    return out / attn.rescale_output_factor
+        return project_out(attn, shared_attention(q, k, v, scale=attn.scale))

@@ -9,8 +9,9 @@ import torch
 from weaver.errors import WeaverError
 from weaver.fusion.agreement import check_prompts, check_time_ids, check_timesteps
 from weaver.fusion.plan import FusionPlan
+from weaver.fusion.routes import OwnProjections, Routes
 from weaver.fusion.rows import Row, picture_rows, read_rows
-from weaver_kernels import ContextKV, ContextPlan
+from weaver_kernels import ContextKV
 
 __all__ = ["FusionState"]
 
@@ -29,7 +30,8 @@ class FusionState:
         self._timesteps: torch.Tensor | None = None
         self._step: tuple[int, int] | None = None
         self._weighed: tuple = (None, None)
-        self._contexts: dict[tuple[int, int], ContextPlan] = {}
+        self._kinds = {path: plan.route(path) for path in plan.keys_values}
+        self._routes: dict[tuple, Routes] = {}
         self._features: dict = {}
 
     def set_step(self, step: int, timesteps: torch.Tensor) -> None:
@@ -57,9 +59,9 @@ class FusionState:
         self._weigh(rows, self.plan.phase_at(step / steps))
         self._features = self.plan.features.tensors[step] if self.plan.features is not None else {}
 
-    def contexts(self, path: str) -> tuple[ContextKV, ContextPlan]:
-        """What the attn2 at `path` attends to: keys and values of all contexts, and the rows' weights of them now."""
-        return self.plan.keys_values[path], self._contexts[self.plan.sizes[path]]
+    def contexts(self, path: str) -> tuple[ContextKV, OwnProjections | None, Routes]:
+        """What the attn2 at `path` attends to: keys, values and other changes of all contexts, and which a row has."""
+        return self.plan.keys_values[path], self.plan.own_projections.get(path), self._routes[self._kinds[path]]
 
     def injected(self, path: str, like: torch.Tensor) -> torch.Tensor | None:
         """The template's output of the module at `path`, one row, where `like` is; None if not injected now."""
@@ -98,18 +100,21 @@ class FusionState:
 
     @torch.inference_mode(False)  # whose tensors could not be written over outside of it
     def _weigh(self, rows: tuple[Row, ...], phase: int) -> None:
-        """Write the phase's weights into the `ContextPlan` of each size; for other rows than before make these anew."""
+        """Write the phase's weights into the `Routes` of each kind of layer; for other rows make these anew."""
         if (rows, phase) == self._weighed:
             return
-        contexts = self._contexts if rows == self._weighed[0] else {}
+        known = self._routes if rows == self._weighed[0] else {}
         kinds, variants = map(list, zip(*rows, strict=True))
-        for size in set(self.plan.sizes.values()):
-            weights, index = self.plan.weights[phase, size][kinds, variants], self.plan.index[kinds, variants]
-            if size in contexts:
-                contexts[size].update(weights, index, self.plan.same_as)
-            else:
-                contexts[size] = ContextPlan(weights, index, same_as=self.plan.same_as)
-        self._contexts, self._weighed = contexts, (rows, phase)
+        routes = {}
+        for route in set(self._kinds.values()):
+            size, *which = route
+            weights = self.plan.weights[phase, size][kinds, variants]
+            if route in known:
+                known[route].update(weights)
+            routes[route] = known.get(route) or Routes(
+                weights, self.plan.index[kinds, variants], self.plan.same_as, which
+            )
+        self._routes, self._weighed = routes, (rows, phase)
 
 
 def _position(timestep, timesteps: torch.Tensor) -> int:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 from torch.nn.functional import pad
 
 from weaver.errors import raise_if
 from weaver.fusion.plan import FusionPlan
+from weaver.fusion.routes import OwnProjections
 from weaver_kernels import ContextKV
 
 __all__ = ["stack_plans"]
 
+_PARTS = attrgetter("queries"), attrgetter("outputs")
 _SHARED = ("steps", "guidance", "size", "sizes")
 
 
@@ -51,6 +54,7 @@ def stack_plans(plans: Sequence[FusionPlan]) -> FusionPlan:
         prompts=tuple(prompt for plan in plans for prompt in plan.prompts),
         text=torch.cat([plan.text for plan in plans]),
         keys_values={path: _joined([plan.keys_values[path] for plan in plans]) for path in first.keys_values},
+        own_projections={path: _merged(plans, starts, path) for path in first.keys_values if _has_own(plans, path)},
         same_as=torch.cat([plan.same_as + start for plan, start in zip(plans, starts, strict=True)]),
         index=torch.cat(index, 1),
         phases=phases,
@@ -66,6 +70,20 @@ def _padded(weights: torch.Tensor, contexts: int) -> torch.Tensor:
 
 def _joined(parts: Sequence[ContextKV]) -> ContextKV:
     return ContextKV(torch.cat([part.keys for part in parts]), torch.cat([part.values for part in parts]))
+
+
+def _has_own(plans: Sequence[FusionPlan], path: str) -> bool:
+    return any(path in plan.own_projections for plan in plans)
+
+
+def _merged(plans: Sequence[FusionPlan], starts: Sequence[int], path: str) -> OwnProjections:
+    moved = [
+        plan.own_projections[path].moved(start)
+        for plan, start in zip(plans, starts, strict=True)
+        if path in plan.own_projections
+    ]
+    queries, outputs = ({s: x for own in moved for s, x in part(own).items()} for part in _PARTS)
+    return OwnProjections(queries, outputs)
 
 
 def _reasons(plans: Sequence[FusionPlan]) -> list[str]:
