@@ -61,7 +61,7 @@ def write_out(unet) -> None:
     for module in unet.modules():
         own = getattr(module, "processor", None)
         if isinstance(own, FusedCrossAttnProcessor):
-            module.set_processor(WrittenOutCross(own.state, own.path))
+            module.set_processor(WrittenOutCross(own.state, own.path, own.original))
         elif isinstance(own, InjectedSelfAttnProcessor):
             module.set_processor(WrittenOutSelf(own.state, own.path, own.original))
 

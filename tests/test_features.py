@@ -79,3 +79,54 @@ def test_sites_that_are_not_there_or_not_called(tiny_pipe, inversion):
     finally:
         attention.set_processor(own)
     assert not any(module._forward_hooks for module in tiny_pipe.unet.modules())
+
+
+def test_replayed_features_are_the_stored_ones_to_the_last_bit(tiny_pipe, inversion):
+    stored = collect_features(tiny_pipe, inversion, SITES)
+    replayed = collect_features(tiny_pipe, inversion, SITES, kind="replayed")
+    assert replayed.nbytes == 0 and torch.equal(replayed.reconstruction, stored.reconstruction)
+    for step in range(STEPS):
+        with torch.no_grad():
+            found = replayed.replay(tiny_pipe.unet, step)
+        assert found.keys() == stored.tensors[step].keys()
+        assert all(torch.equal(found[path], stored.tensors[step][path]) for path in found)
+
+
+def test_a_replay_ends_at_the_last_injected_layer(tiny_pipe, inversion):
+    sites = InjectionSites("early", resnets=(4,), resnet_window=0.5)
+    features = collect_features(tiny_pipe, inversion, sites, kind="replayed", reconstruct=False)
+    assert features.reconstruction is None and len(features.path) == 3
+    called = []
+    layers = ["mid_block", "up_blocks.1.resnets.1.conv2", "up_blocks.1.resnets.1", "up_blocks.2", "conv_out"]
+    hooks = [
+        tiny_pipe.unet.get_submodule(path).register_forward_hook(lambda *_, path=path: called.append(path))
+        for path in layers
+    ]
+    with torch.no_grad():
+        assert set(features.replay(tiny_pipe.unet, 1)) == {RESNETS[0]} and called == layers[:2]
+        assert features.replay(tiny_pipe.unet, 2) == {} and called == layers[:2]  # past the window
+    for hook in hooks:
+        hook.remove()
+
+
+def test_features_of_the_inversion_are_what_it_saw(tiny_pipe):
+    """The inversion pass reads (x_{t-1}, t), the reverse pass (x_t, t)."""
+    z, seen = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double(), []
+    hook = tiny_pipe.unet.get_submodule(RESNETS[0]).register_forward_hook(lambda m, a, output: seen.append(output))
+    inversion = invert(tiny_pipe, z, "a dog and a cat", STEPS)
+    hook.remove()
+    found = collect_features(tiny_pipe, inversion, SITES, kind="inversion", reconstruct=False)
+    stored = collect_features(tiny_pipe, inversion, SITES)
+    assert found.path is None and found.reconstruction is None
+    for step in range(3):
+        torch.testing.assert_close(found.tensors[step][RESNETS[0]], seen[STEPS - 1 - step], rtol=1e-12, atol=1e-12)
+        assert found.tensors[step].keys() == stored.tensors[step].keys()
+        assert (found.tensors[step][RESNETS[0]] - stored.tensors[step][RESNETS[0]]).abs().max() > 1e-4
+    whole = collect_features(tiny_pipe, inversion, SITES, kind="inversion")
+    assert torch.equal(whole.reconstruction, stored.reconstruction)
+    assert all(torch.equal(whole.tensors[0][path], x) for path, x in found.tensors[0].items())
+
+
+def test_kinds_that_there_are_not(tiny_pipe, inversion):
+    with pytest.raises(WeaverError, match="the kind is 'cached', expected one of stored, replayed, inversion"):
+        collect_features(tiny_pipe, inversion, SITES, kind="cached")

@@ -26,13 +26,13 @@ def uses_and_masks(concepts):
 
 
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
-@pytest.mark.parametrize("injected", [True, False], ids=["template", "noise"])
+@pytest.mark.parametrize("injected", ["stored", "replayed", "inversion", None])
 def test_same_numbers_as_the_stock_pipeline(tiny_pipe, uses_and_masks, guidance, injected):
     z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
     features = None
     if injected:
         inversion = invert(tiny_pipe, z, PROMPT, 4)
-        features, z = collect_features(tiny_pipe, inversion, EMBEDDED), inversion.z_T
+        features, z = collect_features(tiny_pipe, inversion, EMBEDDED, kind=injected), inversion.z_T
     arguments = {"negative_prompt": "ugly", "suppression": 0.2, "guidance": guidance, "features": features, "steps": 4}
     plan = FusionPlan.build(tiny_pipe, *uses_and_masks, prompt=PROMPT, **arguments)
     done = []
@@ -109,3 +109,25 @@ def test_lower_precision(tiny_pipe, uses_and_masks, dtype):
 def rebased(concept, pipe):
     """The concept for the same base in another dtype, which bfloat16 rounds to another hash."""
     return dataclasses.replace(concept, base_hash=attn2_hash(pipe.unet))
+
+
+@pytest.mark.parametrize("processors", ["own", "sliced"])
+def test_replayed_features_give_the_same_picture(tiny_pipe, uses_and_masks, processors):
+    """Bit for bit, for several rows at once, and on the attention that the user chose."""
+    sites = InjectionSites("some", resnets=(3, 4), attentions=(4, 7), resnet_window=0.75, attention_window=0.5)
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    before = dict(tiny_pipe.unet.attn_processors)
+    if processors == "sliced":
+        tiny_pipe.enable_attention_slicing(1)
+    try:
+        inversion = invert(tiny_pipe, z, PROMPT, 4)
+        pictures = []
+        for kind in ("stored", "replayed", "inversion"):
+            features = collect_features(tiny_pipe, inversion, sites, kind=kind)
+            plan = FusionPlan.build(tiny_pipe, *uses_and_masks, prompt=PROMPT, features=features)
+            scheduler = ddim_scheduler(tiny_pipe.scheduler)
+            pictures.append(sample_fusion(tiny_pipe.unet, inversion.z_T.expand(2, -1, -1, -1), scheduler, plan))
+    finally:
+        tiny_pipe.unet.set_attn_processor(before)
+    assert torch.equal(pictures[0], pictures[1])
+    assert (pictures[0] - pictures[2]).abs().max() > 1e-4

@@ -1,26 +1,30 @@
 """What the U-Net sees while it draws the template again: the features that fusion injects.
 
-They are taken on the reverse pass, where the U-Net reads (x_t, t) as it does during fusion; the inversion pass reads
+They are of the reverse pass, where the U-Net reads (x_t, t) as it does during fusion; the inversion pass reads
 (x_{t-1}, t), so its features are others (Concept Weaver, section 3.3; Plug-and-Play Diffusion, arXiv 2211.12572).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
 
-from weaver.cache import Cache, features_identity, reconstruction_identity
+from weaver.cache import Cache, features_identity, reverse_identity
 from weaver.errors import raise_if
 from weaver.inversion import Inversion
 from weaver.latents import decode_latents, psnr
 from weaver.layers import InjectionSites, site_reasons
+from weaver.replay import forward_until
 from weaver.schedule import ddim_scheduler
 
-__all__ = ["Features", "collect_features", "reconstruction_psnr"]
+__all__ = ["KINDS", "Features", "collect_features", "reconstruction_psnr"]
+
+KINDS = ("stored", "replayed", "inversion")
+"""How features are had: kept for every step; computed again at every step of a fusion, from the latents of the reverse
+pass, which takes next to no memory; or kept, but of the inversion pass, which is an approximation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,20 +36,23 @@ class Features:
     sites : where they come from and for how many steps they are injected
     timesteps : [steps] integers, falling
     tensors : for every step, module path -> that module's output, one row: `....conv2` [1, C, h, w], `....to_q` and
-        `....to_k` [1, T, H * D]; a step past a window lacks that kind
+        `....to_k` [1, T, H * D]; a step past a window lacks that kind. Empty where they are replayed
     z_T : the noise [1, C, h, w] the reverse pass started from, where fusion starts too
-    reconstruction : the latents [1, C, h, w] it ended at; None if it was cut after the last injected step
+    path : the latents [n, C, h, w] of the reverse pass, from z_T to where it was cut, steps + 1 if it was not; None
+        where there was no reverse pass
+    unet_arguments : the source prompt, as the U-Net's forward takes it
+    kind : "stored", "replayed" or "inversion", see `KINDS`
     cached : whether they were taken from a cache
-    time_ids : SDXL's [1, 6], with which they were collected; None for models without
     """
 
     sites: InjectionSites
     timesteps: torch.Tensor
     tensors: tuple[Mapping[str, torch.Tensor], ...]
     z_T: torch.Tensor
-    reconstruction: torch.Tensor | None
+    path: torch.Tensor | None
+    unet_arguments: Mapping = field(default_factory=dict)
+    kind: str = "stored"
     cached: bool = False
-    time_ids: torch.Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -57,8 +64,23 @@ class Features:
         return tuple(self.z_T.shape[-2:])
 
     @property
+    def time_ids(self) -> torch.Tensor | None:
+        """SDXL's [1, 6], with which they were collected; None for models without."""
+        return self.unet_arguments.get("added_cond_kwargs", {}).get("time_ids")
+
+    @property
+    def reconstruction(self) -> torch.Tensor | None:
+        """The latents [1, C, h, w] that the reverse pass ended at; None if it was cut after the last injected step."""
+        return self.path[-1:] if self.path is not None and len(self.path) == self.steps + 1 else None
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for step in self.tensors for tensor in step.values())
+
+    def replay(self, unet, step: int) -> dict[str, torch.Tensor]:
+        """The features of a step, computed by the part of the U-Net that they need, on its own processors."""
+        wanted = _wanted(unet, self.sites, step, self.steps)
+        return forward_until(unet, wanted, self.path[step][None], self.timesteps[step], self.unet_arguments)[0]
 
 
 @torch.no_grad()
@@ -67,68 +89,128 @@ def collect_features(
     inversion: Inversion,
     sites: InjectionSites,
     *,
+    kind: str = "stored",
     reconstruct: bool = True,
     storage: torch.device | str | None = None,
     cache: Cache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
-    """Draw the template again from its noise, under its prompt and without guidance, and keep the features.
+    """Draw the template again from its noise, under its prompt and without guidance, and have the features of that.
 
     Parameters
     ----------
     pipe : the pipeline that inverted the picture; it is only read
     sites : which layers, and for which part of the steps
-    reconstruct : go on to the end, to know how well the inversion held; False stops after the last injected step
-    storage : device to keep the features on; None is the U-Net's. They are brought back a step at a time
-    cache : where the reconstruction, and features if it keeps them, are looked for and kept; for an inversion that was
+    kind : "stored" or "replayed", which give the same picture, or "inversion", which approximates (see `KINDS`)
+    reconstruct : go on to the end, to know how well the inversion held; False stops after the last injected step, and
+        of the kind "inversion" does not draw the template again at all
+    storage : device to keep stored features on; None is the U-Net's. From the CPU's memory they are brought to a GPU a
+        step ahead of their use
+    cache : where the reverse pass, and features if it keeps them, are looked for and kept; for an inversion that was
         made with a cache
     progress : called after each step with (done, steps)
 
     Raises `WeaverError` when the U-Net lacks a site.
     """
-    unet = pipe.unet
-    raise_if(site_reasons(unet, sites), "Cannot collect features")
-    scheduler = ddim_scheduler(pipe.scheduler)
-    scheduler.set_timesteps(inversion.steps, device=inversion.latents.device)
-    device = inversion.latents.device
+    reasons = site_reasons(pipe.unet, sites)
+    reasons += [] if kind in KINDS else [f"the kind is {kind!r}, expected one of {', '.join(KINDS)}"]
+    raise_if(reasons, "Cannot collect features")
+    run = _Run(pipe, inversion, sites, storage, progress)
     identity = None if cache is None else inversion.identity
-    known = cache.get(reconstruction_identity(identity)) if identity and reconstruct else None
-    end = known and known["latents"].to(device)
-    if identity and cache.features and (end is not None or not reconstruct):
-        if (stored := cache.get(features_identity(identity, sites))) is not None:
-            tensors = _by_step(stored, inversion.steps, device if storage is None else storage)
-            if progress:
-                progress(inversion.steps, inversion.steps)
-            return Features(sites, scheduler.timesteps, tensors, inversion.z_T, end, True, inversion.time_ids)
-    resnets = sites.resnet_modules()
-    projections = [f"{path}.{name}" for path in sites.attention_modules(unet) for name in ("to_q", "to_k")]
-    resnet_steps, attention_steps = sites.resnet_steps(inversion.steps), sites.attention_steps(inversion.steps)
-    total = inversion.steps if reconstruct and end is None else max(resnet_steps, attention_steps)
+    known = cache.get(reverse_identity(identity)) if identity else None
+    path = known and known["latents"].to(run.device)
+    kept = features_identity(identity, sites, kind) if identity and cache.features and kind != "replayed" else None
+    stored = cache.get(kept) if kept and (path is not None or not reconstruct) else None
+    if stored is not None:
+        tensors = _by_step(stored, run.steps, run.device if storage is None else storage)
+        run.finish()
+        return run.features(tensors, path, kind, cached=True)
 
-    z, kept = inversion.z_T, []
-    for step, t in enumerate(scheduler.timesteps[:total]):
-        wanted = resnets * (step < resnet_steps) + projections * (step < attention_steps)
-        found: dict[str, torch.Tensor] = {}
-        with ExitStack() as hooks:
-            for path in wanted:
-                hooks.callback(unet.get_submodule(path).register_forward_hook(_keep(found, path, storage)).remove)
-            output = unet(z, t, **inversion.unet_arguments, return_dict=False)[0]
-        missing = [
-            f"{path} was not called: unfuse the attention's projections first" for path in wanted if path not in found
-        ]
-        raise_if(missing, "Cannot collect features")
-        kept.append(MappingProxyType(found))
-        z = scheduler.step(output, t, z, return_dict=False)[0]
-        if progress:
-            progress(step + 1, total)
-    kept += [{}] * (inversion.steps - len(kept))
-    if identity and reconstruct and end is None:
-        cache.put(reconstruction_identity(identity), {"latents": z})
-    if identity and cache.features:
-        flat = {f"{step}.{path}": tensor for step, found in enumerate(kept) for path, tensor in found.items()}
-        cache.put(features_identity(identity, sites), flat)
-    end = z if reconstruct and end is None else end
-    return Features(sites, scheduler.timesteps, tuple(kept), inversion.z_T, end, False, inversion.time_ids)
+    tensors = None
+    if path is None and (kind != "inversion" or reconstruct):
+        total = run.steps if reconstruct else run.injected
+        path, tensors = run.reverse(total, take=kind == "stored")
+        if identity and total == run.steps:
+            cache.put(reverse_identity(identity), {"latents": path})
+    if kind == "inversion":
+        tensors = run.take(inversion.latents[:-1].flip(0))  # the inversion pass read the latents one step nearer to z_0
+    elif kind == "stored" and tensors is None:
+        tensors = run.take(path)
+    run.finish()
+    if kept:
+        cache.put(kept, {f"{step}.{name}": x for step, found in enumerate(tensors) for name, x in found.items()})
+    return run.features(tensors or ({},) * run.steps, path, kind)
+
+
+class _Run:
+    """The forwards of one collection."""
+
+    def __init__(self, pipe, inversion: Inversion, sites: InjectionSites, storage, progress):
+        self.unet, self.inversion, self.sites = pipe.unet, inversion, sites
+        self.steps, self.device = inversion.steps, inversion.latents.device
+        self.injected = max(sites.resnet_steps(self.steps), sites.attention_steps(self.steps))
+        self.scheduler = ddim_scheduler(pipe.scheduler)
+        self.scheduler.set_timesteps(self.steps, device=self.device)
+        self._storage, self._progress, self._told = storage, progress, False
+
+    def reverse(self, total: int, take: bool) -> tuple[torch.Tensor, tuple[Mapping, ...] | None]:
+        """Draw `total` steps again: latents [total + 1, C, h, w], and the features if they are to be taken."""
+        path, found = [self.inversion.z_T.contiguous()], []
+        for step, t in enumerate(self.scheduler.timesteps[:total]):
+            output = self._forward(step, path[-1], found if take else None, whole=True)
+            z = self.scheduler.step(output, t, path[-1], return_dict=False)[0]
+            path.append(z.contiguous())  # laid out as a part of the whole path is: another layout rounds otherwise
+            self._tell(step + 1, total)
+        return torch.cat(path), self._each_step(found) if take else None
+
+    def take(self, latents: torch.Tensor) -> tuple[Mapping, ...]:
+        """The features of every injected step, whose latents are known: [n, C, h, w]."""
+        found: list[Mapping] = []
+        for step in range(self.injected):
+            self._forward(step, latents[step][None], found, whole=False)
+            self._tell(step + 1, self.injected)
+        return self._each_step(found)
+
+    def features(self, tensors, path: torch.Tensor | None, kind: str, cached: bool = False) -> Features:
+        arguments, timesteps = self.inversion.unet_arguments, self.scheduler.timesteps
+        return Features(self.sites, timesteps, tensors, self.inversion.z_T, path, arguments, kind, cached)
+
+    def finish(self) -> None:
+        """Wait for what is on its way to the CPU's memory, and tell the end where nothing was to be done."""
+        if self._storage is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if not self._told:
+            self._tell(self.steps, self.steps)
+
+    def _forward(self, step: int, z: torch.Tensor, found: list | None, whole: bool) -> torch.Tensor | None:
+        wanted = [] if found is None else _wanted(self.unet, self.sites, step, self.steps)
+        t, arguments = self.scheduler.timesteps[step], self.inversion.unet_arguments
+        taken, output = forward_until(self.unet, wanted, z, t, arguments, keep=self._keep, whole=whole)
+        if found is not None:
+            found.append(MappingProxyType(taken))
+        return output
+
+    def _keep(self, output: torch.Tensor) -> torch.Tensor:
+        if self._storage is None:
+            return output
+        if output.is_cuda and torch.device(self._storage).type == "cpu":
+            return torch.empty_like(output, device="cpu", pin_memory=True).copy_(output, non_blocking=True)
+        return output.to(self._storage)
+
+    def _each_step(self, found: list[Mapping]) -> tuple[Mapping, ...]:
+        return (*found, *({},) * (self.steps - len(found)))
+
+    def _tell(self, done: int, total: int) -> None:
+        self._told = True
+        if self._progress:
+            self._progress(done, total)
+
+
+def _wanted(unet, sites: InjectionSites, step: int, steps: int) -> list[str]:
+    """Paths of the modules whose outputs are injected at a step."""
+    resnets = sites.resnet_modules() if step < sites.resnet_steps(steps) else []
+    attentions = sites.attention_modules(unet) if step < sites.attention_steps(steps) else []
+    return resnets + [f"{path}.{name}" for path in attentions for name in ("to_q", "to_k")]
 
 
 def reconstruction_psnr(pipe, inversion: Inversion, features: Features) -> float:
@@ -138,13 +220,6 @@ def reconstruction_psnr(pipe, inversion: Inversion, features: Features) -> float
         "Cannot measure the reconstruction",
     )
     return psnr(decode_latents(pipe.vae, features.reconstruction), decode_latents(pipe.vae, inversion.z_0))
-
-
-def _keep(found: dict[str, torch.Tensor], path: str, storage) -> Callable:
-    def hook(module, args, output):
-        found[path] = output if storage is None else output.to(storage)
-
-    return hook
 
 
 def _by_step(stored: Mapping[str, torch.Tensor], steps: int, device) -> tuple[Mapping[str, torch.Tensor], ...]:

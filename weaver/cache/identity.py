@@ -13,7 +13,7 @@ from weaver.layers import InjectionSites
 from weaver.models import weights_hash
 from weaver.processors import PLAIN_PROCESSORS
 
-__all__ = ["features_identity", "inversion_identity", "reconstruction_identity", "uncacheable_reasons"]
+__all__ = ["features_identity", "inversion_identity", "reverse_identity", "uncacheable_reasons"]
 
 
 def inversion_identity(
@@ -50,19 +50,19 @@ def inversion_identity(
     }
 
 
-def reconstruction_identity(inversion: Mapping) -> dict:
-    """Of the latents that the reverse pass ends at."""
-    return {"kind": "reconstruction", "inversion": dict(inversion)}
+def reverse_identity(inversion: Mapping) -> dict:
+    """Of the latents of the reverse pass, from z_T to the template drawn again."""
+    return {"kind": "reverse pass", "inversion": dict(inversion)}
 
 
-def features_identity(inversion: Mapping, sites: InjectionSites) -> dict:
-    """Of the features at `sites`, by steps and windows."""
+def features_identity(inversion: Mapping, sites: InjectionSites, kind: str) -> dict:
+    """Of the features at `sites`, by steps and windows; `kind` is "stored" or "inversion" (`weaver.features.KINDS`)."""
     steps = inversion["steps"]
     layers = {
         "resnets": [list(sites.resnets), sites.resnet_steps(steps)],
         "attentions": [list(sites.attentions), sites.attention_steps(steps)],
     }
-    return {"kind": "features", "inversion": dict(inversion), "sites": layers}
+    return {"kind": "features", "inversion": dict(inversion), "sites": layers, "pass": kind}
 
 
 def uncacheable_reasons(pipe) -> list[str]:

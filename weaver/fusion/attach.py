@@ -66,11 +66,10 @@ def attach(target, plan: FusionPlan, *, rows: Sequence[str | tuple[str, int]] | 
     with ExitStack() as undo:
         undo.callback(unet.register_forward_pre_hook(state.before_forward, with_kwargs=True).remove)
         for path in plan.keys_values:
-            _replace(unet, path, FusedCrossAttnProcessor(state, path), undo)
+            _replace(unet, path, FusedCrossAttnProcessor, state, undo)
         if plan.features is not None:
             for path in plan.features.sites.attention_modules(unet):
-                original = unet.get_submodule(path).processor
-                _replace(unet, path, InjectedSelfAttnProcessor(state, path, original), undo)
+                _replace(unet, path, InjectedSelfAttnProcessor, state, undo)
             for path in plan.features.sites.resnet_modules():
                 undo.callback(unet.get_submodule(path).register_forward_hook(_inject(state, path)).remove)
         yield state
@@ -82,10 +81,11 @@ def installable_reasons(unet: nn.Module, sites: InjectionSites | None = None) ->
     return processor_reasons(unet, [*cross_attention_paths(unet), *injected], _OWN)
 
 
-def _replace(unet: nn.Module, path: str, processor, undo: ExitStack) -> None:
+def _replace(unet: nn.Module, path: str, kind: type, state: FusionState, undo: ExitStack) -> None:
     attention = unet.get_submodule(path)
-    undo.callback(attention.set_processor, attention.processor)
-    attention.set_processor(processor)
+    original = attention.processor
+    undo.callback(attention.set_processor, original)
+    attention.set_processor(kind(state, path, original))
 
 
 def _inject(state: FusionState, path: str):

@@ -19,9 +19,10 @@ class FusedCrossAttnProcessor:
     keep the projection's bias. What a concept changes in `to_out` is added apart (`weaver.fusion.routes`).
     """
 
-    def __init__(self, state, path: str):
+    def __init__(self, state, path: str, original):
         self.state = state
         self.path = path
+        self.original = original
 
     def __call__(
         self,
@@ -31,6 +32,8 @@ class FusedCrossAttnProcessor:
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if self.state.replaying:
+            return _call(self.original, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         if attention_mask is not None:
             raise WeaverError("A mask over text tokens (encoder_attention_mask) can't be fused: call without it")
         kv, own, routes = self.state.contexts(self.path)
@@ -58,8 +61,15 @@ class InjectedSelfAttnProcessor:
     ) -> torch.Tensor:
         q = self.state.injected(f"{self.path}.to_q", hidden_states)  # [1, T, H * D]
         if q is None:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return _call(self.original, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         k = self.state.injected(f"{self.path}.to_k", hidden_states)
         v = attn.to_v(hidden_states)
         q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))  # [1, T, H, D] twice, [B, T, H, D]
         return project_out(attn, shared_attention(q, k, v, scale=attn.scale))
+
+
+def _call(processor, attn, hidden_states, encoder_hidden_states, attention_mask, temb) -> torch.Tensor:
+    """Call a processor that stood here before; not all of them know the time embedding."""
+    others = {} if temb is None else {"temb": temb}
+    texts = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask}
+    return processor(attn, hidden_states, **texts, **others)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from weaver.errors import WeaverError
 from weaver.fusion.agreement import check_prompts, check_time_ids, check_timesteps
+from weaver.fusion.injection import Injection
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.routes import OwnProjections, Routes
 from weaver.fusion.rows import Row, picture_rows, read_rows
@@ -32,7 +33,8 @@ class FusionState:
         self._weighed: tuple = (None, None)
         self._kinds = {path: plan.route(path) for path in plan.keys_values}
         self._routes: dict[tuple, Routes] = {}
-        self._features: dict = {}
+        self._injection = Injection(plan.features)
+        self._features: Mapping[str, torch.Tensor] = {}
 
     def set_step(self, step: int, timesteps: torch.Tensor) -> None:
         """Say that the next forward is number `step` of a loop over `timesteps` (bare U-Net)."""
@@ -42,7 +44,9 @@ class FusionState:
         self._step = (step, len(timesteps))
 
     def before_forward(self, unet, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook of the U-Net: settle rows and step for the processors."""
+        """Forward pre-hook of the U-Net: settle rows, step and features for the processors."""
+        if self.replaying:
+            return
         sample, timestep, text = (
             args[i] if i < len(args) else kwargs[name]
             for i, name in enumerate(("sample", "timestep", "encoder_hidden_states"))
@@ -57,7 +61,13 @@ class FusionState:
         if torch.is_grad_enabled():
             raise WeaverError("Fusion is for inference only: call the U-Net under torch.no_grad()")
         self._weigh(rows, self.plan.phase_at(step / steps))
-        self._features = self.plan.features.tensors[step] if self.plan.features is not None else {}
+        self._features = {}  # those of the step before are not injected into the template's own row
+        self._features = self._injection.at(unet, step)
+
+    @property
+    def replaying(self) -> bool:
+        """Whether the U-Net draws the template now, for its features, and nothing is fused or injected."""
+        return self._injection.replaying
 
     def contexts(self, path: str) -> tuple[ContextKV, OwnProjections | None, Routes]:
         """What the attn2 at `path` attends to: keys, values and other changes of all contexts, and which a row has."""
