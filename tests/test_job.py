@@ -87,7 +87,9 @@ def test_everything_a_job_can_say_survives_writing_and_reading(folder, tmp_path_
         "inversion": {"prompt": "a photo"},
         "masks": {"source": "attention", "dilation": 3, "overlap": "share"},
         "fusion": {
-            "lambda": 0.3, "guidance": 6, "injection": {"sites": "plug-and-play", "resnet": 0.7, "attention": 0.4}
+            "lambda": 0.3, "guidance": 6, "injection": {
+                "sites": "plug-and-play", "resnet": 0.7, "attention": 0.4, "features": "replayed"
+            },
         },
     }  # fmt: skip
     job = job_from_mapping(mapping, folder=folder)
@@ -169,6 +171,10 @@ MISTAKES = {
     "window past the end": (
         changed(fusion={"injection": {"resnet": 1.5}}),
         "fusion.injection.resnet: must be between 0 and 1",
+    ),
+    "unknown features": (
+        changed(fusion={"injection": {"features": "kept"}}),
+        "fusion.injection.features: 'kept' is not one of stored",
     ),
     "unknown sites": (changed(fusion={"injection": {"sites": "mine"}}), "fusion.injection.sites: 'mine' is not one of"),
     "size of one number": (changed(size=512), "size: expected [width, height]"),

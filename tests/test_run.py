@@ -120,6 +120,7 @@ def plan_of(job, pipe, monkeypatch, tmp_path) -> dict[str, str]:
         "noise": str(plan.features.z_T.sum().item()),
         "sites": str((sites.resnets, sites.attentions)),
         "windows": str((sites.resnet_window, sites.attention_window)),
+        "features": plan.features.kind,
     }
 
 
@@ -154,6 +155,7 @@ REACHES = {
     "guidance": ({"fusion": {"guidance": 5}}, {"guidance"}),
     "sites": ({"fusion": {"injection": {"sites": "plug-and-play"}}}, {"sites", "windows"}),
     "ResNet window": ({"fusion": {"injection": {"resnet": 0.1}}}, {"windows"}),
+    "features": ({"fusion": {"injection": {"features": "inversion"}}}, {"features"}),
     "attention window": ({"fusion": {"injection": {"attention": 0.1}}}, {"windows"}),
 }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["MASK_SOURCES", "OVERLAPS"]
+__all__ = ["FEATURES", "MASK_SOURCES", "OVERLAPS"]
 
 MASK_SOURCES = ("segmenter", "attention")  # who finds words in a template
+FEATURES = ("stored", "replayed", "inversion")  # how features are had, see weaver.features
 OVERLAPS = ("priority", "share")  # who gets what two masks claim

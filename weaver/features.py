@@ -2,6 +2,9 @@
 
 They are of the reverse pass, where the U-Net reads (x_t, t) as it does during fusion; the inversion pass reads
 (x_{t-1}, t), so its features are others (Concept Weaver, section 3.3; Plug-and-Play Diffusion, arXiv 2211.12572).
+
+They are *stored* for every step; or *replayed*, computed again at every step of a fusion from the reverse pass's latents,
+the same to the last bit in next to no memory; or, as an approximation, stored from the *inversion* pass.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from types import MappingProxyType
 import torch
 
 from weaver.cache import Cache, features_identity, reverse_identity
+from weaver.choices import FEATURES
 from weaver.errors import raise_if
 from weaver.inversion import Inversion
 from weaver.latents import decode_latents, psnr
@@ -20,11 +24,7 @@ from weaver.layers import InjectionSites, site_reasons
 from weaver.replay import forward_until
 from weaver.schedule import ddim_scheduler
 
-__all__ = ["KINDS", "Features", "collect_features", "reconstruction_psnr"]
-
-KINDS = ("stored", "replayed", "inversion")
-"""How features are had: kept for every step; computed again at every step of a fusion, from the latents of the reverse
-pass, which takes next to no memory; or kept, but of the inversion pass, which is an approximation."""
+__all__ = ["Features", "collect_features", "reconstruction_psnr"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Features:
     path : the latents [n, C, h, w] of the reverse pass, from z_T to where it was cut, steps + 1 if it was not; None
         where there was no reverse pass
     unet_arguments : the source prompt, as the U-Net's forward takes it
-    kind : "stored", "replayed" or "inversion", see `KINDS`
+    kind : "stored", "replayed" or "inversion", see above
     cached : whether they were taken from a cache
     """
 
@@ -101,7 +101,7 @@ def collect_features(
     ----------
     pipe : the pipeline that inverted the picture; it is only read
     sites : which layers, and for which part of the steps
-    kind : "stored" or "replayed", which give the same picture, or "inversion", which approximates (see `KINDS`)
+    kind : "stored" or "replayed", which give the same picture, or "inversion", which approximates
     reconstruct : go on to the end, to know how well the inversion held; False stops after the last injected step, and
         of the kind "inversion" does not draw the template again at all
     storage : device to keep stored features on; None is the U-Net's. From the CPU's memory they are brought to a GPU a
@@ -113,7 +113,7 @@ def collect_features(
     Raises `WeaverError` when the U-Net lacks a site.
     """
     reasons = site_reasons(pipe.unet, sites)
-    reasons += [] if kind in KINDS else [f"the kind is {kind!r}, expected one of {', '.join(KINDS)}"]
+    reasons += [] if kind in FEATURES else [f"the kind is {kind!r}, expected one of {', '.join(FEATURES)}"]
     raise_if(reasons, "Cannot collect features")
     run = _Run(pipe, inversion, sites, storage, progress)
     identity = None if cache is None else inversion.identity

@@ -32,7 +32,7 @@ def make_report(job: Job, result: WeaveResult, seconds: dict[str, float]) -> dic
     Similarity is measured for concepts that ship with the embedded model, by its identity classifier; for others the
     three values are None, since no measure of theirs ships. "cached" says what was not computed, if anything.
     """
-    concepts = {}
+    concepts, quality = {}, result.reconstruction_psnr
     for number, spec in enumerate(job.everyone):
         name = shipped_name(spec)
         if name is None:
@@ -45,7 +45,7 @@ def make_report(job: Job, result: WeaveResult, seconds: dict[str, float]) -> dic
     return {
         "stages": {stage: round(seconds.get(stage, 0.0), 2) for stage in STAGES},
         "total_seconds": 0.0,
-        "reconstruction_psnr": round(result.reconstruction_psnr, 2),
+        "reconstruction_psnr": None if quality is None else round(quality, 2),
         "concepts": concepts,
         **({"cached": list(result.cached)} if result.cached else {}),
     }
@@ -101,8 +101,9 @@ def _sheet(job: Job, result: WeaveResult, concepts: Sequence[Concept], overlay: 
         ("Result", f"{settings['steps']} steps, guidance {settings['guidance']:g}, lambda {settings['lambda']:g}",
          result.image),
     ]  # fmt: skip
-    quality = f"template drawn again at {result.reconstruction_psnr:.1f} dB"
-    footnote = f"Concept Weaver {__version__}, seed {job.seed}, {quality}"
+    quality = result.reconstruction_psnr
+    told = "features of the inversion" if quality is None else f"template drawn again at {quality:.1f} dB"
+    footnote = f"Concept Weaver {__version__}, seed {job.seed}, {told}"
     return contact_sheet(cards, panels, title=job.prompt, footnote=footnote)
 
 

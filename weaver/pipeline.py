@@ -13,6 +13,7 @@ from PIL import Image
 
 from weaver.cache import Cache
 from weaver.checks import argument_reasons, fusion_reasons
+from weaver.choices import FEATURES
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.concepts.own_prompts import token_reasons
 from weaver.defaults import default_dilation, defaults_for, model_size
@@ -47,7 +48,8 @@ class WeaveResult:
     names : of the N concepts
     prompts : one for each context, as fused: negative (None: as `FusionPlan.build` says), base, concepts, background
         where it is a concept
-    reconstruction_psnr : how well the template is drawn again from its inversion, in dB
+    reconstruction_psnr : how well the template is drawn again from its inversion, in dB; None with features of the
+        inversion, where it is not
     settings : everything that was chosen or taken by default, plain values
     seconds : of each stage
     cached : what was taken from the cache, "inversion" and "features"
@@ -58,7 +60,7 @@ class WeaveResult:
     masks: torch.Tensor
     names: tuple[str, ...]
     prompts: tuple[str | None, ...]
-    reconstruction_psnr: float
+    reconstruction_psnr: float | None
     settings: dict
     seconds: dict[str, float]
     cached: tuple[str, ...] = ()
@@ -98,6 +100,7 @@ def weave(
     guidance: float | None = None,
     suppression: float | None = None,
     sites: InjectionSites | None = None,
+    features: str = "stored",
     size: tuple[int, int] | None = None,
     cache: Cache | None = None,
     stages: Stages | None = None,
@@ -124,6 +127,7 @@ def weave(
     source_prompt : p_src, what the template shows; None is `prompt`
     steps : of inversion, reconstruction and fusion
     guidance : omega; None, like `suppression` (lambda) and `sites`, is the model's default (`weaver.defaults`)
+    features : "stored"; "replayed", the same picture in less memory and more time; or "inversion", which approximates
     size : (height, width) of the picture; None is the model's own
     cache : where the template's inversion is looked for, and kept; None keeps nothing
     stages : takes the seconds and shows progress; None shows nothing
@@ -144,6 +148,7 @@ def weave(
     amounts, base_hash = {"guidance": guidance, "suppression": suppression}, attn2_hash(pipe.unet)
     reasons = fusion_reasons(pipe, everyone, size=size, steps=steps, sites=sites, base_hash=base_hash, amounts=amounts)
     reasons += [] if everyone else ["there is no concept to draw"]
+    reasons += [] if features in FEATURES else [f"features: is {features!r}, expected one of {', '.join(FEATURES)}"]
     source = {} if source_prompt == prompt else {"source_prompt": source_prompt}
     reasons += token_reasons(source, [use.concept for use in everyone if use.concept])
     reasons += encode_contexts(pipe, prompt, negative_prompt, uses, ground)[2]
@@ -178,8 +183,11 @@ def weave(
         with stages.bar("inversion", steps) as move:
             inversion = invert(pipe, template, source_prompt, steps, cache=cache, progress=move)
         with stages.bar("features", steps) as move:
-            features = collect_features(pipe, inversion, sites, cache=cache, progress=move)
-        quality = reconstruction_psnr(pipe, inversion, features)
+            again = features != "inversion"
+            found = collect_features(
+                pipe, inversion, sites, kind=features, reconstruct=again, cache=cache, progress=move
+            )
+        quality = reconstruction_psnr(pipe, inversion, found) if again else None
     with stages.stage("fusion"), stages.bar("fusion", steps) as move:
         plan = FusionPlan.build(
             pipe,
@@ -188,12 +196,12 @@ def weave(
             prompt=prompt,
             negative_prompt=negative_prompt,
             background=ground,
-            features=features,
+            features=found,
             base_hash=base_hash,
             **amounts,
         )
         scheduler = ddim_scheduler(pipe.scheduler)
-        z = sample_fusion(pipe.unet, features.z_T, scheduler, plan, progress=move)
+        z = sample_fusion(pipe.unet, found.z_T, scheduler, plan, progress=move)
         image = tensor_to_images(decode_latents(pipe.vae, z))[0]
     settings = {
         "size": [size[1], size[0]],
@@ -202,10 +210,15 @@ def weave(
         "guidance": guidance,
         "lambda": suppression,
         "source_prompt": source_prompt,
-        "injection": {"sites": sites.name, "resnet": sites.resnet_window, "attention": sites.attention_window},
+        "injection": {
+            "sites": sites.name,
+            "resnet": sites.resnet_window,
+            "attention": sites.attention_window,
+            "features": features,
+        },
         "masks": {"sources": list(places.sources), "dilation": dilation, "overlap": overlap},
     }
-    cached = tuple(name for name, part in (("inversion", inversion), ("features", features)) if part.cached)
+    cached = tuple(name for name, part in (("inversion", inversion), ("features", found)) if part.cached)
     seconds = dict(stages.seconds)
     return WeaveResult(image, template, final, tuple(names), plan.prompts, quality, settings, seconds, cached)
 

@@ -145,6 +145,7 @@ def _weave(
         sites=replace(
             SITES[fusion.sites], resnet_window=fusion.resnet_window, attention_window=fusion.attention_window
         ),
+        features=fusion.features,
         size=job.size,
         cache=cache,
         stages=stages,

@@ -56,7 +56,7 @@ def reverse_identity(inversion: Mapping) -> dict:
 
 
 def features_identity(inversion: Mapping, sites: InjectionSites, kind: str) -> dict:
-    """Of the features at `sites`, by steps and windows; `kind` is "stored" or "inversion" (`weaver.features.KINDS`)."""
+    """Of the features at `sites`, by steps and windows; `kind` is "stored" or "inversion"."""
     steps = inversion["steps"]
     layers = {
         "resnets": [list(sites.resnets), sites.resnet_steps(steps)],

@@ -113,7 +113,8 @@ def job_to_mapping(job: Job, folder: Path) -> dict:
         mapping["size"] = [job.size[1], job.size[0]]
     mapping["inversion"] = {"prompt": mapping.pop("inversion_prompt")} if job.inversion_prompt is not None else {}
     fusion = mapping["fusion"]
-    fusion["injection"] = {key: fusion.pop(key) for key in ("sites", "resnet", "attention") if key in fusion}
+    injection = ("sites", "resnet", "attention", "features")
+    fusion["injection"] = {key: fusion.pop(key) for key in injection if key in fusion}
     return mapping
 
 

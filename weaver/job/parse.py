@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from weaver.choices import MASK_SOURCES, OVERLAPS
+from weaver.choices import FEATURES, MASK_SOURCES, OVERLAPS
 from weaver.job import SAME_MODEL, BackgroundSpec, ConceptSpec, FusionSpec, Job, JobError, MasksSpec, TemplateSpec
 from weaver.job.fields import Fields, resolve_path
 from weaver.job.parse_concept import parse_concept
@@ -122,6 +122,7 @@ def _fusion(fields: Fields) -> FusionSpec:
         sites=injection.choice("sites", tuple(SITES)),
         resnet_window=injection.number("resnet", least=0, most=1),
         attention_window=injection.number("attention", least=0, most=1),
+        features=injection.choice("features", FEATURES, "stored"),
     )
     injection.finish()
     fields.finish()

@@ -106,7 +106,8 @@ class MasksSpec:
 class FusionSpec:
     """Suppression (the paper's lambda), guidance (its omega) and injection; None is the model's own default.
 
-    `sites` names a table of `weaver.layers`; the windows are the parts of the steps, from the first, that inject.
+    `sites` names a table of `weaver.layers`; the windows are the parts of the steps, from the first, that inject, and
+    `features` is how they are had (`weaver.features`).
     """
 
     suppression: float | None = None
@@ -114,6 +115,7 @@ class FusionSpec:
     sites: str | None = None
     resnet_window: float | None = None
     attention_window: float | None = None
+    features: str = "stored"
 
 
 @dataclass(frozen=True)
