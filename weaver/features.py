@@ -3,8 +3,8 @@
 They are of the reverse pass, where the U-Net reads (x_t, t) as it does during fusion; the inversion pass reads
 (x_{t-1}, t), so its features are others (Concept Weaver, section 3.3; Plug-and-Play Diffusion, arXiv 2211.12572).
 
-They are *stored* for every step; or *replayed*, computed again at every step of a fusion from the reverse pass's latents,
-the same to the last bit in next to no memory; or, as an approximation, stored from the *inversion* pass.
+They are *stored* for every step; or *replayed*, computed again at every step of a fusion from its latents, the same to
+the last bit in next to no memory; or, as an approximation, stored from the *inversion* pass.
 """
 
 from __future__ import annotations
