@@ -120,19 +120,22 @@ def training_settings(wishes: TrainSpec, pipe) -> TrainSettings:
 
 def _train(task: _Task, pipe, move: Callable[[int, int], None]) -> Concept:
     spec, wishes = task.spec, task.spec.train
-    prior = None
-    if is_embedded(pipe):
-        from weaver.embedded.prior import prior_scenes
-
-        prior = prior_scenes()
+    prior = woven = None
     try:
+        pictures = load_images(training_pictures(spec), wishes.token, spec.word, template=wishes.caption)
+        if is_embedded(pipe):
+            from weaver.embedded.prior import prior_scenes
+            from weaver.embedded.woven import woven_scenes
+
+            prior, woven = prior_scenes(), woven_scenes(pictures, wishes.token, spec.word)
         return train_concept(
             pipe,
-            load_images(training_pictures(spec), wishes.token, spec.word, template=wishes.caption),
+            pictures,
             name=spec.name,
             token=wishes.token,
             word=spec.word,
             prior=prior,
+            woven=woven,
             settings=training_settings(wishes, pipe),
             progress=move,
         )

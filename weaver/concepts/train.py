@@ -7,34 +7,28 @@ training runs, hooks add the deltas' share to the outputs of `to_k` and `to_v`.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from weaver.concepts.concept import Concept, ConceptError, attn2_hash, attn2_projections
-from weaver.concepts.examples import Examples, encode_captions, encode_fixed_captions, pick, prepare
+from weaver.concepts.concept import Concept, attn2_hash, attn2_projections
+from weaver.concepts.examples import prepare
 from weaver.concepts.images import TrainingSet
+from weaver.concepts.optimise import Learned, optimise
 from weaver.concepts.prior import class_pictures
 from weaver.concepts.prompts import names_token
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.training_state import added, checkpointed, frozen
+from weaver.concepts.woven import WovenSet, prepare_woven
 from weaver.errors import WeaverError
 from weaver.version import __version__
 
 __all__ = ["train_concept"]
-
-
-@dataclass(frozen=True)
-class _Learned:
-    """What is learned: vectors [V, C] and deltas {path: [out, in]}, in float32."""
-
-    vectors: torch.Tensor
-    deltas: Mapping[str, torch.Tensor]
 
 
 def train_concept(
@@ -46,6 +40,7 @@ def train_concept(
     word: str,
     name: str | None = None,
     prior: TrainingSet | None = None,
+    woven: WovenSet | None = None,
     settings: TrainSettings | None = None,
     progress: bool | Callable[[int, int], None] = True,
 ) -> Concept:
@@ -64,6 +59,8 @@ def train_concept(
     token, word : the modifier token, such as "<v1>", and the class word it stands before.
     name : of the concept; None for the token without its brackets.
     prior : pictures and captions without the token; None lets the base model make pictures of the class word.
+    woven : scenes with the concept in the place of another of its class, on which it is learned as a fusion shows it
+        (`weaver.concepts.woven`), `settings.woven_batch` of them in a step; None learns from `images` alone.
     settings : None for the defaults for Stable Diffusion.
     progress : True shows a bar, unless the output is piped; a function is called with (done, total) instead.
 
@@ -81,13 +78,14 @@ def train_concept(
         if to_make:
             prior = class_pictures(pipe, word, settings, report)
         other = prepare(pipe, prior) if settings.prior_batch else None
+        scenes = prepare_woven(pipe, woven, token, settings.vectors) if settings.woven_batch and woven else None
         with (
             frozen(pipe.unet, pipe.text_encoder),
             added(pipe.unet, learned.deltas),
             checkpointed(pipe.unet, settings.checkpointing),
             torch.enable_grad(),
         ):
-            _optimise(pipe, own, other, learned, settings, lambda steps: report(to_make + steps))
+            optimise(pipe, learned, settings, own, other, scenes, lambda steps: report(to_make + steps))
     return Concept(
         name=name or token.strip("<>"),
         token=token,
@@ -98,59 +96,10 @@ def train_concept(
         deltas={path: delta.detach().cpu().half() for path, delta in learned.deltas.items()},
         settings=asdict(settings)
         | {"pictures": len(images.images), "captions": sorted(set(images.captions))}
+        | {"woven": len(woven.images) if scenes else 0}
         | {"prior": "made by the base model" if to_make else "given" if settings.prior_batch else "none"},
         versions=_versions(),
     )
-
-
-def _optimise(
-    pipe,
-    own: Examples,
-    other: Examples | None,
-    learned: _Learned,
-    settings: TrainSettings,
-    report: Callable[[int], None],
-) -> None:
-    device, dtype = pipe._execution_device, pipe.unet.dtype
-    generator = torch.Generator("cpu").manual_seed(settings.seed)
-    alphas = pipe.scheduler.alphas_cumprod.to(device, torch.float32)
-    velocity = pipe.scheduler.config.prediction_type == "v_prediction"
-    rate = settings.learning_rate
-    optimiser = torch.optim.AdamW([
-        {"params": list(learned.deltas.values()), "lr": rate},
-        {"params": [learned.vectors], "lr": settings.token_learning_rate or rate},
-    ], betas=(0.9, 0.99), weight_decay=0)  # fmt: skip
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, settings))
-    # Gradients of float16 activations vanish below 6e-8 unless the loss is scaled up.
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    prior_text = None if other is None else encode_fixed_captions(pipe.text_encoder, other)
-    for step in range(settings.steps):
-        picks = [pick(len(own.latents), settings.batch, generator)]
-        z = own.latents[picks[0]]
-        text = encode_captions(pipe.text_encoder, own, picks[0], learned.vectors)
-        if other is not None:
-            picks.append(pick(len(other.latents), settings.prior_batch, generator))
-            z = torch.cat([z, other.latents[picks[1]]])
-            text = torch.cat([text, prior_text[picks[1]]])
-        t = torch.cat([_timesteps(len(rows), len(alphas), generator) for rows in picks]).to(device)
-        noise = torch.randn(z.shape, generator=generator).to(device)
-        signal, spread = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
-        noisy = (signal * z + spread * noise).to(dtype)
-        target = signal * noise - spread * z if velocity else noise
-        error = (pipe.unet(noisy, t, encoder_hidden_states=text.to(dtype)).sample.float() - target).square()
-        loss = error[: settings.batch].mean()
-        if other is not None:
-            loss = loss + settings.prior_weight * error[settings.batch :].mean()
-        if not torch.isfinite(loss):
-            raise ConceptError(f"training diverged at step {step + 1} of {settings.steps}: lower the learning rate")
-        optimiser.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scale = scaler.get_scale()
-        scaler.step(optimiser)
-        scaler.update()
-        if scaler.get_scale() >= scale:  # it falls where gradients overflowed and the step was left out
-            schedule.step()
-        report(step + 1)
 
 
 def _check(pipe, prior: TrainingSet | None, token: str) -> None:
@@ -166,7 +115,7 @@ def _check(pipe, prior: TrainingSet | None, token: str) -> None:
         raise WeaverError("cannot train a concept: " + "; ".join(reasons))
 
 
-def _start(pipe, word: str, count: int) -> _Learned:
+def _start(pipe, word: str, count: int) -> Learned:
     """Deltas of zero, and vectors that mean what the class word means."""
     ids = pipe.tokenizer(word, add_special_tokens=False).input_ids
     if not ids:
@@ -176,19 +125,7 @@ def _start(pipe, word: str, count: int) -> _Learned:
         path: torch.zeros_like(linear.weight, dtype=torch.float32, requires_grad=True)
         for path, linear in attn2_projections(pipe.unet).items()
     }
-    return _Learned(vectors.repeat(count, 1).requires_grad_(), deltas)
-
-
-def _timesteps(batch: int, total: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw timesteps, one from each of `batch` equal parts of the range: uniform, and spread over every batch."""
-    t = (torch.arange(batch) + torch.rand(batch, generator=generator)) * (total / batch)
-    return t.long().clamp(max=total - 1)
-
-
-def _rate(step: int, settings: TrainSettings) -> float:
-    """Part of the learning rates in use at `step`: a linear rise, then a linear fall to `final_rate`."""
-    fall = 1 - (1 - settings.final_rate) * step / settings.steps
-    return min(1.0, (step + 1) / (settings.warmup + 1)) * fall
+    return Learned(vectors.repeat(count, 1).requires_grad_(), deltas)
 
 
 @contextmanager

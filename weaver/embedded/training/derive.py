@@ -29,6 +29,7 @@ from weaver.embedded.training.card import CARD_FILE, CURVE_FILE, write_card
 from weaver.embedded.training.gates import measure_gates, sample_sheet
 from weaver.embedded.training.identity import measure_identity, train_identity
 from weaver.embedded.training.segmenter import train_segmenter
+from weaver.embedded.woven import woven_scenes
 
 __all__ = ["DERIVED_FILE", "run"]
 
@@ -53,13 +54,15 @@ def draw_concept_pictures() -> None:
 def _train_one_concept(name: str) -> None:
     torch.set_num_threads(1)
     card = CONCEPTS[name]
+    pictures = load_images(concept_images(name), card.token, card.word)
     concept = train_concept(
         load_pipeline(),
-        load_images(concept_images(name), card.token, card.word),
+        pictures,
         token=card.token,
         word=card.word,
         name=name,
         prior=prior_scenes(),
+        woven=woven_scenes(pictures, card.token, card.word),
         settings=TrainSettings.embedded(),
     )
     concept.save(concept_path(name))
