@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_pipeline
 
+from weaver import WeaverError
 from weaver.concepts.concept import attn2_hash
 from weaver.features import collect_features
 from weaver.fusion import ConceptUse, FusionPlan, attach, sample_fusion
@@ -47,6 +48,25 @@ def test_same_numbers_as_the_stock_pipeline(tiny_pipe, uses_and_masks, guidance,
     with attach(tiny_pipe, plan):
         assert torch.equal(ours, tiny_pipe(**arguments).images)
     assert done == [(i, 4) for i in range(1, 5)]
+
+
+def test_fresh_noise_is_the_stock_pipeline_s_too(tiny_pipe, uses_and_masks):
+    plan = FusionPlan.build(tiny_pipe, *uses_and_masks, prompt=PROMPT, steps=4)
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    scheduler = ddim_scheduler(tiny_pipe.scheduler)
+
+    def draw(eta, seed):
+        noise = torch.Generator().manual_seed(seed)
+        return sample_fusion(tiny_pipe.unet, z, scheduler, plan, eta=eta, generator=noise)
+
+    with attach(tiny_pipe, plan):
+        arguments = plan.pipeline_arguments() | {"latents": z, "output_type": "latent"}
+        stock = tiny_pipe(**arguments, eta=0.6, generator=torch.Generator().manual_seed(3)).images
+    assert torch.equal(draw(0.6, 3), stock) and not torch.equal(draw(0.6, 4), stock)
+    assert torch.equal(draw(0.0, 3), draw(0, 4))
+    for wrong in (-0.1, 1.5, "1", True, float("nan")):
+        with pytest.raises(WeaverError, match="eta: is .*, expected 0"):
+            draw(wrong, 0)
 
 
 def test_several_noises_at_once(tiny_pipe, uses_and_masks):

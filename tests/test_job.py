@@ -87,7 +87,7 @@ def test_everything_a_job_can_say_survives_writing_and_reading(folder, tmp_path_
         "inversion": {"prompt": "a photo"},
         "masks": {"source": "attention", "dilation": 3, "overlap": "share"},
         "fusion": {
-            "lambda": 0.3, "guidance": 6, "injection": {
+            "lambda": 0.3, "guidance": 6, "eta": 0.2, "injection": {
                 "sites": "plug-and-play", "resnet": 0.7, "attention": 0.4, "features": "replayed"
             },
         },

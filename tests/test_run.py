@@ -101,13 +101,14 @@ def plan_of(job, pipe, monkeypatch, tmp_path) -> dict[str, str]:
 
     def stop(*args, **kwargs):
         seen.extend(value for value in args if isinstance(value, pipeline.FusionPlan))
+        seen.append(kwargs["eta"])
         raise Enough
 
     monkeypatch.setattr(pipeline, "sample_fusion", stop)
     monkeypatch.setattr(run, "load_model", lambda *a, **k: pipe)
     with pytest.raises(Enough):
         run_job(job, tmp_path / "out")
-    [plan] = seen
+    plan, eta = seen
     sites, kv = plan.features.sites, next(iter(plan.keys_values.values()))
     return {
         "prompts": str(plan.prompts),
@@ -121,6 +122,7 @@ def plan_of(job, pipe, monkeypatch, tmp_path) -> dict[str, str]:
         "sites": str((sites.resnets, sites.attentions)),
         "windows": str((sites.resnet_window, sites.attention_window)),
         "features": plan.features.kind,
+        "eta": str(eta),
     }
 
 
@@ -153,6 +155,7 @@ REACHES = {
     "overlap": ({"masks": {"overlap": "share"}}, {"weights"}),
     "lambda": ({"fusion": {"lambda": 0.9}}, {"weights"}),
     "guidance": ({"fusion": {"guidance": 5}}, {"guidance"}),
+    "eta": ({"fusion": {"eta": 0.3}}, {"eta"}),
     "sites": ({"fusion": {"injection": {"sites": "plug-and-play"}}}, {"sites", "windows"}),
     "ResNet window": ({"fusion": {"injection": {"resnet": 0.1}}}, {"windows"}),
     "features": ({"fusion": {"injection": {"features": "inversion"}}}, {"features"}),

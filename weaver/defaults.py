@@ -20,17 +20,20 @@ class Defaults:
     guidance : omega, of fusion and of a template made by the same model
     suppression : lambda
     sites : injection sites and windows
+    eta : of the fusion's DDIM steps. The paper's is 0. The embedded model's flat drawings are inverted to noise that is
+        weaker than noise is, out of which nothing new can be drawn: half of the fresh noise makes up for it
     """
 
     guidance: float
     suppression: float
     sites: InjectionSites
+    eta: float = 0.0
 
 
 def defaults_for(pipe) -> Defaults:
     """Defaults of a pipeline: Plug-and-Play's guidance for Stable Diffusion (SDXL too), the embedded model's swept."""
     if is_embedded(pipe):
-        return Defaults(guidance=3.0, suppression=0.0, sites=EMBEDDED)
+        return Defaults(guidance=3.0, suppression=0.0, sites=EMBEDDED, eta=0.5)
     return Defaults(guidance=7.5, suppression=0.2, sites=sites_for(pipe.unet))
 
 

@@ -98,8 +98,8 @@ def _sheet(job: Job, result: WeaveResult, concepts: Sequence[Concept], overlay: 
     panels = [
         ("Template", "from a picture" if job.template.image else "from the prompt, by the base model", result.template),
         ("Masks", f"{' and '.join(sources)}, grown by {settings['masks']['dilation']} px", overlay),
-        ("Result", f"{settings['steps']} steps, guidance {settings['guidance']:g}, lambda {settings['lambda']:g}",
-         result.image),
+        ("Result", f"{settings['steps']} steps, guidance {settings['guidance']:g}, lambda {settings['lambda']:g}"
+         + (f", eta {settings['eta']:g}" if settings["eta"] else ""), result.image),
     ]  # fmt: skip
     quality = result.reconstruction_psnr
     told = "features of the inversion" if quality is None else f"template drawn again at {quality:.1f} dB"

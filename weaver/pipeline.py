@@ -20,6 +20,7 @@ from weaver.defaults import default_dilation, defaults_for, model_size
 from weaver.errors import WeaverError, raise_if
 from weaver.features import collect_features, reconstruction_psnr
 from weaver.fusion.contexts import ConceptUse, encode_contexts
+from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
 from weaver.fusion.support import model_reasons
@@ -99,6 +100,7 @@ def weave(
     template_guidance: float | None = None,
     guidance: float | None = None,
     suppression: float | None = None,
+    eta: float | None = None,
     sites: InjectionSites | None = None,
     features: str = "stored",
     size: tuple[int, int] | None = None,
@@ -126,7 +128,8 @@ def weave(
     overlap : who gets what two masks claim, "priority" or "share"
     source_prompt : p_src, what the template shows; None is `prompt`
     steps : of inversion, reconstruction and fusion
-    guidance : omega; None, like `suppression` (lambda) and `sites`, is the model's default (`weaver.defaults`)
+    guidance : omega; None, like `suppression` (lambda), `eta` (of the fusion's DDIM steps) and `sites`, is the model's
+        default (`weaver.defaults`)
     features : "stored"; "replayed", the same picture in less memory and more time; or "inversion", which approximates
     size : (height, width) of the picture; None is the model's own
     cache : where the template's inversion is looked for, and kept; None keeps nothing
@@ -141,12 +144,14 @@ def weave(
     everyone, names = [*uses, *([ground] if ground else [])], [use.name for use in uses]
     guidance = defaults.guidance if guidance is None else guidance
     suppression = defaults.suppression if suppression is None else suppression
+    eta = defaults.eta if eta is None else eta
     sites = sites or defaults.sites
     size = size or model_size(pipe)
     dilation = default_dilation(size) if dilation is None else dilation
     source_prompt = prompt if source_prompt is None else source_prompt
     amounts, base_hash = {"guidance": guidance, "suppression": suppression}, attn2_hash(pipe.unet)
     reasons = fusion_reasons(pipe, everyone, size=size, steps=steps, sites=sites, base_hash=base_hash, amounts=amounts)
+    reasons += eta_reasons(eta)
     reasons += [] if everyone else ["there is no concept to draw"]
     reasons += [] if features in FEATURES else [f"features: is {features!r}, expected one of {', '.join(FEATURES)}"]
     source = {} if source_prompt == prompt else {"source_prompt": source_prompt}
@@ -201,7 +206,8 @@ def weave(
             **amounts,
         )
         scheduler = ddim_scheduler(pipe.scheduler)
-        z = sample_fusion(pipe.unet, found.z_T, scheduler, plan, progress=move)
+        noise = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
+        z = sample_fusion(pipe.unet, found.z_T, scheduler, plan, eta=eta, generator=noise, progress=move)
         image = tensor_to_images(decode_latents(pipe.vae, z))[0]
     settings = {
         "size": [size[1], size[0]],
@@ -209,6 +215,7 @@ def weave(
         "steps": steps,
         "guidance": guidance,
         "lambda": suppression,
+        "eta": eta,
         "source_prompt": source_prompt,
         "injection": {
             "sites": sites.name,

@@ -142,6 +142,7 @@ def _weave(
         steps=job.steps,
         guidance=fusion.guidance,
         suppression=fusion.suppression,
+        eta=fusion.eta,
         sites=replace(
             SITES[fusion.sites], resnet_window=fusion.resnet_window, attention_window=fusion.attention_window
         ),

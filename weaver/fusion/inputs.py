@@ -16,7 +16,7 @@ from weaver.layers import site_reasons
 from weaver.limits import size_reasons, step_reasons
 from weaver.masks.compose import partition_reasons
 
-__all__ = ["amount_reasons", "full_masks", "steps_and_size"]
+__all__ = ["amount_reasons", "eta_reasons", "full_masks", "steps_and_size"]
 
 _DEFAULT_STEPS = 50
 
@@ -50,6 +50,13 @@ def amount_reasons(amounts: Mapping[str, float]) -> list[str]:
         for name, value in amounts.items()
         if not isinstance(value, Real) or isinstance(value, bool) or not (math.isfinite(value) and value >= 0)
     ]
+
+
+def eta_reasons(eta: float) -> list[str]:
+    """What is wrong with DDIM's eta."""
+    if isinstance(eta, Real) and not isinstance(eta, bool) and 0 <= eta <= 1:
+        return []
+    return [f"eta: is {eta!r}, expected 0 (deterministic) to 1"]
 
 
 def full_masks(

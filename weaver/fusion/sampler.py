@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 
 from weaver.conditioning import unet_arguments
+from weaver.errors import raise_if
 from weaver.fusion.attach import attach
+from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.rows import KINDS, picture_rows
 
@@ -21,9 +23,11 @@ def sample_fusion(
     scheduler,
     plan: FusionPlan,
     *,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
-    """Deterministic DDIM (arXiv 2010.02502) over the fused U-Net with the plan's classifier-free guidance.
+    """DDIM (arXiv 2010.02502) over the fused U-Net with the plan's classifier-free guidance; deterministic at `eta` 0.
 
     Gives the numbers that the stock pipeline gives under `attach`.
 
@@ -33,10 +37,13 @@ def sample_fusion(
     z : [n, C, h, w], the noise to start from: the template's z_T, or any, one picture each; for a plan of V variants
         one noise for all, or as many of each, the first variant's first
     scheduler : the pipeline's; with features `ddim_scheduler(pipe.scheduler)`
+    eta : how much of each step's noise is drawn anew, 0 to 1 (equation 16 there); the paper's is 0
+    generator : of that noise
     progress : called after each step with (done, steps)
 
-    Returns latents [n, C, h, w].
+    Returns latents [n, C, h, w]. Raises `WeaverError` for an `eta` outside of 0..1.
     """
+    raise_if(eta_reasons(eta), "Cannot draw the fusion")
     guided = plan.guidance > 1
     z = z.expand(plan.variants, -1, -1, -1) if len(z) == 1 else z
     rows = picture_rows(len(z), plan.variants, guided)
@@ -45,7 +52,7 @@ def sample_fusion(
     z = z * scheduler.init_noise_sigma
     text = plan.text[:1].expand(len(rows), -1, -1)  # the U-Net asks for one; attention reads the plan's
     added = (None, None) if plan.pooled is None else (plan.pooled[leads], plan.time_ids.expand(len(rows), -1))
-    arguments = unet_arguments(text, *added)
+    arguments, noise = unet_arguments(text, *added), {"eta": eta, "generator": generator} if eta else {}
     with attach(unet, plan, rows=[(KINDS[kind], variant) for kind, variant in rows]) as state:
         for step, t in enumerate(scheduler.timesteps):
             state.set_step(step, scheduler.timesteps)
@@ -54,7 +61,7 @@ def sample_fusion(
             if guided:
                 negative, fused = output.chunk(2)
                 output = negative + plan.guidance * (fused - negative)
-            z = scheduler.step(output, t, z, return_dict=False)[0]
+            z = scheduler.step(output, t, z, **noise, return_dict=False)[0]
             if progress:
                 progress(step + 1, len(scheduler.timesteps))
     return z

@@ -119,6 +119,7 @@ def _fusion(fields: Fields) -> FusionSpec:
     spec = FusionSpec(
         suppression=fields.number("lambda", least=0),
         guidance=fields.number("guidance", least=0),
+        eta=fields.number("eta", least=0, most=1),
         sites=injection.choice("sites", tuple(SITES)),
         resnet_window=injection.number("resnet", least=0, most=1),
         attention_window=injection.number("attention", least=0, most=1),

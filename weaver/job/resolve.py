@@ -61,6 +61,7 @@ def resolve_job(job: Job, pipe, prompts: list[str]) -> Job:
             wishes,
             suppression=_or(wishes.suppression, defaults.suppression),
             guidance=_or(wishes.guidance, defaults.guidance),
+            eta=_or(wishes.eta, defaults.eta),
             sites=sites.name,
             resnet_window=_or(wishes.resnet_window, sites.resnet_window),
             attention_window=_or(wishes.attention_window, sites.attention_window),

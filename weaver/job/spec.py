@@ -104,7 +104,7 @@ class MasksSpec:
 
 @dataclass(frozen=True)
 class FusionSpec:
-    """Suppression (the paper's lambda), guidance (its omega) and injection; None is the model's own default.
+    """Suppression (the paper's lambda), guidance (its omega), DDIM's eta, injection; None is the model's own default.
 
     `sites` names a table of `weaver.layers`; the windows are the parts of the steps, from the first, that inject, and
     `features` is how they are had (`weaver.features`).
@@ -116,6 +116,7 @@ class FusionSpec:
     resnet_window: float | None = None
     attention_window: float | None = None
     features: str = "stored"
+    eta: float | None = None
 
 
 @dataclass(frozen=True)
