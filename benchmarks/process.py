@@ -31,7 +31,7 @@ PROMPT, SEED = "a cat and a panda, mountain background", 1  # a template in whic
 
 
 def process(case: Case, model: str, template_pipe, steps: int, rounds: int, matrix: float) -> list[dict]:
-    """`weave` by wall clock: cold, warm, and warm with one mask changed and with one concept changed.
+    """`weave` by wall clock: cold, warm, and warm with other masks, and with these and another concept.
 
     The embedded model draws its shipped concepts and finds their words; the others have N random concepts and are told
     where they stand. The template comes from `template_pipe`, by itself where that is not the case's.

@@ -63,7 +63,7 @@ def _device(rows: Rows) -> list[str]:
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == model]
         size = MODELS[model]
-        parts += [f"#### {size.title if size else 'The embedded model at 64'}, {of_model[0]['steps']} steps and more"]
+        parts.append(f"#### {size.title if size else 'The embedded model at 64'}")
         parts += filter(None, (_steps(of_model), _stages(of_model), _parts(of_model), _variants(of_model)))
     return parts
 
