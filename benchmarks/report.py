@@ -14,11 +14,12 @@ from benchmarks.plots import lines_svg, slug
 from benchmarks.providers import PROVIDERS
 from benchmarks.shapes import MODELS
 from benchmarks.sums import Setting, settings, unet_ms
+from benchmarks.tables import MISSING, is_gpu, table
 from benchmarks.targets import CPU, GPU, targets
+from benchmarks.whole_report import whole
 
 __all__ = ["main", "write"]
 
-MISSING = "not yet measured"
 SHOWN = (1, 2, 3, 5, 8)
 
 
@@ -29,9 +30,10 @@ def write(folder: Path) -> None:
     devices = list(dict.fromkeys(setting.device for setting in by_setting))
     for device in devices:
         parts += _device(folder, device, {key: found for key, found in by_setting.items() if key.device == device})
-    if not any(_is_gpu(found) for found in by_setting.values()):
-        parts += ["## NVIDIA GPU", _table(("target", "measured"), [(name, MISSING) for name in GPU])]
+    if not any(is_gpu(found) for found in by_setting.values()):
+        parts += ["## NVIDIA GPU", table(("target", "measured"), [(name, MISSING) for name in GPU])]
     parts += _host(rows.read(folder / "host_overhead.csv"))
+    parts += whole(rows.read(folder / "end_to_end.csv"))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -41,9 +43,9 @@ def _device(folder: Path, device: str, by_setting: Mapping[Setting, list]) -> li
     dates = sorted(row["date"] for row in every)
     parts = [f"## {device}", f"{dates[0]} to {dates[-1]} UTC. {'. '.join(sorted({row['versions'] for row in every}))}."]
     for dtype in dict.fromkeys(setting.dtype for setting in by_setting):
-        found = targets(by_setting, GPU if _is_gpu(every) else CPU, dtype)
+        found = targets(by_setting, GPU if is_gpu(every) else CPU, dtype)
         lines = [(name, value or MISSING) for name, value in found.items()]
-        parts.append(_table((f"target, {dtype}", "measured"), lines))
+        parts.append(table((f"target, {dtype}", "measured"), lines))
     for model in dict.fromkeys(setting.model for setting in by_setting):
         of_model = {key: found for key, found in by_setting.items() if key.model == model}
         parts += [f"### {MODELS[model].title}", *(_unet(key, found) for key, found in of_model.items())]
@@ -66,7 +68,7 @@ def _unet(setting: Setting, found: Sequence[Mapping]) -> str:
         lines.append((name, *cells))
     lines.append(("floor", *(f"{floors['ours', n]:.3g}" if ("ours", n) in floors else MISSING for n in SHOWN)))
     head = f"{setting.masks} masks, {setting.dtype}: ms a forward (times ours)"
-    return _table((head, *(f"N = {n}" for n in SHOWN)), lines)
+    return table((head, *(f"N = {n}" for n in SHOWN)), lines)
 
 
 def _layers(of_model: Mapping[Setting, Sequence[Mapping]]) -> str:
@@ -78,21 +80,13 @@ def _layers(of_model: Mapping[Setting, Sequence[Mapping]]) -> str:
             of_layer = [ours.get((str(geometry), n)) for n in SHOWN]
             cells = [f"{row['live']}, {float(row['share']):.0%}" if row else MISSING for row in of_layer]
             lines.append((f"{geometry.side} x {geometry.side}, {setting.masks}", *cells))
-    return _table(("live contexts a token, ours' share of the floor", *(f"N = {n}" for n in SHOWN)), lines)
+    return table(("live contexts a token, ours' share of the floor", *(f"N = {n}" for n in SHOWN)), lines)
 
 
 def _host(found: Sequence[Mapping]) -> list[str]:
     lines = [(f"{row['device']}, {row['versions']}", row["provider"], row["p50_us"]) for row in found]
-    table = _table(("machine", "host time of one call", "us"), lines) if lines else MISSING
-    return ["## Host overhead of a call", "Triton's own launcher not counted; the target is less than 20 us.", table]
-
-
-def _is_gpu(found: Sequence[Mapping]) -> bool:
-    return any("(sm_" in row["device"] for row in found)
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *lines))
+    measured = table(("machine", "host time of one call", "us"), lines) if lines else MISSING
+    return ["## Host overhead of a call", "Triton's own launcher not counted; the target is less than 20 us.", measured]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,14 +1,14 @@
-"""Rows of results: a CSV per operation, one row for each provider, case and device.
+"""Rows of results: a CSV per subject, one row for each provider, case and device.
 
 A new measurement replaces the row of the same key. The device is part of the key: figures of different devices never
-share a row.
+share a row. The columns given here are those of an operation; another subject passes its own.
 """
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 __all__ = ["FIELDS", "KEY", "key_of", "read", "upsert"]
@@ -37,9 +37,9 @@ FIELDS = (
 )
 
 
-def key_of(row: Mapping[str, object]) -> tuple[str, ...]:
+def key_of(row: Mapping[str, object], key: Sequence[str] = KEY) -> tuple[str, ...]:
     """What a row is about."""
-    return tuple(str(row[name]) for name in KEY)
+    return tuple(str(row[name]) for name in key)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -50,30 +50,32 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def upsert(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+def upsert(
+    path: Path, rows: Iterable[Mapping[str, object]], key: Sequence[str] = KEY, fields: Sequence[str] = FIELDS
+) -> None:
     """Write rows into the file, each in the place of the one with its key. All of them are written, or none.
 
     Raises `ValueError` for a row without a full key, or with a column that is not one.
     """
     rows = list(rows)
-    reasons = [f"row {i} has no {name}" for i, row in enumerate(rows) for name in KEY if not str(row.get(name) or "")]
-    reasons += [f"row {i} has {name}, no column" for i, row in enumerate(rows) for name in row if name not in FIELDS]
+    reasons = [f"row {i} has no {name}" for i, row in enumerate(rows) for name in key if row.get(name) in (None, "")]
+    reasons += [f"row {i} has {name}, no column" for i, row in enumerate(rows) for name in row if name not in fields]
     if reasons:
         raise ValueError("results: " + "; ".join(reasons))
-    table = {key_of(row): row for row in [*read(path), *rows]}
+    table = {key_of(row, key): row for row in [*read(path), *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".partial")
     with written.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(table[key] for key in sorted(table, key=_order))
+        writer.writerows(table[place] for place in sorted(table, key=lambda place: _order(key, place)))
     os.replace(written, path)
 
 
-def _order(key: tuple[str, ...]) -> tuple:
+def _order(names: Sequence[str], key: tuple[str, ...]) -> list[tuple[int, str]]:
     """Numbers by value: N = 8 before 12, and large maps first as in a U-Net."""
-    named = dict(zip(KEY, key, strict=True))
-    side = named["layer"].split("x")[0]
-    layer = -int(side) if side.isdigit() else 0
-    n = int(named["N"]) if named["N"].isdigit() else 0
-    return named["device"], named["op"], named["model"], layer, named["masks"], n, named["dtype"], named["provider"]
+    found = []
+    for name, value in zip(names, key, strict=True):
+        side = value.split("x")[0] if name == "layer" else ""
+        found.append((-int(side) if side.isdigit() else int(value) if value.isdigit() else 0, value))
+    return found

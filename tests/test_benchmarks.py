@@ -13,6 +13,7 @@ from benchmarks.floors import Floor, Rates, Work, attention_work, floor
 from benchmarks.sums import settings, unet_ms
 from benchmarks.targets import CPU, GPU, targets
 from benchmarks.timing import HostCall, buffer_sets, interleave, quantiles
+from benchmarks.whole_targets import WHOLE_CPU, WHOLE_GPU
 from weaver_kernels import ContextPlan, context_attention, context_attention_reference
 
 CPU_DEVICE = torch.device("cpu")
@@ -254,7 +255,7 @@ def test_sums_and_targets():
 def test_an_empty_report_says_that_nothing_is_measured(tmp_path):
     report.write(tmp_path)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert text.count("not yet measured") == len(GPU) + 1  # and the host's overhead
+    assert text.count("not yet measured") == len([*GPU, *WHOLE_GPU, *WHOLE_CPU]) + 1  # and the host's overhead
 
 
 def test_host_time_is_that_of_the_path_of_a_gpu():

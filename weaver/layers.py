@@ -80,6 +80,10 @@ class InjectionSites:
         """The modules whose outputs are the ResNet features."""
         return ["up_blocks.{}.resnets.{}.conv2".format(*divmod(layer, _RESNETS_PER_BLOCK)) for layer in self.resnets]
 
+    def resnet_inputs(self) -> list[str]:
+        """The first module of each of these branches, which reads what the block is called with."""
+        return [path.replace(".conv2", ".norm1") for path in self.resnet_modules()]
+
     def attention_modules(self, unet: nn.Module) -> list[str]:
         """The self-attentions whose `to_q` and `to_k` outputs are injected, every transformer of each layer."""
         prefixes = tuple(

@@ -59,6 +59,17 @@ def test_a_small_context_keeps_its_digits_beside_a_large_one():
     assert (added - truth(case | second)).abs().max() < torch.finfo(torch.float32).eps * 100
 
 
+@pytest.mark.parametrize("index", [[1, 2, 3], [3, 1, 2], [1, 1, 2]], ids=["in order", "shuffled", "twice"])
+@pytest.mark.parametrize("lengths", [None, [6, 6, 6, 2], [6, 6, 0, 6]], ids=["full", "ragged", "one empty"])
+def test_contexts_of_small_maps_together_are_those_by_themselves(index, lengths, monkeypatch):
+    case = make_case(s=3, t=20, length=6, contexts=4, dtype=torch.float64)
+    case |= {"context_index": torch.tensor([index]), "key_lengths": lengths and torch.tensor(lengths)}
+    case["weights"][0, :, ::3] = 0
+    together, settings = context_attention(**case), live.config_table("live_tokens")
+    monkeypatch.setattr(live, "config_table", lambda name: settings | {"call": -1})
+    torch.testing.assert_close(together, context_attention(**case), rtol=1e-12, atol=1e-12)
+
+
 def test_only_live_tokens_are_computed(monkeypatch):
     """A context on a fifth of the tokens costs a fifth: its queries elsewhere may be anything."""
     case = make_case(s=2, t=100, dtype=torch.float64)

@@ -70,8 +70,10 @@ def attach(target, plan: FusionPlan, *, rows: Sequence[str | tuple[str, int]] | 
         if plan.features is not None:
             for path in plan.features.sites.attention_modules(unet):
                 _replace(unet, path, InjectedSelfAttnProcessor, state, undo)
-            for path in plan.features.sites.resnet_modules():
-                undo.callback(unet.get_submodule(path).register_forward_hook(_inject(state, path)).remove)
+            sites = plan.features.sites
+            for first, last in zip(sites.resnet_inputs(), sites.resnet_modules(), strict=True):
+                undo.callback(unet.get_submodule(first).register_forward_pre_hook(_skip(state, last)).remove)
+                undo.callback(unet.get_submodule(last).register_forward_hook(_inject(state, last)).remove)
         yield state
 
 
@@ -88,10 +90,19 @@ def _replace(unet: nn.Module, path: str, kind: type, state: FusionState, undo: E
     attention.set_processor(kind(state, path, original))
 
 
+def _skip(state: FusionState, path: str):
+    """What the feature at `path` replaces is computed on a corner of one row (0.96 of the embedded model's step)."""
+
+    def hook(module, args):
+        return (args[0][:1, :, :2, :2],) if state.injected(path, args[0]) is not None else None
+
+    return hook
+
+
 def _inject(state: FusionState, path: str):
     def hook(module, args, output):
         feature = state.injected(path, output)
-        return None if feature is None else feature.expand_as(output)
+        return None if feature is None else feature.expand(len(output), -1, -1, -1)
 
     return hook
 

@@ -26,7 +26,8 @@ def live_context_attention(
 
     Arguments are those of `context_attention`, and `tokens` [B, S, T] with `counts` [B, S] of `live_tokens`; without
     them they are taken from `weights`. A context that is alive on most tokens is computed on all of them, because
-    gathering costs more (`configs/live_tokens.json`).
+    gathering costs more; and on small maps all contexts of a row are, in one product, because calls cost more
+    (`configs/live_tokens.json`).
 
     Attention is written out rather than left to `scaled_dot_product_attention`, whose blocks are mostly overhead at 77
     keys: 0.86 of its time at T = 9216, H = 5, D = 64 and 0.75 at T = 576, H = 20 (one x86 core, float32).
@@ -42,10 +43,15 @@ def live_context_attention(
     live_counts = ((weights != 0).sum(-1) if counts is None else counts).tolist()
     for b in range(rows):
         parts = []  # (gathered, context, slot), those on all tokens first: the first of them fills `out`
-        for s, count in enumerate(live_counts[b]):
-            if count and lengths[index[b][s]]:
-                dense = n_tokens <= settings["dense_tokens"] or count >= settings["dense_share"] * n_tokens
-                parts.append((not dense, index[b][s], s))
+        live_slots = [s for s, count in enumerate(live_counts[b]) if count and lengths[index[b][s]]]
+        span = slice(live_slots[0], live_slots[-1] + 1) if len(live_slots) > 1 and q.ndim == 4 else slice(0)
+        if together := _together(index[b][span], live_counts[b][span], lengths, q.shape, k.shape[1], settings["call"]):
+            _side_by_side(out[b], q[b], k[together], v[together], weights[b, span], scale)
+            continue
+        for s in live_slots:
+            count = live_counts[b][s]
+            dense = n_tokens <= settings["dense_tokens"] or count >= settings["dense_share"] * n_tokens
+            parts.append((not dense, index[b][s], s))
         parts.sort()
         if not parts or parts[0][0]:
             out[b].zero_()
@@ -59,6 +65,32 @@ def live_context_attention(
             live = weights[b, s].nonzero()[:, 0] if tokens is None else tokens[b, s, : live_counts[b][s]]
             _on_some(out[b], query, keys, values, weights[b, s], live, scale, settings["chunk"])
     return out.to(q.dtype)
+
+
+def _together(contexts, counts, lengths, shape, length, call) -> slice | None:
+    """The part of `k` that a row's contexts from its first live one to its last are, where all of them on all tokens
+    cost less: the calls that are saved are worth `call` scores each, and there are so many more for dead tokens.
+
+    contexts : their numbers, counts : tokens each is alive on, shape : of q, [B, T, H, D]
+    """
+    n_contexts, live = len(contexts), sum(map(bool, counts))
+    if live < 2 or contexts != list(range(contexts[0], contexts[0] + n_contexts)):
+        return None
+    if any(lengths[context] < length for context in contexts):
+        return None
+    more = (n_contexts * shape[1] - sum(counts)) * shape[2] * length
+    return slice(contexts[0], contexts[0] + n_contexts) if more <= call * (live - 1) else None
+
+
+def _side_by_side(out, query, k, v, weights, scale) -> None:
+    """Write contexts k, v [S, L, H, D] into `out` [T, H, D], their keys in one row; query [T, H, D], weights [S, T]."""
+    keys, values = (x.to(out.dtype) for x in (k, v))
+    keys = keys.flatten(0, 1).permute(1, 2, 0)  # [H, D, S * L]
+    scores = torch.baddbmm(keys.new_empty(()), query.to(out.dtype).transpose(0, 1), keys, beta=0, alpha=scale)
+    scores = scores.unflatten(-1, k.shape[:2]).permute(2, 0, 1, 3).softmax(-1)  # [S, H, T, L]
+    scores.mul_(weights.to(out.dtype)[:, None, :, None])
+    found = torch.bmm(scores.flatten(0, 1), values.transpose(1, 2).flatten(0, 1))  # [S * H, T, D], each context whole
+    out.copy_(found.unflatten(0, (len(k), -1)).sum(0).transpose(0, 1))
 
 
 # A chunk's scores stay in the cache. Its result is added to `out` whole: a product that begins at what `out` holds

@@ -1,0 +1,155 @@
+"""What fusion takes beside its rivals: steps, numbers of concepts, variants, and what a change costs. As rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
+
+import torch
+
+from benchmarks.cases import Case, make_concept, with_concepts
+from benchmarks.draws import CLOCKS, Marks, agree, in_turn, kinds_of, of_ours, rounding, seconds_of
+from benchmarks.eager import OnePass, ScoreMix
+from benchmarks.samplers import Captured, Guided, Ours
+from benchmarks.timing import quantiles
+from weaver.fusion import ConceptUse, FusionPlan, sample_fusion, stack_plans
+from weaver.latents import decode_latents, tensor_to_images
+from weaver.schedule import ddim_scheduler
+
+__all__ = ["CHANGES", "FIELDS", "KEY", "PROVIDERS", "changes", "steps", "timed_row", "variants"]
+
+KEY = ("device", "model", "dtype", "part", "provider", "state", "N", "variants", "steps")
+FIELDS = (
+    *KEY,
+    "pixels",  # side of the picture
+    "contexts",  # of the fused row: base, concepts, background
+    "suppression",
+    "p20_s",
+    "p50_s",
+    "p80_s",
+    "samples",
+    "clock",
+    "of_ours",  # median of the rounds' ratios to ours
+    "error",  # distance to what it must equal
+    "made",  # compilations and captures meanwhile
+    "tflop",  # of the U-Net passes and the autoencoder, as the library would compute them
+    "share",  # of the rate of a matrix product, measured in the same run
+    "matrix_tflops",
+    "load",  # of the machine, when measuring began
+    "versions",
+    "note",
+    "date",
+)
+PROVIDERS = (
+    "ours",
+    "one pass, eager",
+    "one pass, captured",
+    "score mix",
+    "guided",
+    "guided, compiled and captured",
+)
+CHANGES = ("changed mask", "changed concept")
+
+
+def steps(case: Case, device: torch.device, rounds: int) -> list[dict]:
+    """All providers in turn, from the same noise; what must equal another result is checked before."""
+    draws, errors = {"ours": Ours(case), "one pass, eager": OnePass(case)}, {}
+    allowed = rounding(draws["one pass, eager"], case.z.dtype)
+    draws["score mix"], draws["guided"] = ScoreMix(case), Guided(case)
+    expected = draws["one pass, eager"](None)
+    errors["ours"] = agree(draws["ours"](None), expected, allowed)
+    if device.type == "cuda":
+        pairs = {"one pass, captured": (OnePass(case), expected)}
+        pairs["guided, compiled and captured"] = (Guided(case, compiled=True), draws["guided"](None))
+        for name, (sampler, same) in pairs.items():
+            draws[name] = Captured(sampler)
+            errors[name] = agree(draws[name](None), same, allowed)
+    for draw in draws.values():
+        draw(None)
+    with counted() as made:
+        times = in_turn(draws, device, rounds)
+    found = []
+    for kind, which in kinds_of(case.features.sites, case.plan.steps).items():
+        seconds = {name: seconds_of(of_one, kind, which) for name, of_one in times.items()}
+        for name, samples in seconds.items():
+            row = timed_row(case, kind, name, samples, device)
+            row |= {"of_ours": f"{of_ours(samples, seconds['ours']):.3f}", "made": made[0]}
+            found.append(row | ({"error": f"{errors[name]:.1e}"} if name in errors else {}))
+    return found
+
+
+def variants(case: Case, counts: Sequence[int], device: torch.device, rounds: int) -> list[dict]:
+    """So many pictures of other concepts on one template, from its features in memory to latents."""
+    plans = [with_concepts(case, case.n_concepts, seed=seed).plan for seed in range(max(counts))]
+    draws = {str(n): _stacked(case, plans[:n]) for n in counts}
+    draws["1"](None)
+    found = []
+    for name, of_one in in_turn(draws, device, rounds).items():
+        samples = [sum(of_round) for of_round in of_one]
+        found.append(timed_row(case, "variants", "ours", samples, device) | {"variants": int(name)})
+    return found
+
+
+def changes(case: Case, device: torch.device, rounds: int) -> list[dict]:
+    """Another mask or another concept on the template's features in memory: plan, fusion and picture."""
+    moved = {"masks": case.masks.roll(1, -1)}
+    base_hash = case.uses[0].concept.base_hash
+    other = ConceptUse(make_concept(case.pipe, 0, case.uses[0].concept.word, seed=99, base_hash=base_hash))
+    found = []
+    draw_changed(case, {})
+    for part, changed in zip(CHANGES, (moved, {"uses": (other, *case.uses[1:])}), strict=True):
+        samples = []
+        with counted() as made:
+            for _ in range(rounds):
+                marks = Marks(device)
+                marks.mark()
+                draw_changed(case, changed)
+                marks.mark()
+                samples += marks.seconds()
+        found.append(timed_row(case, part, "ours", samples, device) | {"made": made[0]})
+    return found
+
+
+def draw_changed(case: Case, changed: dict):
+    """The picture of a case with other `uses` or `masks`."""
+    changed_case = replace(case, plan=case.make_plan(**changed))
+    return tensor_to_images(decode_latents(case.pipe.vae, Ours(changed_case)()))[0]
+
+
+def timed_row(case: Case, part: str, provider: str, samples: Sequence[float], device: torch.device) -> dict:
+    """A row without the columns of its run."""
+    factor = case.plan.pixels[0] // case.plan.size[0]
+    row = {"part": part, "provider": provider, "state": "warm", "N": case.n_concepts, "variants": 1}
+    row |= {"steps": case.plan.steps, "pixels": case.plan.size[0] * factor, "contexts": 1 + len(case.uses)}
+    row |= dict(zip(("p20_s", "p50_s", "p80_s"), (f"{x:.4g}" for x in quantiles(samples)), strict=True))
+    return row | {"samples": len(samples), "clock": CLOCKS[device.type]}
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """In its one number, how often something is compiled or captured within."""
+    from torch._dynamo.utils import counters
+
+    before, captures = counters["stats"]["unique_graphs"], []
+    made = [0]
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def capture_begin(self, *args, **kwargs):
+        captures.append(self)
+        return begin(self, *args, **kwargs)
+
+    with mock.patch.object(torch.cuda.CUDAGraph, "capture_begin", capture_begin):
+        yield made
+    made[0] = len(captures) + counters["stats"]["unique_graphs"] - before
+
+
+def _stacked(case: Case, plans: Sequence[FusionPlan]) -> Callable:
+    """All plans as one batch."""
+
+    def together(progress) -> torch.Tensor:
+        scheduler = ddim_scheduler(case.pipe.scheduler)
+        return sample_fusion(case.pipe.unet, case.z, scheduler, stack_plans(plans), progress=progress)
+
+    return together
