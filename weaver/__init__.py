@@ -16,6 +16,7 @@ _LAZY = {
     "ConceptUse": "fusion.contexts",
     "Features": "features",
     "FusionPlan": "fusion.plan",
+    "FusionSampler": "fusion.sampler",
     "InjectionSites": "layers",
     "Inversion": "inversion",
     "TrainSettings": "concepts.settings",

@@ -17,6 +17,8 @@ from weaver.defaults import defaults_for
 
 __all__ = ["Learned", "optimise"]
 
+_INJECTED = 0.8  # of the steps; in the others the concept is learned without a template's features, too
+
 
 @dataclass(frozen=True)
 class Learned:
@@ -74,7 +76,8 @@ def optimise(
             target = signal * noise - spread * z if velocity else noise
             if n_woven:
                 noised = partial(_noised, signal=signal, spread=spread, noise=noise, dtype=dtype)
-                forward.begin(picks[0], t[:n_woven], len(alphas), noised)
+                inject = float(torch.rand((), generator=generator)) < _INJECTED
+                forward.begin(picks[0], t[:n_woven], len(alphas), noised, inject)
             noisy = (signal * z + spread * noise).to(dtype)
             output = pipe.unet(noisy, t, encoder_hidden_states=text.to(dtype)).sample.float()
             error = (output - target).square().mean(1, keepdim=True)

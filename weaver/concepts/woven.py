@@ -107,18 +107,18 @@ class WovenForward:
         self._injected: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def begin(self, picks: torch.Tensor, t: torch.Tensor, total: int, noised) -> None:
+    def begin(self, picks: torch.Tensor, t: torch.Tensor, total: int, noised, inject: bool = True) -> None:
         """Make ready for a forward whose first rows are `picks` [b] of the woven pictures.
 
         The timesteps are t [b] of `total`. `noised` adds the noise that some of those rows have to latents:
-        (latents, rows) -> latents.
+        (latents, rows) -> latents. Without `inject` none has its template's features.
         """
         examples = self._examples
         self._injected = {}
         resnets = t >= total * (1 - self._sites.resnet_window)
         attentions = t >= total * (1 - self._sites.attention_window)
         rows = (resnets | attentions).nonzero()[:, 0]
-        if len(rows):
+        if inject and len(rows):
             self._taking, self._found = True, {}
             of = picks[rows]
             z, text = noised(examples.templates[of], rows), examples.base_text[of]

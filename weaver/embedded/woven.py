@@ -38,8 +38,8 @@ def woven_scenes(pictures: TrainingSet, token: str, word: str, count: int = 64, 
         cuts = [cut for cut in cuts if cut is not None]
         made = [_in_place(cuts, token, word, rng) for _ in range(count)] if cuts else []
     elif word in BACKGROUNDS:
-        both = zip(images, pictures.captions, strict=True)
-        made = [_behind(image, caption, token, word, rng) for image, caption in both]
+        both = list(zip(images, pictures.captions, strict=True))
+        made = [_behind(*both[i % len(both)], token, word, rng) for i in range(count)]
         made = [entry for entry in made if entry[3].any()]
     else:
         made = []

@@ -3,7 +3,7 @@
 from weaver.fusion.attach import attach
 from weaver.fusion.contexts import ConceptUse
 from weaver.fusion.plan import FusionPlan
-from weaver.fusion.sampler import sample_fusion
+from weaver.fusion.sampler import FusionSampler, sample_fusion
 from weaver.fusion.variants import stack_plans
 
-__all__ = ["ConceptUse", "FusionPlan", "attach", "sample_fusion", "stack_plans"]
+__all__ = ["ConceptUse", "FusionPlan", "FusionSampler", "attach", "sample_fusion", "stack_plans"]

@@ -54,22 +54,27 @@ class Routes:
     weights : [B, S, T], and `index` [B, S] into the plan's contexts
     same_as : [S'], for each context the first one equal to it
     which : `OwnProjections.which` of the layers
+    capacity : the most contexts of a row; None is S
 
     `plan` is of the contexts that are summed before the output projection.
     """
 
-    def __init__(self, weights: torch.Tensor, index: torch.Tensor, same_as: torch.Tensor, which=((), ())):
+    def __init__(
+        self, weights: torch.Tensor, index: torch.Tensor, same_as: torch.Tensor, which=((), ()), capacity=None
+    ):
         own_queries, own_outputs = which
-        self._index, self._same_as = index, same_as
+        self._index = index
         self._queries = [(s, *torch.nonzero(index == s, as_tuple=True)) for s in own_queries]
         self._pairs = torch.nonzero(torch.isin(index, index.new_tensor(own_outputs)), as_tuple=True)  # rows, slots: [P]
         self._outputs = [(s, torch.nonzero(index[self._pairs] == s)[:, 0]) for s in own_outputs]
-        self.plan = ContextPlan(self._together(weights), index, same_as=same_as, merge=not own_queries)
+        self.plan = ContextPlan(
+            self._together(weights), index, capacity=capacity, same_as=same_as, merge=not own_queries
+        )
         self._apart = ContextPlan(*self._alone(weights), merge=False) if own_outputs else None
 
-    def update(self, weights: torch.Tensor) -> None:
-        """Take other weights [B, S, T], in place."""
-        self.plan.update(self._together(weights), self._index, self._same_as)
+    def update(self, weights: torch.Tensor, index: torch.Tensor, same_as: torch.Tensor) -> None:
+        """Take other weights [B, S, T] in place; and other contexts, where none has projections of its own."""
+        self.plan.update(self._together(weights), index, same_as)
         if self._apart is not None:
             self._apart.update(*self._alone(weights))
 

@@ -1,19 +1,23 @@
-"""Fusion as a function, for people with a loop of their own."""
+"""Fusion as a function, for people with a loop of their own; and as an object that draws one fusion after another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from weaver.conditioning import unet_arguments
-from weaver.errors import raise_if
+from weaver.errors import WeaverError, raise_if
 from weaver.fusion.attach import attach
+from weaver.fusion.ddim import DDIMSteps
+from weaver.fusion.graphs import Graphs
 from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.rows import KINDS, picture_rows
 
-__all__ = ["sample_fusion"]
+__all__ = ["FusionSampler", "sample_fusion"]
 
 
 @torch.no_grad()
@@ -27,7 +31,7 @@ def sample_fusion(
     generator: torch.Generator | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
-    """DDIM (arXiv 2010.02502) over the fused U-Net with the plan's classifier-free guidance; deterministic at `eta` 0.
+    """Sample over the fused U-Net with the plan's classifier-free guidance, by DDIM (arXiv 2010.02502) as a rule.
 
     Gives the numbers that the stock pipeline gives under `attach`.
 
@@ -43,25 +47,156 @@ def sample_fusion(
 
     Returns latents [n, C, h, w]. Raises `WeaverError` for an `eta` outside of 0..1.
     """
-    raise_if(eta_reasons(eta), "Cannot draw the fusion")
-    guided = plan.guidance > 1
-    z = z.expand(plan.variants, -1, -1, -1) if len(z) == 1 else z
-    rows = picture_rows(len(z), plan.variants, guided)
-    leads = plan.leads(rows)
-    scheduler.set_timesteps(plan.steps, device=z.device)
-    z = z * scheduler.init_noise_sigma
-    text = plan.text[:1].expand(len(rows), -1, -1)  # the U-Net asks for one; attention reads the plan's
-    added = (None, None) if plan.pooled is None else (plan.pooled[leads], plan.time_ids.expand(len(rows), -1))
-    arguments, noise = unet_arguments(text, *added), {"eta": eta, "generator": generator} if eta else {}
-    with attach(unet, plan, rows=[(KINDS[kind], variant) for kind, variant in rows]) as state:
-        for step, t in enumerate(scheduler.timesteps):
-            state.set_step(step, scheduler.timesteps)
-            batch = scheduler.scale_model_input(torch.cat([z, z]) if guided else z, t)
-            output = unet(batch, t, **arguments, return_dict=False)[0]
-            if guided:
-                negative, fused = output.chunk(2)
-                output = negative + plan.guidance * (fused - negative)
-            z = scheduler.step(output, t, z, **noise, return_dict=False)[0]
+    with FusionSampler(unet, scheduler, plan, pictures=_pictures(z, plan), eta=eta) as sampler:
+        return sampler(z, generator=generator, progress=progress)
+
+
+class FusionSampler:
+    """Draws fusions of one shape again and again; only the first one is prepared for.
+
+    Within its `with` block the U-Net is attached to. Plans of the same size, steps, lengths of text, variants and
+    injected sites take turns without anything being made anew: other concepts, masks, prompts, strengths, windows,
+    lambda, omega, templates or seeds, and as many concepts as there is room for.
+
+    Parameters
+    ----------
+    unet, scheduler, plan, eta : as `sample_fusion` takes them
+    pictures : n, how many are drawn at once; None is one of each variant
+    capacity : the most concepts, the background among them, and the most negative prompts of their own that later plans
+        have in each variant; None is what `plan` has
+    graphs : capture the steps in CUDA graphs, one for each set of injected sites: the host then only copies features
+        and weights between them. For plans without `to_q` and `to_out` changes
+
+    Raises `WeaverError` where graphs can't be had.
+    """
+
+    def __init__(
+        self,
+        unet,
+        scheduler,
+        plan: FusionPlan,
+        *,
+        pictures: int | None = None,
+        eta: float = 0.0,
+        capacity: int | None = None,
+        graphs: bool = False,
+    ):
+        raise_if(eta_reasons(eta) + _graph_reasons(unet, scheduler, plan, graphs), "Cannot draw the fusion")
+        self._unet, self._plan, self._capacity = unet, plan, capacity
+        self._pictures = plan.variants if pictures is None else pictures
+        device = unet.device
+        scheduler.set_timesteps(plan.steps, device=device)
+        self._scheduler, self._timesteps, self._eta = scheduler, scheduler.timesteps, eta
+        self._ddim = DDIMSteps(scheduler, device, eta) if DDIMSteps.are_those_of(scheduler) else None
+        self._guided = plan.guidance > 1
+        self._rows = picture_rows(self._pictures, plan.variants, self._guided)
+        self._graphs = Graphs() if graphs else None
+        self._undo = ExitStack()
+
+    def __enter__(self) -> FusionSampler:
+        rows = [(KINDS[kind], variant) for kind, variant in self._rows]
+        self._state = self._undo.enter_context(attach(self._unet, self._plan, rows=rows))
+        self._state.lead(self._capacity, held=self._graphs is not None)
+        self._hold(self._plan)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._undo.close()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        z: torch.Tensor,
+        plan: FusionPlan | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
+        """Draw one fusion from the noise z, of the plan or of the one before; as `sample_fusion` says.
+
+        Raises `WeaverError` for a plan of another shape, and leaves the one before in its place.
+        """
+        if plan is not None and plan is not self._plan:
+            self._take(plan)
+        z = z.expand(self._pictures, -1, -1, -1) if len(z) == 1 else z
+        if len(z) != self._pictures:
+            raise WeaverError(f"z has {len(z)} pictures, {self._pictures} are drawn at once")
+        self._z, self._generator = self._held("_z", z * self._scheduler.init_noise_sigma), generator
+        self._scheduler.set_timesteps(len(self._timesteps), device=z.device)  # some count their steps
+        for step in range(len(self._timesteps)):
+            kind = self._state.settle(self._unet, step, self._timesteps)
+            self._t = self._held("_t", self._timesteps[step])
+            if self._ddim is not None:
+                self._numbers = self._held("_numbers", self._ddim.table[step])
+                self._noise = self._held("_noise", _draw(z, generator)) if self._eta else None
+            if self._graphs is None:
+                self._step()
+            else:
+                self._graphs.run(kind, self._step, written=(self._z,))
             if progress:
-                progress(step + 1, len(scheduler.timesteps))
-    return z
+                progress(step + 1, len(self._timesteps))
+        return self._z if self._graphs is None else self._z.clone()
+
+    def _step(self) -> None:
+        """One step of all pictures, from tensors to tensors."""
+        z, guided = self._z, self._guided
+        batch = torch.cat([z, z]) if guided else z
+        if self._ddim is None:
+            batch = self._scheduler.scale_model_input(batch, self._t)
+        output = self._unet(batch, self._t, **self._arguments, return_dict=False)[0]
+        if guided:
+            negative, fused = output.chunk(2)
+            output = negative + self._omega * (fused - negative)
+        if self._ddim is None:
+            noise = {"eta": self._eta, "generator": self._generator} if self._eta else {}
+            following = self._scheduler.step(output, self._t, z, **noise, return_dict=False)[0]
+        else:
+            following = self._ddim(output, z, self._numbers, self._noise)
+        if self._graphs is None:
+            self._z = following
+        else:
+            z.copy_(following)
+
+    def _take(self, plan: FusionPlan) -> None:
+        reasons = [] if (plan.guidance > 1) == self._guided else ["one has a negative row, the other has none"]
+        raise_if(self._state.load_reasons(plan) + reasons, "Cannot draw this plan with the sampler of another")
+        self._state.load(plan)
+        self._plan = plan
+        self._hold(plan)
+
+    def _hold(self, plan: FusionPlan) -> None:
+        """What the U-Net reads besides latents and time; attention reads the plan's contexts in the place of text."""
+        text = self._held("_text", plan.text[:1].expand(len(self._rows), -1, -1))
+        added = (None, None)
+        if plan.pooled is not None:
+            pooled = self._held("_pooled", plan.pooled[plan.leads(self._rows)])
+            added = pooled, self._held("_time_ids", plan.time_ids.expand(len(self._rows), -1))
+        self._text, (self._pooled, self._time_ids) = text, added
+        self._omega = self._held("_omega", torch.tensor(plan.guidance, device=plan.text.device))
+        self._arguments = unet_arguments(text, *added)
+
+    def _held(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """The value, for graphs in a tensor that stays where it is."""
+        if self._graphs is None:
+            return value
+        known = getattr(self, name, None)
+        return value.clone() if known is None else known.copy_(value)
+
+
+def _pictures(z: torch.Tensor, plan: FusionPlan) -> int:
+    return plan.variants if len(z) == 1 else len(z)
+
+
+def _draw(z: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    return randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+
+
+def _graph_reasons(unet, scheduler, plan: FusionPlan, graphs: bool) -> list[str]:
+    if not graphs:
+        return []
+    if not DDIMSteps.are_those_of(scheduler):
+        return [f"graphs are of DDIM's steps, the scheduler is a {type(scheduler).__name__}: use ddim_scheduler()"]
+    reasons = [] if unet.device.type == "cuda" else [f"graphs need a CUDA device, the U-Net is on {unet.device}"]
+    if plan.own_projections:
+        reasons.append("graphs can't be had for a concept that changes to_q or to_out: leave them out")
+    return reasons

@@ -16,6 +16,8 @@ from weaver_kernels import ContextKV
 
 __all__ = ["FusionState"]
 
+_FIXED_CONTEXTS = 2  # the negative and the base prompt
+
 
 class FusionState:
     """Follows the U-Net's calls under one plan. Read by the processors, advanced before each forward.
@@ -35,6 +37,71 @@ class FusionState:
         self._routes: dict[tuple, Routes] = {}
         self._injection = Injection(plan.features)
         self._features: Mapping[str, torch.Tensor] = {}
+        self._led = self._held = False
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._capacity: int | None = None
+        self._keys_values, self._keys_values_are_the_plan_s = dict(plan.keys_values), True
+
+    def lead(self, capacity: int | None, held: bool) -> None:
+        """From now on `settle` is called before each forward, and `load` puts other plans in the place of this one.
+
+        Parameters
+        ----------
+        capacity : the most concepts, and the most negative prompts of their own, of a variant; None for the plan's
+        held : features are copied into tensors that stay where they are, as a captured forward needs
+        """
+        self._led, self._held = True, held
+        if capacity is not None:
+            self._capacity = max(capacity + 1, self.plan.index.shape[-1])
+        room = 0 if capacity is None else self.plan.variants * (_FIXED_CONTEXTS + 2 * capacity)
+        if held or room > len(self.plan.text):
+            self._own_keys_values(max(room, len(self.plan.text)))
+
+    def settle(self, unet, step: int, timesteps: torch.Tensor) -> tuple[str, ...]:
+        """Make ready for the forward number `step`; returns the paths of the modules that it injects into."""
+        self.set_step(step, timesteps)
+        self._settle(unet, self._declared, step, len(timesteps))
+        return tuple(sorted(self._features))
+
+    def load_reasons(self, plan: FusionPlan) -> list[str]:
+        """Why another plan can't take the place of this one; empty when it can."""
+        now, reasons = self.plan, []
+        for name in ("steps", "size", "sizes", "variants"):
+            if getattr(plan, name) != getattr(now, name):
+                reasons.append(f"{name} differ")
+        if plan.text.shape[1:] != now.text.shape[1:] or plan.text.dtype != now.text.dtype:
+            reasons.append("the texts are of another length, width or type")
+        if plan.own_projections or now.own_projections:
+            reasons.append("a concept changes to_q or to_out")
+        if _injects(plan) != _injects(now):
+            reasons.append("they inject features of other kinds, at other sites or in other windows")
+        contexts, slots = len(next(iter(self._keys_values.values())).keys), self._capacity or now.index.shape[-1]
+        if len(plan.text) > contexts or plan.index.shape[-1] > slots:
+            reasons.append(f"there is room for {slots - 1} concepts and {contexts} texts in all: raise the capacity")
+        return reasons
+
+    def load(self, plan: FusionPlan) -> None:
+        """Put another plan in the place of this one, in the same memory; `load_reasons` has none against it."""
+        if self._keys_values_are_the_plan_s:
+            self._own_keys_values(len(self.plan.text))
+        self._write_keys_values(plan)
+        self.plan, self._timesteps = plan, None
+        self._injection = Injection(plan.features)
+        self._weighed = (self._weighed[0], None)
+
+    def _own_keys_values(self, room: int) -> None:
+        """Memory for the keys and values of `room` contexts, so that the plan's own are not written over."""
+        for path, kv in self.plan.keys_values.items():
+            empty = (kv.keys.new_zeros(room, *kv.keys.shape[1:]) for _ in range(2))
+            self._keys_values[path] = ContextKV(*empty)
+        self._keys_values_are_the_plan_s = False
+        self._write_keys_values(self.plan)
+
+    def _write_keys_values(self, plan: FusionPlan) -> None:
+        for path, kv in plan.keys_values.items():
+            own = self._keys_values[path]
+            own.keys[: len(kv.keys)] = kv.keys
+            own.values[: len(kv.values)] = kv.values
 
     def set_step(self, step: int, timesteps: torch.Tensor) -> None:
         """Say that the next forward is number `step` of a loop over `timesteps` (bare U-Net)."""
@@ -45,7 +112,7 @@ class FusionState:
 
     def before_forward(self, unet, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the U-Net: settle rows, step and features for the processors."""
-        if self.replaying:
+        if self.replaying or self._led:
             return
         sample, timestep, text = (
             args[i] if i < len(args) else kwargs[name]
@@ -60,9 +127,16 @@ class FusionState:
         step, steps = self._require_step()
         if torch.is_grad_enabled():
             raise WeaverError("Fusion is for inference only: call the U-Net under torch.no_grad()")
+        self._settle(unet, rows, step, steps)
+
+    def _settle(self, unet, rows: tuple[Row, ...], step: int, steps: int) -> None:
         self._weigh(rows, self.plan.phase_at(step / steps))
         self._features = {}  # those of the step before are not injected into the template's own row
-        self._features = self._injection.at(unet, step)
+        features = self._injection.at(unet, step)
+        if self._held:
+            self._buffers |= {path: x.clone() for path, x in features.items() if path not in self._buffers}
+            features = {path: self._buffers[path].copy_(x, non_blocking=True) for path, x in features.items()}
+        self._features = features
 
     @property
     def replaying(self) -> bool:
@@ -71,7 +145,7 @@ class FusionState:
 
     def contexts(self, path: str) -> tuple[ContextKV, OwnProjections | None, Routes]:
         """What the attn2 at `path` attends to: keys, values and other changes of all contexts, and which a row has."""
-        return self.plan.keys_values[path], self.plan.own_projections.get(path), self._routes[self._kinds[path]]
+        return self._keys_values[path], self.plan.own_projections.get(path), self._routes[self._kinds[path]]
 
     def injected(self, path: str, like: torch.Tensor) -> torch.Tensor | None:
         """The template's output of the module at `path`, one row, where `like` is; None if not injected now."""
@@ -115,16 +189,23 @@ class FusionState:
             return
         known = self._routes if rows == self._weighed[0] else {}
         kinds, variants = map(list, zip(*rows, strict=True))
-        routes = {}
+        index, routes = self.plan.index[kinds, variants], {}
         for route in set(self._kinds.values()):
             size, *which = route
             weights = self.plan.weights[phase, size][kinds, variants]
             if route in known:
-                known[route].update(weights)
-            routes[route] = known.get(route) or Routes(
-                weights, self.plan.index[kinds, variants], self.plan.same_as, which
-            )
+                known[route].update(weights, index, self.plan.same_as)
+            routes[route] = known.get(route) or Routes(weights, index, self.plan.same_as, which, self._capacity)
         self._routes, self._weighed = routes, (rows, phase)
+
+
+def _injects(plan: FusionPlan) -> tuple | None:
+    features = plan.features
+    if features is None:
+        return None
+    sites = features.sites
+    windows = sites.resnet_steps(plan.steps), sites.attention_steps(plan.steps)
+    return sites.resnets, sites.attentions, windows, features.kind == "replayed"
 
 
 def _position(timestep, timesteps: torch.Tensor) -> int:

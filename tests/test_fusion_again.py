@@ -1,0 +1,130 @@
+"""`FusionSampler`: one plan after another in the same memory gives what each gives by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_concept
+
+from weaver import WeaverError
+from weaver.features import collect_features
+from weaver.fusion import ConceptUse, FusionPlan, FusionSampler, sample_fusion, stack_plans
+from weaver.inversion import ddim_scheduler, invert
+from weaver.layers import InjectionSites
+
+PROMPT, STEPS = "a dog and a cat, mountain", 5
+SITES = InjectionSites("some", resnets=(3, 4), attentions=(4, 7), resnet_window=0.8, attention_window=0.4)
+
+
+@pytest.fixture(scope="module")
+def masks():
+    masks = torch.zeros(2, 32, 32)
+    masks[0, 8:, :16] = 1
+    masks[1, :20, 16:] = 1
+    return masks
+
+
+@pytest.fixture(scope="module")
+def templates(tiny_pipe):
+    noises = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    inversions = [invert(tiny_pipe, z[None], PROMPT, STEPS) for z in noises]
+    return [collect_features(tiny_pipe, inversion, SITES) for inversion in inversions]
+
+
+@pytest.fixture(scope="module")
+def plans(tiny_pipe, concepts, masks, templates):
+    """A concept; two with lambda, a window and a negative prompt; another template, omega, background and prompt."""
+    dog, cat, ground = (ConceptUse(concepts[i]) for i in (0, 1, 4))
+    late = ConceptUse(concepts[1], window=(0.3, 0.7), strength=0.7, negative_prompt="ugly")
+    first, second = ({"features": features} for features in templates)
+    return [
+        FusionPlan.build(tiny_pipe, [dog], masks[:1], prompt=PROMPT, **first),
+        FusionPlan.build(tiny_pipe, [dog, late], masks, prompt=PROMPT, suppression=0.3, **first),
+        FusionPlan.build(
+            tiny_pipe, [cat], masks[1:], prompt="a red cat, mountain", background=ground, guidance=3.0, **second
+        ),
+    ]
+
+
+def alone(pipe, plan, **options):
+    scheduler = ddim_scheduler(pipe.scheduler)
+    return sample_fusion(pipe.unet, plan.features.z_T, scheduler, plan, **options)
+
+
+class Eager:
+    """In the place of captured graphs: says which there would be, and that nothing they read or write has moved."""
+
+    def __init__(self):
+        self.places = {}
+
+    def run(self, kind, call, written):
+        places = tuple(tensor.data_ptr() for tensor in written)
+        assert self.places.setdefault(kind, places) == places
+        call()
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["", "as-for-graphs"])
+def test_plans_take_turns(tiny_pipe, plans, held):
+    expected = [alone(tiny_pipe, plan) for plan in plans]
+    scheduler = ddim_scheduler(tiny_pipe.scheduler)
+    sampler = FusionSampler(tiny_pipe.unet, scheduler, plans[0], capacity=2)
+    eager = sampler._graphs = Eager() if held else None
+    with sampler:
+        contexts = [sampler._state._keys_values[path].keys.data_ptr() for path in plans[0].keys_values]
+        for i in (0, 1, 2, 1, 0):
+            found = sampler(plans[i].features.z_T, plans[i])
+            torch.testing.assert_close(found, expected[i], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(sampler(plans[0].features.z_T), expected[0], rtol=1e-10, atol=1e-10)
+        assert contexts == [sampler._state._keys_values[path].keys.data_ptr() for path in plans[0].keys_values]
+    if held:  # both kinds of features, those of the ResNets, none
+        assert sorted(len(kind) for kind in eager.places) == [0, 2, 2 + 2 * 2]
+    assert not any(type(p).__module__.startswith("weaver") for p in tiny_pipe.unet.attn_processors.values())
+
+
+def test_fresh_noise_each_time(tiny_pipe, plans):
+    expected = [
+        alone(tiny_pipe, plans[0], eta=0.5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
+    ]
+    sampler = FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), plans[0], eta=0.5)
+    sampler._graphs = Eager()
+    with sampler:
+        for seed, picture in zip((1, 2), expected, strict=True):
+            found = sampler(plans[0].features.z_T, generator=torch.Generator().manual_seed(seed))
+            torch.testing.assert_close(found, picture, rtol=1e-10, atol=1e-10)
+
+
+def test_variants_take_turns(tiny_pipe, plans):
+    pairs = [stack_plans([plans[i], plans[j]]) for i, j in ((0, 1), (1, 0))]
+    with FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), pairs[0], capacity=2) as sampler:
+        first, second = (sampler(pair.features.z_T, pair) for pair in pairs)
+    torch.testing.assert_close(first, second.flip(0), rtol=1e-10, atol=1e-10)
+
+
+def test_plans_of_another_shape_are_refused_and_change_nothing(tiny_pipe, plans, masks, concepts, templates):
+    expected = alone(tiny_pipe, plans[0])
+    uses = [ConceptUse(concept) for concept in concepts[:2]]
+    every = ("to_k", "to_v", "to_q", "to_out.0")
+    others = {
+        "steps differ": FusionPlan.build(tiny_pipe, prompt=PROMPT, steps=4),
+        "size differ": FusionPlan.build(tiny_pipe, prompt=PROMPT, steps=STEPS, height=48),
+        "variants differ": stack_plans(plans[:2]),
+        "room for 1 concepts": FusionPlan.build(tiny_pipe, uses, masks, prompt=PROMPT, features=templates[0]),
+        "inject features of other kinds": FusionPlan.build(tiny_pipe, prompt=PROMPT, steps=STEPS),
+        "changes to_q or to_out": FusionPlan.build(
+            tiny_pipe, [ConceptUse(make_concept(tiny_pipe, 1, "dog", changed=every))], masks[:1], prompt=PROMPT,
+            features=templates[0],
+        ),
+        "negative row": FusionPlan.build(tiny_pipe, prompt=PROMPT, guidance=1.0, features=templates[0]),
+    }  # fmt: skip
+    with FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), plans[0]) as sampler:
+        for reason, plan in others.items():
+            with pytest.raises(WeaverError, match=reason):
+                sampler(templates[0].z_T, plan)
+        with pytest.raises(WeaverError, match="z has 2 pictures, 1 are drawn at once"):
+            sampler(templates[0].z_T.expand(2, -1, -1, -1))
+        assert torch.equal(sampler(templates[0].z_T), expected)
+
+
+def test_graphs_need_a_gpu(tiny_pipe, plans):
+    with pytest.raises(WeaverError, match="graphs need a CUDA device, the U-Net is on cpu"):
+        FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), plans[0], graphs=True)
