@@ -1,4 +1,4 @@
-"""What of a fusion only a GPU can show: steps in CUDA graphs, no wait for the device, features from the host's memory."""
+"""What of a fusion only a GPU shows: steps in CUDA graphs, no wait for the device, features from the host's memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from weaver.fusion import ConceptUse, FusionPlan, FusionSampler, sample_fusion
 from weaver.inversion import ddim_scheduler, invert
 from weaver.layers import InjectionSites
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 PROMPT, STEPS = "a dog and a cat, mountain", 5
 SITES = InjectionSites("some", resnets=(3, 4), attentions=(4, 7), resnet_window=0.8, attention_window=0.4)
 
