@@ -115,7 +115,7 @@ def device_peak(call: Call) -> int:
 
 def host_peak(call: Call) -> int:
     """The same of PyTorch's allocations on the CPU."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     del result
     held = peak = 0

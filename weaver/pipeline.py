@@ -26,6 +26,8 @@ from weaver.inversion import invert
 from weaver.job import MaskSpec
 from weaver.latents import decode_latents, tensor_to_images
 from weaver.layers import InjectionSites
+from weaver.memory.plans import MemoryPlan
+from weaver.memory.resting import modules_of, resting
 from weaver.models import threads_for
 from weaver.places import Places, places_of
 from weaver.progress import Stages
@@ -65,13 +67,15 @@ class WeaveResult:
 
 
 def _on_model(function):
-    """Refuse a pipeline that can't fuse, and run with as many threads as suit its model."""
+    """Refuse a pipeline that can't fuse; run with the threads that suit its model, and with its parts where they belong."""
 
     @wraps(function)
-    def run(pipe, *args, **kwargs):
+    def run(pipe, *args, memory: MemoryPlan | None = None, **kwargs):
         raise_if(model_reasons(pipe), "Cannot weave with this model")
-        with threads_for(pipe):
-            return function(pipe, *args, **kwargs)
+        memory = memory or MemoryPlan()
+        others = [module for module in modules_of(pipe) if module is not pipe.unet]
+        with threads_for(pipe), resting(others if memory.offload else []):
+            return function(pipe, *args, memory=memory, **kwargs)
 
     return run
 
@@ -100,6 +104,7 @@ def weave(
     sites: InjectionSites | None = None,
     size: tuple[int, int] | None = None,
     cache: Cache | None = None,
+    memory: MemoryPlan | None = None,
     stages: Stages | None = None,
 ) -> WeaveResult:
     """Draw several personalised concepts into one picture, each in its place (Concept Weaver, section 3).
@@ -126,6 +131,7 @@ def weave(
     guidance : omega; None, like `suppression` (lambda) and `sites`, is the model's default (`weaver.defaults`)
     size : (height, width) of the picture; None is the model's own
     cache : where the template's inversion is looked for, and kept; None keeps nothing
+    memory : what is kept off the device to save its memory; None keeps everything there
     stages : takes the seconds and shows progress; None shows nothing
 
     Raises `WeaverError` when anything does not fit.
@@ -178,7 +184,9 @@ def weave(
         with stages.bar("inversion", steps) as move:
             inversion = invert(pipe, template, source_prompt, steps, cache=cache, progress=move)
         with stages.bar("features", steps) as move:
-            features = collect_features(pipe, inversion, sites, cache=cache, progress=move)
+            features = collect_features(
+                pipe, inversion, sites, storage=memory.storage, cache=cache, progress=move
+            )
         quality = reconstruction_psnr(pipe, inversion, features)
     with stages.stage("fusion"), stages.bar("fusion", steps) as move:
         plan = FusionPlan.build(
