@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -52,7 +53,9 @@ def estimated(job: Job, estimate: Estimate) -> dict[str, int]:
     found = {}
     for stage, parts in COVERS.items():
         if peaks := [estimate.stages[part] for part in parts if part in estimate.stages]:
-            found[stage] = max(p.total - p.parts[WEIGHTS] - round(files * p.parts.get(CONCEPT_WEIGHTS, 0)) for p in peaks)
+            found[stage] = max(
+                p.total - p.parts[WEIGHTS] - round(files * p.parts.get(CONCEPT_WEIGHTS, 0)) for p in peaks
+            )
     return found
 
 
@@ -61,6 +64,7 @@ def measured(job: Job) -> dict[str, int]:
 
     The embedded model's file, which is mapped whenever a model is compared with it, is left out: that takes no memory.
     """
+    gc.collect()  # what died before does not count
     with tempfile.TemporaryDirectory() as folder:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             run_job(job, Path(folder) / "out", stages=_MarkedStages())
@@ -109,7 +113,9 @@ def make_job(side: int, concepts: int, steps: int) -> Job:
         "steps": steps,
         "size": [side, side],
         "template": {"steps": 2},
-        "concepts": [{"file": f"embedded:{card.name}", "mask": {"box": box}} for card, box in zip(cards, boxes, strict=True)],
+        "concepts": [
+            {"file": f"embedded:{card.name}", "mask": {"box": box}} for card, box in zip(cards, boxes, strict=True)
+        ],
     }
     return job_from_mapping(mapping, folder=Path.cwd())
 

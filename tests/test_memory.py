@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ from weaver.memory.resting import home_of, lent, modules_of, resting
 from weaver.memory.shapes import load_shapes
 from weaver.memory.table import table
 from weaver.models import ModelError, is_embedded
+from weaver.pipeline import weave
+from weaver.run import run_job
 from weaver.schedule import ddim_scheduler
 
 SITES = InjectionSites("test", resnets=(1, 4), attentions=(4,), resnet_window=0.5, attention_window=0.5)
@@ -77,20 +80,20 @@ def work(pipe, side: int):
 @pytest.mark.parametrize("kind", ["embedded", "tiny", "tiny SDXL"])
 def test_every_stage_is_within_15_percent_of_the_allocators_record(kind, request):
     if kind == "embedded":
-        pipe, sides = load_pipeline(), (64, 96)
+        pipe, sides = load_pipeline(), (80,)
     else:
-        pipe, sides = request.getfixturevalue("tiny_pipe" if kind == "tiny" else "tiny_sdxl"), (32, 48)
+        pipe, sides = request.getfixturevalue("tiny_pipe" if kind == "tiny" else "tiny_sdxl"), (48,)
     for side in sides:
         real = {name: host_peak(call) for name, call in work(pipe, side).items()}
-        paper, ledger = on_paper(pipe)
+        (paper, ledger), told = on_paper(pipe), {}
         with ledger:
             for name, call in work(paper, side).items():
                 before = sum(ledger.held.values())
                 with ledger.peak() as peak:
                     result = call()
                 del result
-                assert near(peak.total - before, real[name]), (side, name, peak.total - before, real[name])
-            del call
+                told[name] = peak.total - before
+        assert [(name, told[name], real[name]) for name in real if not near(told[name], real[name])] == []
         assert ledger.held["working"] < 0.5 * max(real.values())  # what is dead was struck out
 
 
@@ -156,8 +159,6 @@ def test_numbers_are_not_needed_and_none_are_read(job_folder, tmp_path):
         copied = folder / path.relative_to(job_folder / "model")
         copied.parent.mkdir(parents=True, exist_ok=True)
         copied.write_bytes(path.read_bytes())
-    from dataclasses import replace
-
     bare = estimate_job(replace(job, model=str(folder)))
     assert bare.as_mapping() == estimate_job(job).as_mapping()
     assert is_embedded(load_shapes("embedded", device="cpu").pipe)
@@ -175,14 +176,16 @@ def test_more_steps_hold_more_and_the_host_takes_features_off_a_gpu(job_folder):
 
 def test_the_first_plan_that_fits_is_taken(job_folder):
     job = job_of(job_folder, steps=40)
-    ways = {plan: estimate_job(job, device="cuda", plan=plan).nbytes for plan in plans_for("cuda")}
-    assert fit_job(job, 10**9, device="cuda").plan == MemoryPlan()
-    for limit in (max(ways.values()) - 1, min(ways.values())):
-        fits = [plan for plan, nbytes in ways.items() if nbytes <= limit]
-        assert fit_job(job, limit, device="cuda").plan == fits[0]
-    with pytest.raises(WeaverError, match=r"job: a run takes .* on cuda at the least, in its stage '\w+' .*--max-memory"):
-        fit_job(job, min(ways.values()) - 1, device="cuda")
-    assert [plan.offload or plan.features != "device" for plan in plans_for("cpu")] == [False, False]
+    everything, _, host, *_ = plans_for("cuda")
+    most, least = (estimate_job(job, device="cuda", plan=plan).nbytes for plan in (everything, plans_for("cuda")[-1]))
+    assert least < 0.9 * most
+    assert fit_job(job, most + 10_000, device="cuda").plan == everything
+    assert fit_job(job, most - 10_000, device="cuda").plan == host  # it trains nothing: how much at once is no help
+    with pytest.raises(
+        WeaverError, match=r"job: a run takes .* on cuda at the least, in its stage '\w+' .*--max-memory"
+    ):
+        fit_job(job, least - 10_000, device="cuda")
+    assert {(plan.features, plan.offload) for plan in plans_for("cpu")} == {("device", False)}
 
 
 def test_parts_rest_and_are_lent():
@@ -200,12 +203,27 @@ def test_parts_rest_and_are_lent():
         assert module.weight.device.type == "meta" and home_of(module) is None
 
 
-@pytest.mark.parametrize("plan", plans_for("cuda"), ids=str)
+@pytest.mark.parametrize("plan", [plans_for("cuda")[-1]], ids=str)
 def test_every_plan_gives_the_same_picture(plan, job_folder, tmp_path):
-    from weaver.run import run_job
+    """On the CPU nothing is moved; what a GPU would do is run on paper by the estimates."""
+    pictures = [run_job(job_of(job_folder), tmp_path, memory=memory).result.image for memory in (plan, None)]
+    assert pictures[0] == pictures[1]
 
-    job = job_of(job_folder)
-    assert run_job(job, tmp_path, memory=plan).result.image == run_job(job, tmp_path).result.image
+
+@pytest.mark.parametrize("plan", [MemoryPlan(), MemoryPlan("host", True)], ids=str)
+def test_a_whole_weave_on_a_gpu_without_numbers(plan, job_folder):
+    """Parts that rest come when they are called and are back afterwards, and the peak is the estimated one."""
+    job = job_of(job_folder, steps=12)
+    shapes, ledger = load_shapes(job.model, device="cuda", dtype=torch.float16), Ledger("cuda")
+    ledger.hold(WEIGHTS, shapes.tensors())
+    uses = [ConceptUse(None, "a cat"), ConceptUse(None, "a dog")]
+    masks = torch.zeros(2, 32, 32)
+    masks[0, 8:24, 2:14], masks[1, 8:24, 18:30] = 1, 1
+    with ledger, ledger.peak() as peak:
+        weave(shapes.pipe, job.prompt, uses, masks=masks, template=Image.new("RGB", (32, 32)), steps=12, memory=plan)
+    assert {tensor.device.type for tensor in shapes.tensors()} == {"meta"}
+    stages = estimate_job(job, device="cuda", plan=plan).stages
+    assert near(max(stages[name].total for name in ("inversion", "features", "fusion", "decoding")), peak.total)
 
 
 def test_published_models_in_their_own_size(tmp_path):
@@ -218,7 +236,7 @@ def test_published_models_in_their_own_size(tmp_path):
     parts = estimate.stages["fusion"].parts
     assert parts["features"] == pytest.approx(575e6, rel=0.01)
     assert parts["weights"] == pytest.approx(2 * 1.29e9, rel=0.02)
-    assert estimate.worst in ("template", "decoding")
+    assert estimate.worst == "reconstruction"  # the autoencoder in float32, all features held
     assert table(estimate).count("<- peak") == 1
 
 

@@ -67,7 +67,7 @@ class WeaveResult:
 
 
 def _on_model(function):
-    """Refuse a pipeline that can't fuse; run with the threads that suit its model, and with its parts where they belong."""
+    """Refuse a pipeline that can't fuse; run with the threads that suit its model, its parts where they belong."""
 
     @wraps(function)
     def run(pipe, *args, memory: MemoryPlan | None = None, **kwargs):
@@ -184,9 +184,7 @@ def weave(
         with stages.bar("inversion", steps) as move:
             inversion = invert(pipe, template, source_prompt, steps, cache=cache, progress=move)
         with stages.bar("features", steps) as move:
-            features = collect_features(
-                pipe, inversion, sites, storage=memory.storage, cache=cache, progress=move
-            )
+            features = collect_features(pipe, inversion, sites, storage=memory.storage, cache=cache, progress=move)
         quality = reconstruction_psnr(pipe, inversion, features)
     with stages.stage("fusion"), stages.bar("fusion", steps) as move:
         plan = FusionPlan.build(

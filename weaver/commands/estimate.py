@@ -32,7 +32,10 @@ def add_parser(commands, epilog: str) -> None:
 def add_max_memory(parser: argparse.ArgumentParser) -> None:
     """Add the option `--max-memory`."""
     parser.add_argument(
-        "--max-memory", type=size, metavar="SIZE", help="choose a way to run that takes no more of the device, like 12GB"
+        "--max-memory",
+        type=size,
+        metavar="SIZE",
+        help="choose a way to run that takes no more of the device, such as 12GB",
     )
 
 

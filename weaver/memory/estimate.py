@@ -87,9 +87,7 @@ def estimate_job(
     return _Estimator(job, device, offline, source)(plan or MemoryPlan())
 
 
-def fit_job(
-    job: Job, limit: int, *, device: str | None = None, offline: bool = False, source: str = "job"
-) -> Estimate:
+def fit_job(job: Job, limit: int, *, device: str | None = None, offline: bool = False, source: str = "job") -> Estimate:
     """The fastest plan of a job whose peak is at most `limit` bytes; arguments are those of `estimate_job`.
 
     Raises `WeaverError` where none fits, which names the least peak, its stage, and what would make it fit.
