@@ -102,6 +102,7 @@ class _MarkedStages(Stages):
     def step(self, label: str) -> Iterator[None]:
         with record_function(f"{_MARK}loading"), super().step(label):
             yield
+            gc.collect()  # what loading left behind
 
 
 def make_job(side: int, concepts: int, steps: int) -> Job:

@@ -72,7 +72,8 @@ def estimate_job(
 ) -> Estimate:
     """What `run_job` will take of the device's memory, from the configurations of the job's models alone.
 
-    It is what PyTorch's allocator will say. A cache of inversions is taken to be empty. On a GPU what cuDNN takes for
+    It is what PyTorch's allocator will say, with as many concepts in training at once as `weaver run` has. A cache of
+    inversions is taken to be empty. On a GPU what cuDNN takes for
     itself is not in it, nor the driver's own few hundred MB.
 
     Parameters

@@ -12,6 +12,7 @@ from weaver.models import ModelError, model_source
 
 __all__ = ["Shapes", "load_shapes"]
 
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _UNTRACED = ("safety_checker", "image_encoder")  # their weights count, their work is small
 _WITHOUT_NUMBERS = ("feature_extractor",)  # of the safety checker
 
@@ -43,6 +44,9 @@ def load_shapes(
     """
     dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
     with model_source(model, offline=offline, fuses=fuses) as (folder, config, local):
+        if config["_class_name"] not in _PIPELINES:
+            kind, known = config["_class_name"], " and ".join(_PIPELINES)
+            raise ModelError(f"{model!r} is a {kind}; what it takes of memory is known for {known}")
         parts, idle = {}, []
         for name, kind in config.items():
             if name.startswith("_") or not isinstance(kind, (list, tuple)):

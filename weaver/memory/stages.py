@@ -88,11 +88,13 @@ class _Weaving:
         with ExitStack() as held:
             if ledger.device == "cpu":  # elsewhere their weights stay in the host's memory
                 held.enter_context(ledger.more(CONCEPT_WEIGHTS, len(job.everyone) * delta_bytes(self.pipe)))
+            masks = masks_for(job)
+            ledger.hold(PLAN, [masks])
             inversion = self._invert(held)
             features = self._collect(inversion, held)
             with self._stage("reconstruction"):
                 reconstruction_psnr(self.pipe, inversion, features)
-            self._fuse(features)
+            self._fuse(features, masks)
         return self.found
 
     @contextmanager
@@ -121,13 +123,13 @@ class _Weaving:
         )
         resnets, attentions = sites.resnet_steps(job.steps), sites.attention_steps(job.steps)
         with self._stage("features"):
-            whole = replace(sites, resnet_window=1.0 * (resnets > 0), attention_window=1.0 * (attentions > 0))
-            features = collect_features(self.pipe, inversion, whole, storage=self.plan.storage)
+            first = 1 / _STEPS
+            short = replace(sites, resnet_window=first * (resnets > 0), attention_window=first * (attentions > 0))
+            features = collect_features(self.pipe, inversion, short, storage=self.plan.storage)
             here = features.tensors[0]
             counts = {path: resnets if path.endswith("conv2") else attentions for path in here}
             ledger.hold(FEATURES, here.values())
             total = sum(counts[path] * ledger.size(tensor) for path, tensor in here.items())
-            features = replace(features, tensors=(here, {}))
             held.enter_context(ledger.more(FEATURES, total - ledger.held[FEATURES]))
             # The steps after the last that keeps any go on to the end with all of them held.
             self._forward(inversion)
@@ -137,10 +139,9 @@ class _Weaving:
     def _forward(self, inversion: Inversion) -> None:
         self.pipe.unet(inversion.z_T, inversion.timesteps[0], **inversion.unet_arguments, return_dict=False)
 
-    def _fuse(self, features: Features) -> None:
+    def _fuse(self, features: Features, masks: torch.Tensor) -> None:
         job, ledger, pipe = self.job, self.ledger, self.pipe
         concepts, background = uses_for(job, pipe)
-        masks = masks_for(job)
         with self._stage("fusion"):
             plan = FusionPlan.build(
                 pipe,
@@ -155,7 +156,7 @@ class _Weaving:
                 base_hash=BASE_HASH,
             )
             kept = [kv.keys for kv in plan.keys_values.values()]
-            ledger.hold(PLAN, [plan.text, masks, *kept, *plan.weights.values()])
+            ledger.hold(PLAN, [plan.text, *kept, *plan.weights.values()])
             z = sample_fusion(pipe.unet, features.z_T, ddim_scheduler(pipe.scheduler), plan)
         with self._stage("decoding"):
             tensor_to_images(decode_latents(pipe.vae, z))
