@@ -216,3 +216,46 @@ def test_quick_takes_the_files_that_ship():
 def test_demo_with_what_does_not_ship(concepts, background, message):
     with pytest.raises(WeaverError, match=message):
         demo_job(concepts, background)
+
+
+def test_an_estimate_as_a_table_and_as_json(capsys, job_file):
+    code, out, err = run_cli(capsys, "estimate", job_file, "--offline")
+    assert code == 0 and err == "" and out.count("<- peak") == 1
+    assert out.startswith("on cpu in float32, features on the device:\n")
+    code, out, _ = run_cli(capsys, "estimate", job_file, "--device", "cuda", "--max-memory", "1GB", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["device"] == "cuda" and found["peak"]["bytes"] < 10**9
+    assert found["stages"][found["peak"]["stage"]]["total"] == found["peak"]["bytes"]
+    assert sum(found["stages"]["fusion"]["parts"].values()) == found["stages"]["fusion"]["total"]
+
+
+def test_a_run_that_can_not_fit_is_refused_in_one_line(capsys, tmp_path, job_file):
+    code, out, err = run_cli(capsys, "run", job_file, "--max-memory", "800 kB", "--out", tmp_path / "out")
+    assert code == 2 and out == "" and err.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert f"{job_file}: a run takes" in err and "in its stage 'fusion'" in err and "raise --max-memory to" in err
+
+
+def test_max_memory_is_handed_on_as_a_plan(capsys, monkeypatch, job_file):
+    seen = {}
+    report = {"concepts": {}, "total_seconds": 1}
+    monkeypatch.setattr(run, "run_job", lambda job, folder, **o: seen.update(o) or run.Run(folder, None, (), report))
+    code, out, _ = run_cli(capsys, "run", job_file, "--max-memory", "12GiB")
+    assert code == 0 and str(seen["memory"]) == "features on the device" and out.startswith("at most ")
+    assert run_cli(capsys, "run", job_file)[0] == 0 and seen["memory"] is None
+
+
+@pytest.mark.parametrize("size", ["12 parsecs", "-1GB", "", "GB"])
+def test_what_is_no_amount_of_memory(capsys, job_file, size):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["estimate", str(job_file), f"--max-memory={size}"])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and "--max-memory" in err and "is no amount of memory" in err and err.count("\n") == 1
+
+
+def test_a_model_that_is_not_there_is_told_by_its_field(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = tmp_path / "job.yaml"
+    path.write_text('model: nobody/nothing\nprompt: "a cat"\nconcepts: [{file: "embedded:pug"}]\n')
+    code, out, err = run_cli(capsys, "estimate", path, "--offline")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert f"{path}: model: 'nobody/nothing' can't be loaded; it is not complete in the local cache" in err

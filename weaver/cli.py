@@ -1,4 +1,4 @@
-"""The command line: `weaver demo`, `weaver run job.yaml`, `weaver cache`.
+"""The command line: `weaver demo`, `weaver run job.yaml`, `weaver estimate job.yaml`, `weaver cache`.
 
 Exit codes: 0 done; 2 something that was given is wrong, told in one line; 1 anything unexpected; 130 interrupted;
 143 and 129 ended by the signals TERM and HUP.
@@ -21,6 +21,8 @@ from typing import NoReturn
 
 from weaver.commands.cache import CHOICES, chosen_cache
 from weaver.commands.cache import add_parser as add_cache_parser
+from weaver.commands.estimate import add_max_memory, chosen_plan
+from weaver.commands.estimate import add_parser as add_estimate_parser
 from weaver.errors import WeaverError
 from weaver.progress import Stages
 from weaver.version import __version__
@@ -108,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"weaver {__version__}")
     parser.set_defaults(command=None)
-    commands = parser.add_subparsers(title="commands", metavar="demo | run | cache")
+    commands = parser.add_subparsers(title="commands", metavar="demo | run | estimate | cache")
 
     demo = commands.add_parser("demo", help="all five stages on the embedded model; needs no network", epilog=_EPILOG)
     demo.add_argument("--quick", action="store_true", help="take the concept files that ship instead of training them")
@@ -121,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("job", type=Path, help="job.yaml, or the manifest.json of an earlier run")
     _common(run, None, cache="latents")
     run.set_defaults(command=_run)
+    add_estimate_parser(commands, _EPILOG)
     add_cache_parser(commands, _EPILOG)
     return parser
 
@@ -141,6 +144,7 @@ def _common(parser: argparse.ArgumentParser, out: str | None, *, cache: str) -> 
     parser.add_argument(
         "--cache", choices=CHOICES, default=cache, help=f"what to keep of a template for later runs ({cache})"
     )
+    add_max_memory(parser)
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
 
 
@@ -180,6 +184,7 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
         out = out or Path("outputs") / f"{args.job.resolve().parent.name}-again"
     if args.seed is not None:
         job = replace(job, seed=args.seed, template=replace(job.template, seed=None))
+    memory = chosen_plan(args.max_memory, job, offline=args.offline, source=source)
     run = run_job(
         job,
         out or Path("outputs") / args.job.stem,
@@ -187,6 +192,7 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
         offline=args.offline,
         processes=None,
         cache=chosen_cache(args.cache),
+        memory=memory,
         stages=args.stages,
         manifest=manifest,
     )

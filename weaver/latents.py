@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from weaver.memory.resting import lent
+
 __all__ = ["decode_latents", "encode_image", "image_to_tensor", "psnr", "tensor_to_images", "vae_scale_factor"]
 
 
@@ -43,7 +45,7 @@ def encode_image(vae, image: Image.Image | Sequence[Image.Image] | torch.Tensor)
     `image` is a picture, a list of pictures of one size, or a tensor [B, 3, height, width] in -1..1.
     """
     x, dtype = image if isinstance(image, torch.Tensor) else image_to_tensor(image), vae.dtype
-    with _upcast(vae):
+    with lent(vae), _upcast(vae):
         encoded = vae.encode(x.to(device=vae.device, dtype=vae.dtype))
     z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
     z = z.to(dtype)
@@ -54,7 +56,7 @@ def encode_image(vae, image: Image.Image | Sequence[Image.Image] | torch.Tensor)
 @torch.no_grad()
 def decode_latents(vae, z: torch.Tensor) -> torch.Tensor:
     """Decode latents [B, C, h, w] to pictures [B, 3, height, width], about -1..1 and not clamped."""
-    with _upcast(vae):
+    with lent(vae), _upcast(vae):
         z = z.to(device=vae.device, dtype=vae.dtype)
         mean, deviation = _moments(vae, z)
         return vae.decode(z * deviation / vae.config.scaling_factor + mean, return_dict=False)[0]

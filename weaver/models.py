@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ __all__ = [
     "choose_device",
     "is_embedded",
     "load_model",
+    "model_source",
     "quiet_libraries",
     "quietly",
     "threads_for",
@@ -60,26 +61,43 @@ def load_model(
         from weaver import embedded
 
         return embedded.load_pipeline(device, dtype)
+    with model_source(model, offline=offline, fuses=fuses) as (folder, _, local):
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=local)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+@contextmanager
+def model_source(model: str, *, offline: bool = False, fuses: bool = True) -> Iterator[tuple[str, Mapping, bool]]:
+    """Where a model is: folder or Hub id, what its model_index.json holds, and whether only local files may be read.
+
+    Arguments are those of `load_model`. Within the block, where its files are read, `OSError` becomes `ModelError`.
+    """
+    if model == "embedded":
+        from weaver.embedded import MODEL_DIR
+
+        model = str(MODEL_DIR)
     from diffusers import DiffusionPipeline
 
     environment = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
     local = offline or environment or Path(model).is_dir()
     try:
-        kind = DiffusionPipeline.load_config(model, local_files_only=local).get("_class_name")
+        config = DiffusionPipeline.load_config(model, local_files_only=local)
+        kind = config.get("_class_name")
         if fuses and kind != "StableDiffusionPipeline":
             raise ModelError(
                 f"{model!r} is a {kind}; concepts are fused in a StableDiffusionPipeline (1.x, 2.x), in SDXL by the "
                 "library only (weaver.weave, weaver.attach). "
                 "Any text-to-image pipeline can make the template: name it as template.model"
             )
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, local_files_only=local)
+        yield model, config, local
     except OSError as error:
         fix = "it is not complete in the local cache: run once without --offline" if local else "is its name right?"
         if Path(model).is_dir():
             fix = "the folder must hold a complete diffusers pipeline"
         raise ModelError(f"{model!r} can't be loaded; {fix} ({_first_line(error)})") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
 
 
 def choose_device(device: str = "auto") -> str:
@@ -105,15 +123,22 @@ def is_embedded(pipe) -> bool:
             return False
         own = file.get_tensor(f"{name}.weight")
     weight = linear.weight.detach()
+    if weight.is_meta:  # built from its configuration alone (`weaver.memory.shapes`), which says where that lies
+        weight = _tensor_in(Path(pipe.unet.config.get("_name_or_path") or ""), f"{name}.weight")
+        if weight is None:
+            return False
     return own.shape == weight.shape and torch.equal(own.to(weight.dtype), weight.cpu())
 
 
 @contextmanager
-def threads_for(pipe) -> Iterator[None]:
-    """One thread for a small model on the CPU: ten times faster on a busy machine, and the same numbers on any."""
+def threads_for(pipe, device: str | None = None) -> Iterator[None]:
+    """One thread for a small model on the CPU: ten times faster on a busy machine, and the same numbers on any.
+
+    `device` is the kind of device that it will run on; None is where it is.
+    """
     before = torch.get_num_threads()
     small = sum(parameter.numel() for parameter in pipe.unet.parameters()) < _SMALL_MODEL
-    if small and pipe.device.type == "cpu":
+    if small and (device or pipe.device.type) == "cpu":
         torch.set_num_threads(1)
     try:
         yield
@@ -173,6 +198,15 @@ def quietly() -> Iterator[None]:
             huggingface_hub.utils.enable_progress_bars()
         else:
             huggingface_hub.utils.disable_progress_bars()
+
+
+def _tensor_in(folder: Path, name: str) -> torch.Tensor | None:
+    """One tensor of a model's folder; None where there is no such file or tensor."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name) if name in file.keys() else None
 
 
 def _first_line(error: Exception) -> str:

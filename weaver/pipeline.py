@@ -28,6 +28,8 @@ from weaver.inversion import invert
 from weaver.job import MaskSpec
 from weaver.latents import decode_latents, tensor_to_images
 from weaver.layers import InjectionSites
+from weaver.memory.plans import MemoryPlan
+from weaver.memory.resting import modules_of, resting
 from weaver.models import threads_for
 from weaver.places import Places, places_of
 from weaver.progress import Stages
@@ -35,6 +37,8 @@ from weaver.schedule import ddim_scheduler
 from weaver.template import file_size, template_picture
 
 __all__ = ["WeaveResult", "template_picture", "weave"]
+
+_OTHER_NOISE = 1_000_003  # what is added to the seed, with which the template's noise is drawn
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +72,15 @@ class WeaveResult:
 
 
 def _on_model(function):
-    """Refuse a pipeline that can't fuse, and run with as many threads as suit its model."""
+    """Refuse a pipeline that can't fuse; run with the threads that suit its model, its parts where they belong."""
 
     @wraps(function)
-    def run(pipe, *args, **kwargs):
+    def run(pipe, *args, memory: MemoryPlan | None = None, **kwargs):
         raise_if(model_reasons(pipe), "Cannot weave with this model")
-        with threads_for(pipe):
-            return function(pipe, *args, **kwargs)
+        memory = memory or MemoryPlan()
+        others = [module for module in modules_of(pipe) if module is not pipe.unet]
+        with threads_for(pipe), resting(others if memory.offload else []):
+            return function(pipe, *args, memory=memory, **kwargs)
 
     return run
 
@@ -105,6 +111,7 @@ def weave(
     features: str = "stored",
     size: tuple[int, int] | None = None,
     cache: Cache | None = None,
+    memory: MemoryPlan | None = None,
     stages: Stages | None = None,
 ) -> WeaveResult:
     """Draw several personalised concepts into one picture, each in its place (Concept Weaver, section 3).
@@ -133,6 +140,7 @@ def weave(
     features : "stored"; "replayed", the same picture in less memory and more time; or "inversion", which approximates
     size : (height, width) of the picture; None is the model's own
     cache : where the template's inversion is looked for, and kept; None keeps nothing
+    memory : what is kept off the device to save its memory; None keeps everything there
     stages : takes the seconds and shows progress; None shows nothing
 
     Raises `WeaverError` when anything does not fit.
@@ -190,7 +198,14 @@ def weave(
         with stages.bar("features", steps) as move:
             again = features != "inversion"
             found = collect_features(
-                pipe, inversion, sites, kind=features, reconstruct=again, cache=cache, progress=move
+                pipe,
+                inversion,
+                sites,
+                kind=memory.kind_of(features),
+                reconstruct=again,
+                storage=memory.storage,
+                cache=cache,
+                progress=move,
             )
         quality = reconstruction_psnr(pipe, inversion, found) if again else None
     with stages.stage("fusion"), stages.bar("fusion", steps) as move:
@@ -206,7 +221,7 @@ def weave(
             **amounts,
         )
         scheduler = ddim_scheduler(pipe.scheduler)
-        noise = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
+        noise = torch.Generator().manual_seed((seed + _OTHER_NOISE) % 2**63)  # on the CPU: the same on every device
         z = sample_fusion(pipe.unet, found.z_T, scheduler, plan, eta=eta, generator=noise, progress=move)
         image = tensor_to_images(decode_latents(pipe.vae, z))[0]
     settings = {

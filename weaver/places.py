@@ -17,6 +17,7 @@ from weaver.masks import MaskError, attention_masks, box_mask, compose_masks, lo
 from weaver.masks.attention import word_positions
 from weaver.masks.compose import partition_reasons
 from weaver.masks.segmenter import segmenter_reasons
+from weaver.memory.resting import lent, modules_of
 from weaver.models import is_embedded
 from weaver.progress import Stages
 
@@ -134,7 +135,8 @@ class Places:
                 found = iter(segmenter_masks(template, words))
                 move(1, 1)
             else:
-                found = iter(attention_masks(pipe, template, prompt, words, progress=move))
+                with lent(*modules_of(pipe)):
+                    found = iter(attention_masks(pipe, template, prompt, words, progress=move))
         given = tuple(next(found) if mask is None else mask for mask in self.given)
         return replace(self, given=given, words=(None,) * len(given))
 

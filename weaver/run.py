@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from weaver.cache import Cache
 from weaver.concepts.bank import read_concept, resolve_prompts, train_bank, worker_count
@@ -15,10 +18,12 @@ from weaver.fusion.contexts import ConceptUse
 from weaver.job import SAME_MODEL, Job, JobError
 from weaver.job.choose import choose_template
 from weaver.job.inputs import InputFile, read_inputs, training_folders
-from weaver.job.resolve import check_model, place_concepts, resolve_job
+from weaver.job.resolve import check_model, in_field, place_concepts, resolve_job
 from weaver.layers import SITES
 from weaver.manifest import check_inputs, check_weights, picture_record
-from weaver.models import ModelError, choose_device, load_model, threads_for, weights_hash
+from weaver.memory.plans import MemoryPlan
+from weaver.memory.resting import modules_of, resting
+from weaver.models import choose_device, load_model, threads_for, weights_hash
 from weaver.outputs import make_report, result_files, write_outputs
 from weaver.pipeline import WeaveResult, weave
 from weaver.places import Places
@@ -45,6 +50,7 @@ def run_job(
     offline: bool = False,
     processes: int | None = 1,
     cache: Cache | None = None,
+    memory: MemoryPlan | None = None,
     stages: Stages | None = None,
     manifest: Mapping | None = None,
 ) -> Run:
@@ -58,6 +64,8 @@ def run_job(
         starts fresh Python processes, so a script that asks for it, by None too, needs the usual
         `if __name__ == "__main__":`
     cache : where the template's inversion is looked for, and kept; None keeps nothing
+    memory : what is kept off the device to save its memory (`weaver.memory.estimate` tells which plans fit); None keeps
+        everything there
     stages : shows progress; None shows nothing
     manifest : of the run that this one repeats, as `read_job` gives it: files and models must be the same
 
@@ -76,8 +84,8 @@ def run_job(
 
     def load(field: str, model: str, label: str, **options):
         with stages.step(label):
-            device = _named("device", source, choose_device, job.device)
-            pipe = _named(field, source, load_model, model, device=device, offline=offline, **options)
+            options = {"device": in_field("device", source, choose_device, job.device)} | options
+            pipe = in_field(field, source, load_model, model, offline=offline, **options)
             weights[field] = weights_hash(pipe)
         if manifest:
             check_weights(manifest, field, weights[field], source)
@@ -89,14 +97,24 @@ def run_job(
         job = resolve_job(job, pipe, prompts)
         check_model(job, known, pipe, source)
         places, maker = place_concepts(job, known, pipe, source), pipe
-        if job.template.model not in (None, SAME_MODEL):
-            maker = load("template.model", job.template.model, "loading the template's model", fuses=False)
-        job, template, places = choose_template(job, pipe, maker, places, stages, source)
+        with ExitStack() as away:
+            offload, options = memory is not None and memory.offload, {}
+            if offload:
+                away.enter_context(resting(modules_of(pipe)))
+                options = {"device": "cpu", "dtype": pipe.unet.dtype}
+            if job.template.model not in (None, SAME_MODEL):
+                label = "loading the template's model"
+                maker = load("template.model", job.template.model, label, fuses=False, **options)
+            if offload:
+                away.enter_context(resting(modules_of(maker), torch.device(job.device)))
+            job, template, places = choose_template(job, pipe, maker, places, stages, source)
         del maker  # its memory is free for what follows
         with stages.stage("bank"):
-            known |= train_bank(job, pipe, stages, processes=processes, source=source)
+            known |= train_bank(
+                job, pipe, stages, processes=processes, at_once=memory and memory.at_once, source=source
+            )
         concepts = [known[spec.name] for spec in job.everyone]
-        result = _weave(job, pipe, concepts, template, places, cache, stages)
+        result = _weave(job, pipe, concepts, template, places, cache, memory, stages)
         record = picture_record(job, pipe, concepts, result.settings, inputs, weights)
         report = make_report(job, result, stages.seconds)
         write_outputs(folder, job, result, concepts, record, report, inputs, stages.elapsed)
@@ -112,7 +130,14 @@ def _check_kept(job: Job, folder: Path, inputs: Sequence[InputFile], source: str
 
 
 def _weave(
-    job: Job, pipe, concepts: Sequence[Concept], template, places: Places, cache: Cache | None, stages: Stages
+    job: Job,
+    pipe,
+    concepts: Sequence[Concept],
+    template,
+    places: Places,
+    cache: Cache | None,
+    memory: MemoryPlan | None,
+    stages: Stages,
 ) -> WeaveResult:
     """Inversion and fusion as the job, with its defaults resolved, has them."""
     uses = [
@@ -149,13 +174,6 @@ def _weave(
         features=fusion.features,
         size=job.size,
         cache=cache,
+        memory=memory,
         stages=stages,
     )
-
-
-def _named(field: str, source: str, function, *args, **kwargs):
-    """Call a function, and tell a `ModelError` with the job's field."""
-    try:
-        return function(*args, **kwargs)
-    except ModelError as error:
-        raise JobError(f"{source}: {field}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from weaver.errors import WeaverError
@@ -11,11 +12,12 @@ __all__ = ["format_bytes", "parse_bytes"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def format_bytes(count: int) -> str:
-    """For people: "720 B", "3.8 MB"."""
+def format_bytes(count: int, *, up: bool = False) -> str:
+    """For people: "720 B", "3.8 MB"; never less than the count where it is rounded `up`."""
     for factor, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if count >= factor:
-            return f"{count / factor:.1f} {unit}"
+            tenths = math.ceil(10 * count / factor) if up else round(10 * count / factor)
+            return f"{tenths / 10:.1f} {unit}"
     return f"{count} B"
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from weaver.defaults import defaults_for
 from weaver.errors import WeaverError
+from weaver.memory.resting import lent, modules_of
 from weaver.pictures import fit, open_picture, open_rgb
 from weaver.progress import Stages
 
@@ -100,7 +101,7 @@ def template_picture(
             return load_template(source, size)
         if guidance is None and type(pipe).__name__ == "StableDiffusionPipeline":
             guidance = defaults_for(pipe).guidance
-        with stages.pipeline_bar(pipe, "template"):
+        with stages.pipeline_bar(pipe, "template"), lent(*modules_of(pipe)):
             return make_template(
                 pipe,
                 source,

@@ -9,7 +9,7 @@ from pathlib import Path
 from weaver.errors import WeaverError
 from weaver.sizes import format_bytes, parse_bytes
 
-__all__ = ["CHOICES", "add_parser", "chosen_cache"]
+__all__ = ["CHOICES", "add_parser", "chosen_cache", "size"]
 
 CHOICES = ("off", "latents", "features")
 
@@ -29,7 +29,7 @@ def add_parser(commands, epilog: str) -> None:
         )
         action.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
         if name == "prune":
-            action.add_argument("--to", type=_size, metavar="SIZE", help="what may remain, such as 2GB (8.6 GB)")
+            action.add_argument("--to", type=size, metavar="SIZE", help="what may remain, such as 2GB (8.6 GB)")
         action.set_defaults(command={"list": _list, "prune": _prune, "clear": _clear}[name], offline=False)
 
 
@@ -76,11 +76,12 @@ def _cache(args: argparse.Namespace):
 
 
 def _count(entries) -> str:
-    size = format_bytes(sum(entry.nbytes for entry in entries))
-    return f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'} ({size})"
+    total = format_bytes(sum(entry.nbytes for entry in entries))
+    return f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'} ({total})"
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
+    """An amount of memory on the command line, in bytes."""
     try:
         return parse_bytes(text)
     except WeaverError as error:

@@ -35,6 +35,7 @@ class _Task:
     place: str
     spec: BackgroundSpec
     model: str
+    at_once: int | None
 
 
 def read_concept(spec: BackgroundSpec) -> Concept:
@@ -75,21 +76,29 @@ def resolve_prompts(job: Job, known: dict[str, Concept], source: str = "job") ->
     return prompts
 
 
-def worker_count(pipe, processes: int | None = None) -> int:
+def worker_count(pipe, processes: int | None = None, device: str | None = None) -> int:
     """How many concepts train at once, where `processes` is the wish for it, None for none.
 
     That is one a core for the embedded model on the CPU, and one otherwise: other models would need their memory
-    several times. Raises `WeaverError` for more than one on a GPU.
+    several times. `device` is the kind of device that the model will be on; None is where it is. Raises `WeaverError`
+    for more than one on a GPU.
     """
+    device = device or pipe.device.type
     if processes is None:
-        return _cores() if is_embedded(pipe) and pipe.device.type == "cpu" else 1
-    if processes > 1 and pipe.device.type != "cpu":
-        raise WeaverError(f"processes: is {processes}; on {pipe.device.type} concepts train one by one, give 1 or none")
+        return _cores() if is_embedded(pipe) and device == "cpu" else 1
+    if processes > 1 and device != "cpu":
+        raise WeaverError(f"processes: is {processes}; on {device} concepts train one by one, give 1 or none")
     return processes
 
 
 def train_bank(
-    job: Job, pipe, stages: Stages, *, processes: int | None = None, source: str = "job"
+    job: Job,
+    pipe,
+    stages: Stages,
+    *,
+    processes: int | None = None,
+    at_once: int | None = None,
+    source: str = "job",
 ) -> dict[str, Concept]:
     """Train every concept of a job that is to be trained; name -> concept.
 
@@ -97,10 +106,11 @@ def train_bank(
     ----------
     pipe : the base model, for training in this process; it is left as it was
     processes : how many train at once, see `worker_count`
+    at_once : how many pictures are made or encoded in one pass; None is `train_concept`'s own
 
     Raises `JobError`, led by `source` and the concept's field, when a training fails; all others end with it.
     """
-    tasks = [_Task(source, place, spec, job.model) for place, spec in job.places() if spec.train]
+    tasks = [_Task(source, place, spec, job.model, at_once) for place, spec in job.places() if spec.train]
     processes = min(worker_count(pipe, processes), len(tasks))
     with ExitStack() as open_bars:
         moves = [open_bars.enter_context(stages.bar(f"training {task.spec.name}")) for task in tasks]
@@ -137,6 +147,7 @@ def _train(task: _Task, pipe, move: Callable[[int, int], None]) -> Concept:
             prior=prior,
             woven=woven,
             settings=training_settings(wishes, pipe),
+            at_once=task.at_once,
             progress=move,
         )
     except WeaverError as error:

@@ -29,11 +29,20 @@ class Examples:
 
 
 @torch.no_grad()
-def prepare(pipe, data: TrainingSet, token: str | None = None, *, vectors: int = 1, flip: bool = False) -> Examples:
+def prepare(
+    pipe,
+    data: TrainingSet,
+    token: str | None = None,
+    *,
+    vectors: int = 1,
+    flip: bool = False,
+    at_once: int | None = None,
+) -> Examples:
     """Encode pictures at the model's own size, and read captions with room for the token's `vectors`.
 
-    `flip` adds every picture mirrored.
+    `flip` adds every picture mirrored; `at_once` is how many the autoencoder is given in one pass.
     """
+    at_once = at_once or _AT_ONCE
     cells, factor = pipe.unet.config.sample_size, vae_scale_factor(pipe.vae)
     cells = (cells, cells) if isinstance(cells, int) else tuple(cells)
     images = [fit(image.convert("RGB"), (cells[0] * factor, cells[1] * factor)) for image in data.images]
@@ -42,7 +51,7 @@ def prepare(pipe, data: TrainingSet, token: str | None = None, *, vectors: int =
         images += [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
         captions *= 2
     read = [tokenize(pipe, caption, token, vectors) for caption in captions]
-    latents = [encode_image(pipe.vae, images[i : i + _AT_ONCE]) for i in range(0, len(images), _AT_ONCE)]
+    latents = [encode_image(pipe.vae, images[i : i + at_once]) for i in range(0, len(images), at_once)]
     device = pipe._execution_device
     return Examples(
         latents=torch.cat(latents).to(device, torch.float32),

@@ -70,14 +70,15 @@ def optimise(
                 z.append(other.latents[picks[-1]])
                 text.append(prior_text[picks[-1]])
             z, text = torch.cat(z), torch.cat(text)
-            t = torch.cat([_timesteps(len(rows), len(alphas), generator) for rows in picks]).to(device)
+            drawn = torch.cat([_timesteps(len(rows), len(alphas), generator) for rows in picks])
+            t = drawn.to(device)
             noise = torch.randn(z.shape, generator=generator).to(device)
             signal, spread = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
             target = signal * noise - spread * z if velocity else noise
             if n_woven:
                 noised = partial(_noised, signal=signal, spread=spread, noise=noise, dtype=dtype)
                 inject = float(torch.rand((), generator=generator)) < _INJECTED
-                forward.begin(picks[0], t[:n_woven], len(alphas), noised, inject)
+                forward.begin(picks[0], drawn[:n_woven], len(alphas), noised, inject)
             noisy = (signal * z + spread * noise).to(dtype)
             output = pipe.unet(noisy, t, encoder_hidden_states=text.to(dtype)).sample.float()
             error = (output - target).square().mean(1, keepdim=True)

@@ -15,20 +15,23 @@ __all__ = ["class_pictures"]
 _AT_ONCE = 4  # pictures in one pass of the pipeline
 
 
-def class_pictures(pipe, word: str, settings: TrainSettings, report: Callable[[int], None]) -> TrainingSet:
+def class_pictures(
+    pipe, word: str, settings: TrainSettings, report: Callable[[int], None], *, at_once: int | None = None
+) -> TrainingSet:
     """Make `settings.prior_images` pictures of "a <word>" with a `StableDiffusionPipeline`.
 
-    Every picture has its own noise, drawn on the CPU from the seed and its number. `report` is told how many are done.
+    Every picture has its own noise, drawn on the CPU from the seed and its number, so that it is the same whatever the
+    number `at_once` in one pass, but for rounding. `report` is told how many are done.
     One that the pipeline's safety checker blacks out is left out and another made; `WeaverError` when it does so too
     often.
     """
     caption = f"a {word}"
     shown = dict(getattr(pipe, "_progress_bar_config", {}))
-    images, made = [], 0
+    images, made, at_once = [], 0, at_once or _AT_ONCE
     pipe.set_progress_bar_config(**shown | {"disable": True})
     try:
         while len(images) < settings.prior_images:
-            numbers = range(made, made + min(_AT_ONCE, settings.prior_images - len(images)))
+            numbers = range(made, made + min(at_once, settings.prior_images - len(images)))
             output = pipe(
                 [caption] * len(numbers),
                 num_inference_steps=settings.prior_steps,

@@ -13,6 +13,7 @@ import torch
 from weaver.concepts.concept import Concept
 from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError
+from weaver.memory.resting import home_of, lent
 
 __all__ = [
     "Encoding",
@@ -68,14 +69,16 @@ def encode(pipe, prompt: str | None, concept: Concept | None = None) -> Encoding
     texts, pooled = [], None
     encoders = text_encoders(pipe)
     for name, encoder in encoders.items():
+        device = home_of(encoder) or pipe._execution_device
         token, vectors = (None, None) if concept is None else (concept.token, concept.embeddings[name])
         tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
         count = 1 if vectors is None else len(vectors)
         ids, positions, length = tokenize(pipe, prompt, token, count, tokenizer=tokenizer)
-        ids, places = ids.to(pipe._execution_device), [(0, position) for position in positions]
+        ids, places = ids.to(device), [(0, position) for position in positions]
         if "text_encoder_2" not in encoders:
-            return Encoding(encode_text(encoder, ids, [length], places, vectors), None)
-        with _embeddings_replaced(encoder, places, vectors):
+            with lent(encoder):
+                return Encoding(encode_text(encoder, ids, [length], places, vectors), None)
+        with lent(encoder), _embeddings_replaced(encoder, places, vectors):
             output = encoder(ids, output_hidden_states=True)
         texts.append(output.hidden_states[-2])
         pooled = output[0]

@@ -42,6 +42,7 @@ def train_concept(
     prior: TrainingSet | None = None,
     woven: WovenSet | None = None,
     settings: TrainSettings | None = None,
+    at_once: int | None = None,
     progress: bool | Callable[[int, int], None] = True,
 ) -> Concept:
     """Learn a concept from a few pictures by Custom Diffusion.
@@ -62,6 +63,7 @@ def train_concept(
     woven : scenes with the concept in the place of another of its class, on which it is learned as a fusion shows it
         (`weaver.concepts.woven`), `settings.woven_batch` of them in a step; None learns from `images` alone.
     settings : None for the defaults for Stable Diffusion.
+    at_once : how many pictures are made or encoded in one pass, which takes memory; None is 4 and 8.
     progress : True shows a bar, unless the output is piped; a function is called with (done, total) instead.
 
     Raises `WeaverError` for settings, captions and pictures that can't be used, `ConceptError` if training diverges.
@@ -72,13 +74,15 @@ def train_concept(
         images = TrainingSet(tuple(images), tuple(captions))
     _check(pipe, prior, token)
     learned = _start(pipe, word, settings.vectors)
-    own = prepare(pipe, images, token, vectors=settings.vectors, flip=settings.flip)
+    own = prepare(pipe, images, token, vectors=settings.vectors, flip=settings.flip, at_once=at_once)
     to_make = settings.prior_images if settings.prior_batch and prior is None else 0
     with _reporter(progress, to_make + settings.steps, f"learning {token} {word}") as report:
         if to_make:
-            prior = class_pictures(pipe, word, settings, report)
-        other = prepare(pipe, prior) if settings.prior_batch else None
-        scenes = prepare_woven(pipe, woven, token, settings.vectors) if settings.woven_batch and woven else None
+            prior = class_pictures(pipe, word, settings, report, at_once=at_once)
+        other = prepare(pipe, prior, at_once=at_once) if settings.prior_batch else None
+        scenes = None
+        if settings.woven_batch and woven:
+            scenes = prepare_woven(pipe, woven, token, settings.vectors, at_once=at_once)
         with (
             frozen(pipe.unet, pipe.text_encoder),
             added(pipe.unet, learned.deltas),

@@ -72,10 +72,10 @@ class WovenExamples:
     region: torch.Tensor
 
 
-def prepare_woven(pipe, data: WovenSet, token: str, vectors: int) -> WovenExamples:
-    """Encode woven pictures at the model's own size."""
-    own = prepare(pipe, TrainingSet(data.images, data.captions), token, vectors=vectors)
-    base = prepare(pipe, TrainingSet(data.templates, data.base_captions))
+def prepare_woven(pipe, data: WovenSet, token: str, vectors: int, *, at_once: int | None = None) -> WovenExamples:
+    """Encode woven pictures at the model's own size, `at_once` in one pass as `prepare` does."""
+    own = prepare(pipe, TrainingSet(data.images, data.captions), token, vectors=vectors, at_once=at_once)
+    base = prepare(pipe, TrainingSet(data.templates, data.base_captions), at_once=at_once)
     device, size = own.latents.device, tuple(own.latents.shape[-2:])
     levels = len(pipe.unet.config.block_out_channels)
     sizes = {layer_size(path, levels, size) for path in cross_attention_paths(pipe.unet)} | {size}
@@ -110,7 +110,7 @@ class WovenForward:
     def begin(self, picks: torch.Tensor, t: torch.Tensor, total: int, noised, inject: bool = True) -> None:
         """Make ready for a forward whose first rows are `picks` [b] of the woven pictures.
 
-        The timesteps are t [b] of `total`. `noised` adds the noise that some of those rows have to latents:
+        The timesteps are t [b] of `total`, on the CPU. `noised` adds the noise that some of those rows have to latents:
         (latents, rows) -> latents. Without `inject` none has its template's features.
         """
         examples = self._examples
@@ -122,11 +122,11 @@ class WovenForward:
             self._taking, self._found = True, {}
             of = picks[rows]
             z, text = noised(examples.templates[of], rows), examples.base_text[of]
-            self._unet(z, t[rows], encoder_hidden_states=text.to(z.dtype))
+            self._unet(z, t[rows].to(z.device), encoder_hidden_states=text.to(z.dtype))
             self._taking = False
             for path, feature in self._found.items():
                 inside = (resnets if path.endswith("conv2") else attentions)[rows]
-                self._injected[path] = rows[inside], feature[inside]
+                self._injected[path] = rows[inside].to(feature.device), feature[inside]
             self._found = {}
         self._rows = len(picks)
         self._base = examples.base_text[picks]

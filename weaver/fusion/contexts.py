@@ -16,9 +16,11 @@ from torch import nn
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.concepts.own_prompts import own_prompt_reasons, own_prompts, token_reasons
 from weaver.concepts.prompts import Encoding, absent_is_zero, encode
+from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError
 from weaver.fusion.routes import OwnProjections
 from weaver.layers import cross_attention_paths
+from weaver.memory.resting import lent
 from weaver_kernels import ContextKV, ProjectionChange, equal_contexts, project_contexts
 
 __all__ = [
@@ -131,11 +133,12 @@ def encode_contexts(
     if reasons or any(concept.embedding_reasons(pipe) for concept in concepts):
         return texts, None, reasons
     encoded = []
-    for text, concept in prompts:
-        try:
-            encoded.append(encode(pipe, text, concept))
-        except WeaverError as error:
-            reasons.append(str(error))
+    with lent(*text_encoders(pipe).values()):
+        for text, concept in prompts:
+            try:
+                encoded.append(encode(pipe, text, concept))
+            except WeaverError as error:
+                reasons.append(str(error))
     if reasons:
         return texts, None, reasons
     text, pooled = zip(*encoded, strict=True)

@@ -15,11 +15,11 @@ from weaver.job import SAME_MODEL, BackgroundSpec, Job, JobError
 from weaver.job.inputs import shipped_name
 from weaver.layers import SITES
 from weaver.masks import MaskError
-from weaver.models import is_embedded
+from weaver.models import ModelError, is_embedded
 from weaver.places import Places, best_source
 from weaver.template import file_size
 
-__all__ = ["TEMPLATE_MODEL", "check_model", "final_masks", "mask_fields", "place_concepts", "resolve_job"]
+__all__ = ["TEMPLATE_MODEL", "check_model", "final_masks", "in_field", "mask_fields", "place_concepts", "resolve_job"]
 
 TEMPLATE_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"  # the paper's
 
@@ -145,6 +145,14 @@ def final_masks(job: Job, places: Places) -> torch.Tensor:
             "smaller, or leave the background out"
         )
     return final
+
+
+def in_field(field: str, source: str, function, *args, **kwargs):
+    """Call a function, and tell a `ModelError` with the job's field."""
+    try:
+        return function(*args, **kwargs)
+    except ModelError as error:
+        raise JobError(f"{source}: {field}: {error}") from error
 
 
 def _resolve_spec(spec: BackgroundSpec, prompt: str, pipe) -> BackgroundSpec:

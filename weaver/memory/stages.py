@@ -1,0 +1,176 @@
+"""The stages of a job but training, run for two steps on a device without numbers; what more steps hold is added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import torch
+from PIL import Image
+
+from weaver.features import Features, collect_features, reconstruction_psnr
+from weaver.fusion.plan import FusionPlan
+from weaver.fusion.sampler import sample_fusion
+from weaver.inversion import Inversion, invert
+from weaver.job import Job
+from weaver.latents import decode_latents, tensor_to_images
+from weaver.layers import SITES
+from weaver.masks.attention import attention_maps
+from weaver.memory.ledger import WEIGHTS, Ledger, Peak
+from weaver.memory.plans import MemoryPlan
+from weaver.memory.resting import lent, modules_of, resting
+from weaver.memory.shapes import Shapes
+from weaver.memory.stand_ins import BASE_HASH, PROMPT, WORD, delta_bytes, masks_for, uses_for
+from weaver.models import threads_for
+from weaver.schedule import ddim_scheduler
+from weaver.template import template_picture
+
+__all__ = ["CONCEPT_WEIGHTS", "template_peaks", "weave_peaks"]
+
+FEATURES, INVERSION, PLAN, CONCEPT_WEIGHTS = "features", "inversion", "texts and masks", "concepts"
+_STEPS = 2  # the first injects features, the second does not
+
+
+def template_peaks(job: Job, model: Shapes, maker: Shapes, plan: MemoryPlan, ledger: Ledger) -> dict[str, Peak]:
+    """What making the template and finding masks in it take, of what a job needs of the two.
+
+    Parameters
+    ----------
+    job : with its defaults resolved
+    model, maker : the model that fuses, and the one that makes the template; they may be one
+    plan : how it is to be run
+    ledger : of the device, with nothing on it
+    """
+    found: dict[str, Peak] = {}
+    for shapes in dict.fromkeys((model, maker)):
+        ledger.hold(WEIGHTS, shapes.tensors())
+    with threads_for(model.pipe, ledger.device), ledger:
+        with resting([*model.modules, *maker.modules] if plan.offload else []):
+            if not job.template.image:
+                options = {"size": job.size, "steps": _STEPS, "guidance": job.template.guidance}
+                with ledger.peak() as found["template"]:
+                    template_picture(maker.pipe, PROMPT, **options)
+            if any(spec.mask.file is None and spec.mask.box is None for spec in job.concepts):
+                with ledger.peak() as found["masks"]:
+                    _find_words(job, model.pipe, ledger.device)
+    return found
+
+
+def weave_peaks(job: Job, model: Shapes, plan: MemoryPlan, ledger: Ledger) -> dict[str, Peak]:
+    """What inversion, features and fusion take, in their order; arguments are those of `template_peaks`."""
+    others = [module for module in model.modules if module is not model.pipe.unet]
+    ledger.hold(WEIGHTS, model.tensors())
+    with threads_for(model.pipe, ledger.device), ledger, resting(others if plan.offload else []):
+        return _Weaving(job, model.pipe, plan, ledger).peaks()
+
+
+def _find_words(job: Job, pipe, device: str) -> None:
+    picture, words = _picture(job.size), [WORD] * len(job.concepts)
+    if job.masks.source == "attention":
+        with lent(*modules_of(pipe)):
+            attention_maps(pipe, picture, PROMPT, words)
+    elif device == "cpu":  # the segmenter is small, and on the CPU wherever the model is
+        from weaver.embedded.segmenter import ANIMALS, Segmenter
+
+        Segmenter().eval().segment(picture, [ANIMALS[0]] * len(words))
+
+
+class _Weaving:
+    """The stages of `weaver.pipeline.weave` from inversion on, each leaving its peak."""
+
+    def __init__(self, job: Job, pipe, plan: MemoryPlan, ledger: Ledger):
+        self.job, self.pipe, self.plan, self.ledger = job, pipe, plan, ledger
+        self.found: dict[str, Peak] = {}
+
+    def peaks(self) -> dict[str, Peak]:
+        job, ledger = self.job, self.ledger
+        with ExitStack() as held:
+            if ledger.device == "cpu":  # elsewhere their weights stay in the host's memory
+                held.enter_context(ledger.more(CONCEPT_WEIGHTS, len(job.everyone) * delta_bytes(self.pipe)))
+            masks = masks_for(job)
+            ledger.hold(PLAN, [masks])
+            inversion = self._invert(held)
+            features = self._collect(inversion, held)
+            if features.reconstruction is not None:
+                with self._stage("reconstruction"):
+                    reconstruction_psnr(self.pipe, inversion, features)
+            self._fuse(features, masks)
+        return self.found
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        with self.ledger.peak() as self.found[name]:
+            yield
+
+    def _invert(self, held: ExitStack) -> Inversion:
+        """Invert a picture; what its longer way holds is held from then on."""
+        job, ledger = self.job, self.ledger
+        with self._stage("inversion"):
+            inversion = invert(self.pipe, _picture(job.size), PROMPT, _STEPS)
+            ledger.hold(INVERSION, [inversion.latents])
+            latents = inversion.z_0.numel() * inversion.z_0.itemsize
+            held.enter_context(ledger.more(INVERSION, (job.steps - _STEPS) * latents))
+            self._forward(inversion)  # the last step
+        return inversion
+
+    def _collect(self, inversion: Inversion, held: ExitStack) -> Features:
+        """Collect features; those of all steps are held from then on."""
+        job, ledger = self.job, self.ledger
+        sites = replace(
+            SITES[job.fusion.sites],
+            resnet_window=job.fusion.resnet_window,
+            attention_window=job.fusion.attention_window,
+        )
+        resnets, attentions = sites.resnet_steps(job.steps), sites.attention_steps(job.steps)
+        with self._stage("features"):
+            first = 1 / _STEPS
+            short = replace(sites, resnet_window=first * (resnets > 0), attention_window=first * (attentions > 0))
+            kind = self.plan.kind_of(job.fusion.features)
+            again = kind != "inversion"
+            features = collect_features(
+                self.pipe, inversion, short, kind=kind, reconstruct=again, storage=self.plan.storage
+            )
+            if again:
+                ledger.hold(INVERSION, [features.path])
+                latents = inversion.z_0.numel() * inversion.z_0.itemsize
+                held.enter_context(ledger.more(INVERSION, (job.steps - _STEPS) * latents))
+            here = features.tensors[0]
+            counts = {path: resnets if path.endswith("conv2") else attentions for path in here}
+            ledger.hold(FEATURES, here.values())
+            total = sum(counts[path] * ledger.size(tensor) for path, tensor in here.items())
+            held.enter_context(ledger.more(FEATURES, total - ledger.held[FEATURES]))
+            # The steps after the last that keeps any go on to the end with all of them held.
+            self._forward(inversion)
+        return features
+
+    @torch.no_grad()
+    def _forward(self, inversion: Inversion) -> None:
+        self.pipe.unet(inversion.z_T, inversion.timesteps[0], **inversion.unet_arguments, return_dict=False)
+
+    def _fuse(self, features: Features, masks: torch.Tensor) -> None:
+        job, ledger, pipe = self.job, self.ledger, self.pipe
+        concepts, background = uses_for(job, pipe)
+        with self._stage("fusion"):
+            plan = FusionPlan.build(
+                pipe,
+                concepts,
+                masks,
+                prompt=PROMPT,
+                negative_prompt=PROMPT,
+                background=background,
+                suppression=job.fusion.suppression,
+                guidance=job.fusion.guidance,
+                features=features,
+                base_hash=BASE_HASH,
+            )
+            kept = [kv.keys for kv in plan.keys_values.values()]
+            ledger.hold(PLAN, [plan.text, *kept, *plan.weights.values()])
+            scheduler = ddim_scheduler(pipe.scheduler)
+            z = sample_fusion(pipe.unet, features.z_T, scheduler, plan, eta=job.fusion.eta)
+        with self._stage("decoding"):
+            tensor_to_images(decode_latents(pipe.vae, z))
+
+
+def _picture(size: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", (size[1], size[0]))
