@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
@@ -140,3 +140,19 @@ def test_unreadable_files_are_named(tmp_path):
     Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(PictureError, match="more than 8 bits a channel"):
         load_template(tmp_path / "deep.png", (8, 8))
+
+
+def test_few_step_models_make_templates(tiny_pipe):
+    """Turbo models are called with few steps and no guidance; LCM has a pipeline and a scheduler of its own."""
+    unet = UNet2DConditionModel.from_config(tiny_pipe.unet.config, time_cond_proj_dim=8).double().eval()
+    parts = tiny_pipe.components | {"scheduler": LCMScheduler.from_config(tiny_pipe.scheduler.config)}
+    turbo = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    lcm = LatentConsistencyModelPipeline(**parts | {"unet": unet}, requires_safety_checker=False)
+    for pipe, guidance in ((turbo, 0.0), (lcm, 8.0)):
+        pipe.set_progress_bar_config(disable=True)
+        calls = []
+        hook = pipe.unet.register_forward_hook(lambda module, args, output, calls=calls: calls.append(len(args[0])))
+        made = make_template(pipe, "a cat", seed=3, steps=4, guidance=guidance, size=(32, 32))
+        hook.remove()
+        assert made.size == (32, 32) and calls == [1] * 4  # one row: no negative one
+        assert made.tobytes() == make_template(pipe, "a cat", seed=3, steps=4, guidance=guidance).tobytes()
