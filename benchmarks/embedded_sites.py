@@ -2,8 +2,9 @@
 
 Injection sites are a property of a model: with 16x16 latents the paper's l=4 is a 4x4 map and holds nothing. This
 sweep fuses the concepts that ship into drawn templates with true masks, for several tables of sites, windows,
-guidance and suppression, and prints for each: how often a concept is nearest to its own pictures, its mean margin over
-base and others, and the PSNR of what no mask covers against the template (with the background left to the base model).
+guidance, suppression and eta. For each it prints how often a concept is nearest to its own pictures, its mean margin
+over base and others, and the PSNR of what no mask covers against the template (with the background left to the base
+model).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from weaver import Concept, ConceptUse, collect_features, compose_masks, invert
+from weaver.defaults import embedded_defaults
 from weaver.embedded import CONCEPTS, concept_path, load_pipeline, model_hash
 from weaver.embedded.identity import score
 from weaver.embedded.world import draw_scene
@@ -32,6 +34,7 @@ from weaver.layers import EMBEDDED, PAPER, PLUG_AND_PLAY, InjectionSites
 
 RESULTS = Path(__file__).parent / "results"
 ALL_ATTENTION = tuple(range(4, 12))
+DEFAULTS = embedded_defaults()
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,13 @@ class Arm:
     """One setting of the sweep."""
 
     sites: InjectionSites
-    guidance: float = 3.0
-    suppression: float = 0.0
+    guidance: float = DEFAULTS.guidance
+    suppression: float = DEFAULTS.suppression
+    eta: float = DEFAULTS.eta
 
     @property
     def label(self) -> str:
-        return f"{self.sites.name} g{self.guidance:g} lambda{self.suppression:g}"
+        return f"{self.sites.name} g{self.guidance:g} lambda{self.suppression:g} eta{self.eta:g}"
 
 
 def _sites(name: str, resnets: tuple[int, ...], window: float, attention_window: float | None = None) -> InjectionSites:
@@ -66,6 +70,7 @@ def arms() -> list[Arm]:
         tables.append(_sites("up1+up2", (3, 4, 5, 6, 7, 8), window))
         tables.append(_sites("all up", tuple(range(3, 12)), window))
     others = [Arm(EMBEDDED, guidance) for guidance in (2.0, 4.0)] + [Arm(EMBEDDED, suppression=0.3)]
+    others += [Arm(EMBEDDED, eta=eta) for eta in (0.0, 1.0)]
     return [Arm(table) for table in [*tables, EMBEDDED]] + others
 
 
@@ -81,7 +86,8 @@ def measure(pipe, arm: Arm, templates: list, steps: int) -> tuple[dict, list[Ima
         features = collect_features(pipe, inversion, arm.sites, reconstruct=False)
         amounts = {"suppression": arm.suppression, "guidance": arm.guidance}
         plan = FusionPlan.build(pipe, uses, masks, prompt=scene.caption, features=features, **amounts)
-        z = sample_fusion(pipe.unet, features.z_T, ddim_scheduler(pipe.scheduler), plan)
+        noise = {"eta": arm.eta, "generator": torch.Generator().manual_seed(0)}
+        z = sample_fusion(pipe.unet, features.z_T, ddim_scheduler(pipe.scheduler), plan, **noise)
         image = tensor_to_images(decode_latents(pipe.vae, z))[0]
         pictures.append(image)
         for index, use in enumerate(uses):

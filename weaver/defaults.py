@@ -8,7 +8,7 @@ from weaver.latents import vae_scale_factor
 from weaver.layers import EMBEDDED, InjectionSites, sites_for
 from weaver.models import is_embedded
 
-__all__ = ["Defaults", "default_dilation", "defaults_for", "model_size"]
+__all__ = ["Defaults", "default_dilation", "defaults_for", "embedded_defaults", "model_size"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,13 @@ class Defaults:
 def defaults_for(pipe) -> Defaults:
     """Defaults of a pipeline: Plug-and-Play's guidance for Stable Diffusion (SDXL too), the embedded model's swept."""
     if is_embedded(pipe):
-        return Defaults(guidance=3.0, suppression=0.0, sites=EMBEDDED, eta=0.5)
+        return embedded_defaults()
     return Defaults(guidance=7.5, suppression=0.2, sites=sites_for(pipe.unet))
+
+
+def embedded_defaults() -> Defaults:
+    """Of the embedded model, found by sweeps: `benchmarks/embedded_sites.py` and pictures looked at."""
+    return Defaults(guidance=3.0, suppression=0.0, sites=EMBEDDED, eta=0.5)
 
 
 def default_dilation(size: tuple[int, int]) -> int:
