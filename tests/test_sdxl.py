@@ -155,7 +155,10 @@ def test_a_whole_run_of_the_library(tiny_sdxl, concepts_sdxl):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lower_precision(tiny_sdxl, concepts_sdxl, dtype):
-    """Every stage in the model's own dtype, near what float64 gives, and the pipeline's numbers under `attach`."""
+    """Every stage in the model's own dtype, near what float64 gives and what the pipeline gives under `attach`.
+
+    In float32 those are the same numbers. In bfloat16 the scheduler rounds what ours counts in float32.
+    """
     z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def draw(pipe):
@@ -165,13 +168,16 @@ def test_lower_precision(tiny_sdxl, concepts_sdxl, dtype):
         plan = FusionPlan.build(pipe, uses, full_mask(), prompt="a dog", features=features, **amounts)
         ours = sample_fusion(pipe.unet, features.z_T, ddim_scheduler(pipe.scheduler), plan)
         with attach(pipe, plan):
-            assert torch.equal(ours, pipe(**plan.pipeline_arguments(), output_type="latent").images)
+            stock = pipe(**plan.pipeline_arguments(), output_type="latent").images
+        assert torch.equal(ours, stock) if ours.dtype != torch.bfloat16 else error(ours, stock) < 0.03
         return ours
+
+    def error(ours, truth):
+        return (ours.double() - truth.double()).norm() / (truth.double() - z).norm()
 
     truth, ours = draw(tiny_sdxl), draw(make_sdxl(dtype=dtype))
     assert ours.dtype == dtype
-    error = (ours.double() - truth).norm() / (truth - z).norm()
-    assert error < (1e-5 if dtype == torch.float32 else 0.1)
+    assert error(ours, truth) < (1e-5 if dtype == torch.float32 else 0.1)
 
 
 def test_half_precision_decodes_in_float32_where_the_model_says_so(tiny_sdxl, picture):
