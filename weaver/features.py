@@ -209,8 +209,7 @@ class _Run:
 def _wanted(unet, sites: InjectionSites, step: int, steps: int) -> list[str]:
     """Paths of the modules whose outputs are injected at a step."""
     resnets = sites.resnet_modules() if step < sites.resnet_steps(steps) else []
-    attentions = sites.attention_modules(unet) if step < sites.attention_steps(steps) else []
-    return resnets + [f"{path}.{name}" for path in attentions for name in ("to_q", "to_k")]
+    return resnets + (sites.projection_modules(unet) if step < sites.attention_steps(steps) else [])
 
 
 def reconstruction_psnr(pipe, inversion: Inversion, features: Features) -> float:

@@ -91,6 +91,10 @@ class InjectionSites:
         )
         return [path for path in attention_paths(unet, "attn1") if path.startswith(prefixes)]
 
+    def projection_modules(self, unet: nn.Module) -> list[str]:
+        """The `to_q` and `to_k` of these, whose outputs are the attention features."""
+        return [f"{path}.{name}" for path in self.attention_modules(unet) for name in ("to_q", "to_k")]
+
 
 PAPER = InjectionSites("paper", resnets=(4,), attentions=(4, 7, 9))
 """Concept Weaver, section 3.3. The windows are Plug-and-Play's; the paper gives none."""

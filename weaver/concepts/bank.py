@@ -79,13 +79,13 @@ def resolve_prompts(job: Job, known: dict[str, Concept], source: str = "job") ->
 def worker_count(pipe, processes: int | None = None, device: str | None = None) -> int:
     """How many concepts train at once, where `processes` is the wish for it, None for none.
 
-    That is one a core for the embedded model on the CPU, and one otherwise: other models would need their memory
-    several times. `device` is the kind of device that the model will be on; None is where it is. Raises `WeaverError`
+    That is two a core for the embedded model on the CPU, so that none idles while the last of an odd number trains, and
+    one otherwise: other models would need their memory several times. `device` is the kind of device that the model will be on; None is where it is. Raises `WeaverError`
     for more than one on a GPU.
     """
     device = device or pipe.device.type
     if processes is None:
-        return _cores() if is_embedded(pipe) and device == "cpu" else 1
+        return 2 * _cores() if is_embedded(pipe) and device == "cpu" else 1
     if processes > 1 and device != "cpu":
         raise WeaverError(f"processes: is {processes}; on {device} concepts train one by one, give 1 or none")
     return processes

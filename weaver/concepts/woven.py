@@ -23,6 +23,7 @@ from weaver.concepts.images import TrainingSet
 from weaver.errors import WeaverError
 from weaver.layers import InjectionSites, cross_attention_paths, layer_size
 from weaver.masks.compose import mask_pyramid
+from weaver.replay import forward_until
 
 __all__ = ["WovenExamples", "WovenForward", "WovenSet", "prepare_woven", "woven"]
 
@@ -99,11 +100,10 @@ class WovenForward:
     the noise is as strong as in the injected part of a fusion's steps, they have the features of their templates.
     """
 
-    def __init__(self, unet, examples: WovenExamples, sites: InjectionSites):
-        self._unet, self._examples, self._sites = unet, examples, sites
+    def __init__(self, unet, examples: WovenExamples, sites: InjectionSites, paths: list[str]):
+        self._unet, self._examples, self._sites, self._paths = unet, examples, sites, paths
         self._rows, self._base, self._masks = 0, None, {}
         self._taking = False
-        self._found: dict[str, torch.Tensor] = {}
         self._injected: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
@@ -119,15 +119,15 @@ class WovenForward:
         attentions = t >= total * (1 - self._sites.attention_window)
         rows = (resnets | attentions).nonzero()[:, 0]
         if inject and len(rows):
-            self._taking, self._found = True, {}
+            self._taking = True
             of = picks[rows]
             z, text = noised(examples.templates[of], rows), examples.base_text[of]
-            self._unet(z, t[rows].to(z.device), encoder_hidden_states=text.to(z.dtype))
+            arguments = {"encoder_hidden_states": text.to(z.dtype)}
+            found, _ = forward_until(self._unet, self._paths, z, t[rows].to(z.device), arguments)
             self._taking = False
-            for path, feature in self._found.items():
+            for path, feature in found.items():
                 inside = (resnets if path.endswith("conv2") else attentions)[rows]
                 self._injected[path] = rows[inside].to(feature.device), feature[inside]
-            self._found = {}
         self._rows = len(picks)
         self._base = examples.base_text[picks]
         self._masks = {tokens: mask[picks][:, None, :, None] for tokens, mask in examples.masks.items()}
@@ -146,12 +146,9 @@ class WovenForward:
         return _project_out(attn, out)
 
     def hook(self, path: str):
-        """Forward hook of an injected module: take its output, or put the template's in the place of it."""
+        """Forward hook of an injected module, which puts the template's output in the place of its own."""
 
         def replace(module, args, output):
-            if self._taking:
-                self._found[path] = output
-                return None
             rows, feature = self._injected.get(path, ((), None))
             return output.index_copy(0, rows, feature.to(output.dtype)) if len(rows) else None
 
@@ -169,9 +166,8 @@ class _Processor:
 @contextmanager
 def woven(unet, examples: WovenExamples, sites: InjectionSites) -> Iterator[WovenForward]:
     """Within the block the U-Net's forwards are those of `WovenForward`; afterwards it is as it was."""
-    forward = WovenForward(unet, examples, sites)
-    paths = sites.resnet_modules()
-    paths += [f"{path}.{name}" for path in sites.attention_modules(unet) for name in ("to_q", "to_k")]
+    paths = sites.resnet_modules() + sites.projection_modules(unet)
+    forward = WovenForward(unet, examples, sites, paths)
     with ExitStack() as undo:
         for path in cross_attention_paths(unet):
             attention = unet.get_submodule(path)
