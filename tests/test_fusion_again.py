@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import make_concept
@@ -70,12 +72,12 @@ def test_plans_take_turns(tiny_pipe, plans, held):
     sampler = FusionSampler(tiny_pipe.unet, scheduler, plans[0], capacity=2)
     eager = sampler._graphs = Eager() if held else None
     with sampler:
-        contexts = [sampler._state._keys_values[path].keys.data_ptr() for path in plans[0].keys_values]
+        contexts = [sampler._state.context_reads[path].kv.keys.data_ptr() for path in plans[0].keys_values]
         for i in (0, 1, 2, 1, 0):
             found = sampler(plans[i].features.z_T, plans[i])
             torch.testing.assert_close(found, expected[i], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(sampler(plans[0].features.z_T), expected[0], rtol=1e-10, atol=1e-10)
-        assert contexts == [sampler._state._keys_values[path].keys.data_ptr() for path in plans[0].keys_values]
+        assert contexts == [sampler._state.context_reads[path].kv.keys.data_ptr() for path in plans[0].keys_values]
     if held:  # both kinds of features, those of the ResNets, none
         assert sorted(len(kind) for kind in eager.places) == [0, 2, 2 + 2 * 2]
     assert not any(type(p).__module__.startswith("weaver") for p in tiny_pipe.unet.attn_processors.values())
@@ -128,3 +130,24 @@ def test_plans_of_another_shape_are_refused_and_change_nothing(tiny_pipe, plans,
 def test_graphs_need_a_gpu(tiny_pipe, plans):
     with pytest.raises(WeaverError, match="graphs need a CUDA device, the U-Net is on cpu"):
         FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), plans[0], graphs=True)
+
+
+@torch._dynamo.config.patch(recompile_limit=32)  # sizes of layers, times whether they are injected into
+def test_repeated_blocks_compile_in_one_graph_and_not_again_for_other_plans(tiny_pipe, plans):
+    """Steps in and past the windows, other contexts and other masks; recompiling fails."""
+    compiled = copy.deepcopy(tiny_pipe.unet)
+    compiled.compile_repeated_blocks(fullgraph=True, backend="eager")
+
+    def draw(unet, plan):
+        return sample_fusion(unet, plan.features.z_T, ddim_scheduler(tiny_pipe.scheduler), plan)
+
+    torch.compiler.reset()
+    first, second, third = plans
+    try:
+        assert torch.equal(draw(compiled, second), draw(tiny_pipe.unet, second))
+        assert torch.equal(draw(compiled, first), draw(tiny_pipe.unet, first))  # of fewer contexts: sizes may vary now
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for plan in (third, second):
+                assert torch.equal(draw(compiled, plan), draw(tiny_pipe.unet, plan))
+    finally:
+        torch.compiler.reset()

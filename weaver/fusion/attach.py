@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from torch import nn
 
@@ -66,10 +67,10 @@ def attach(target, plan: FusionPlan, *, rows: Sequence[str | tuple[str, int]] | 
     with ExitStack() as undo:
         undo.callback(unet.register_forward_pre_hook(state.before_forward, with_kwargs=True).remove)
         for path in plan.keys_values:
-            _replace(unet, path, FusedCrossAttnProcessor, state, undo)
+            _replace(unet, path, partial(FusedCrossAttnProcessor, state, state.context_reads[path]), undo)
         if plan.features is not None:
             for path in plan.features.sites.attention_modules(unet):
-                _replace(unet, path, InjectedSelfAttnProcessor, state, undo)
+                _replace(unet, path, partial(InjectedSelfAttnProcessor, state.feature_reads(path)), undo)
             sites = plan.features.sites
             for first, last in zip(sites.resnet_inputs(), sites.resnet_modules(), strict=True):
                 undo.callback(unet.get_submodule(first).register_forward_pre_hook(_skip(state, last)).remove)
@@ -83,26 +84,26 @@ def installable_reasons(unet: nn.Module, sites: InjectionSites | None = None) ->
     return processor_reasons(unet, [*cross_attention_paths(unet), *injected], _OWN)
 
 
-def _replace(unet: nn.Module, path: str, kind: type, state: FusionState, undo: ExitStack) -> None:
+def _replace(unet: nn.Module, path: str, make: Callable, undo: ExitStack) -> None:
     attention = unet.get_submodule(path)
     original = attention.processor
     undo.callback(attention.set_processor, original)
-    attention.set_processor(kind(state, path, original))
+    attention.set_processor(make(original))
 
 
 def _skip(state: FusionState, path: str):
     """What the feature at `path` replaces is computed on a corner of one row (0.96 of the embedded model's step)."""
 
     def hook(module, args):
-        return (args[0][:1, :, :2, :2],) if state.injected(path, args[0]) is not None else None
+        return (args[0][:1, :, :2, :2],) if state.injected(path) is not None else None
 
     return hook
 
 
 def _inject(state: FusionState, path: str):
     def hook(module, args, output):
-        feature = state.injected(path, output)
-        return None if feature is None else feature.expand(len(output), -1, -1, -1)
+        feature = state.injected(path)
+        return None if feature is None else feature.to(output.dtype).expand(len(output), -1, -1, -1)
 
     return hook
 

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from weaver.errors import WeaverError
-from weaver.fusion.routes import project_out
-from weaver_kernels import shared_attention
+from weaver.fusion.routes import OwnProjections, Routes, project_out
+from weaver_kernels import ContextKV, shared_attention
 
-__all__ = ["FusedCrossAttnProcessor", "InjectedSelfAttnProcessor"]
+__all__ = ["ContextReads", "FeatureReads", "FusedCrossAttnProcessor", "InjectedSelfAttnProcessor"]
+
+
+@dataclass
+class ContextReads:
+    """What one attn2 reads in this step: keys, values and other changes of all contexts, and which a row has.
+
+    Processors hold what they read, and look nothing up by the names of layers: layers of one size are then one
+    compiled block (`compile_repeated_blocks`), whatever the step.
+    """
+
+    kv: ContextKV
+    own: OwnProjections | None
+    routes: Routes | None = None
+
+
+@dataclass
+class FeatureReads:
+    """The template's queries and keys [1, T, H * D] for one attn1 in this step; None where they are not injected."""
+
+    queries: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
 
 
 class FusedCrossAttnProcessor:
@@ -19,9 +42,9 @@ class FusedCrossAttnProcessor:
     keep the projection's bias. What a concept changes in `to_out` is added apart (`weaver.fusion.routes`).
     """
 
-    def __init__(self, state, path: str, original):
+    def __init__(self, state, reads: ContextReads, original):
         self.state = state
-        self.path = path
+        self.reads = reads
         self.original = original
 
     def __call__(
@@ -36,8 +59,7 @@ class FusedCrossAttnProcessor:
             return _call(self.original, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         if attention_mask is not None:
             raise WeaverError("A mask over text tokens (encoder_attention_mask) can't be fused: call without it")
-        kv, own, routes = self.state.contexts(self.path)
-        return routes.attend(attn, hidden_states, kv, own)
+        return self.reads.routes.attend(attn, hidden_states, self.reads.kv, self.reads.own)
 
 
 class InjectedSelfAttnProcessor:
@@ -46,9 +68,8 @@ class InjectedSelfAttnProcessor:
     So one attention map serves all rows. Outside of the injected steps it is the processor that was there before.
     """
 
-    def __init__(self, state, path: str, original):
-        self.state = state
-        self.path = path
+    def __init__(self, reads: FeatureReads, original):
+        self.reads = reads
         self.original = original
 
     def __call__(
@@ -59,11 +80,11 @@ class InjectedSelfAttnProcessor:
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        q = self.state.injected(f"{self.path}.to_q", hidden_states)  # [1, T, H * D]
+        q, k = self.reads.queries, self.reads.keys
         if q is None:
             return _call(self.original, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        k = self.state.injected(f"{self.path}.to_k", hidden_states)
         v = attn.to_v(hidden_states)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast another than the U-Net's
         q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))  # [1, T, H, D] twice, [B, T, H, D]
         return project_out(attn, shared_attention(q, k, v, scale=attn.scale))
 

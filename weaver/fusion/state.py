@@ -10,7 +10,8 @@ from weaver.errors import WeaverError
 from weaver.fusion.agreement import check_prompts, check_time_ids, check_timesteps
 from weaver.fusion.injection import Injection
 from weaver.fusion.plan import FusionPlan
-from weaver.fusion.routes import OwnProjections, Routes
+from weaver.fusion.processors import ContextReads, FeatureReads
+from weaver.fusion.routes import Routes
 from weaver.fusion.rows import Row, picture_rows, read_rows
 from weaver_kernels import ContextKV
 
@@ -40,7 +41,10 @@ class FusionState:
         self._led = self._held = False
         self._buffers: dict[str, torch.Tensor] = {}
         self._capacity: int | None = None
-        self._keys_values, self._keys_values_are_the_plan_s = dict(plan.keys_values), True
+        self._keys_values_are_the_plan_s = True
+        own = plan.own_projections
+        self.context_reads = {path: ContextReads(kv, own.get(path)) for path, kv in plan.keys_values.items()}
+        self._feature_reads: dict[str, FeatureReads] = {}
 
     def lead(self, capacity: int | None, held: bool) -> None:
         """From now on `settle` is called before each forward, and `load` puts other plans in the place of this one.
@@ -75,7 +79,7 @@ class FusionState:
             reasons.append("a concept changes to_q or to_out")
         if _injects(plan) != _injects(now):
             reasons.append("they inject features of other kinds, at other sites or in other windows")
-        contexts, slots = len(next(iter(self._keys_values.values())).keys), self._capacity or now.index.shape[-1]
+        contexts, slots = len(next(iter(self.context_reads.values())).kv.keys), self._capacity or now.index.shape[-1]
         if len(plan.text) > contexts or plan.index.shape[-1] > slots:
             reasons.append(f"there is room for {slots - 1} concepts and {contexts} texts in all: raise the capacity")
         return reasons
@@ -93,13 +97,13 @@ class FusionState:
         """Memory for the keys and values of `room` contexts, so that the plan's own are not written over."""
         for path, kv in self.plan.keys_values.items():
             empty = (kv.keys.new_zeros(room, *kv.keys.shape[1:]) for _ in range(2))
-            self._keys_values[path] = ContextKV(*empty)
+            self.context_reads[path].kv = ContextKV(*empty)
         self._keys_values_are_the_plan_s = False
         self._write_keys_values(self.plan)
 
     def _write_keys_values(self, plan: FusionPlan) -> None:
         for path, kv in plan.keys_values.items():
-            own = self._keys_values[path]
+            own = self.context_reads[path].kv
             own.keys[: len(kv.keys)] = kv.keys
             own.values[: len(kv.values)] = kv.values
 
@@ -131,26 +135,31 @@ class FusionState:
 
     def _settle(self, unet, rows: tuple[Row, ...], step: int, steps: int) -> None:
         self._weigh(rows, self.plan.phase_at(step / steps))
-        self._features = {}  # those of the step before are not injected into the template's own row
+        self._inject(unet, {})  # those of the step before are not injected into the template's own row
         features = self._injection.at(unet, step)
         if self._held:
             self._buffers |= {path: x.clone() for path, x in features.items() if path not in self._buffers}
             features = {path: self._buffers[path].copy_(x, non_blocking=True) for path, x in features.items()}
-        self._features = features
+        self._inject(unet, features)
+
+    def _inject(self, unet, features: Mapping[str, torch.Tensor]) -> None:
+        """Have these outputs of the template's modules, one row each, put in the place of the U-Net's own."""
+        self._features = {path: x.to(unet.device, unet.dtype, non_blocking=True) for path, x in features.items()}
+        for path, reads in self._feature_reads.items():
+            reads.queries, reads.keys = (self._features.get(f"{path}.{name}") for name in ("to_q", "to_k"))
 
     @property
     def replaying(self) -> bool:
         """Whether the U-Net draws the template now, for its features, and nothing is fused or injected."""
         return self._injection.replaying
 
-    def contexts(self, path: str) -> tuple[ContextKV, OwnProjections | None, Routes]:
-        """What the attn2 at `path` attends to: keys, values and other changes of all contexts, and which a row has."""
-        return self._keys_values[path], self.plan.own_projections.get(path), self._routes[self._kinds[path]]
+    def feature_reads(self, path: str) -> FeatureReads:
+        """What the attn1 at `path` is to read."""
+        return self._feature_reads.setdefault(path, FeatureReads())
 
-    def injected(self, path: str, like: torch.Tensor) -> torch.Tensor | None:
-        """The template's output of the module at `path`, one row, where `like` is; None if not injected now."""
-        feature = self._features.get(path)
-        return None if feature is None else feature.to(like.device, like.dtype, non_blocking=True)
+    def injected(self, path: str) -> torch.Tensor | None:
+        """The template's output of the module at `path`, one row; None if not injected now."""
+        return self._features.get(path)
 
     def _rows(self, batch: int) -> tuple[Row, ...]:
         if self._declared is not None:
@@ -197,6 +206,8 @@ class FusionState:
                 known[route].update(weights, index, self.plan.same_as)
             routes[route] = known.get(route) or Routes(weights, index, self.plan.same_as, which, self._capacity)
         self._routes, self._weighed = routes, (rows, phase)
+        for path, reads in self.context_reads.items():
+            reads.routes = routes[self._kinds[path]]
 
 
 def _injects(plan: FusionPlan) -> tuple | None:

@@ -23,7 +23,7 @@ def shape_reasons(q, k, v, weights, context_index, key_lengths, scale) -> list[s
         reasons.append(f"weights must be [B, S, T] floating-point, got {tuple(w_shape)} {weights.dtype}")
     if not dtype == k.dtype == v.dtype or not dtype.is_floating_point:
         reasons.append(f"q, k, v must share a floating-point dtype, got {dtype}, {k.dtype}, {v.dtype}")
-    if scale is not None and not (math.isfinite(scale) and scale > 0):
+    if scale is not None and not 0 < scale < math.inf:
         reasons.append(f"scale must be positive and finite, got {scale}")
     others = [x.device for x in (k, v, weights, context_index, key_lengths) if x is not None]
     if others.count(device) != len(others):

@@ -120,7 +120,7 @@ def _reasons(q, k, v, scale) -> list[str]:
         reasons.append(f"there are no keys: k is {tuple(k.shape)}")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         reasons.append(f"q, k, v must share a floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if scale is not None and not (math.isfinite(scale) and scale > 0):
+    if scale is not None and not 0 < scale < math.inf:
         reasons.append(f"scale must be positive and finite, got {scale}")
     if len({x.device for x in (q, k, v)}) > 1:
         reasons.append(f"tensors are on several devices: {q.device}, {k.device}, {v.device}")
