@@ -55,13 +55,13 @@ class TrainSettings:
     def embedded(cls, **changes) -> TrainSettings:
         """The defaults for the embedded model, `changes` applied; found by trial on drawings held out from it.
 
-        Half the batch at twice the learning rate learns as much as 8 + 4 pictures at 5e-4, in two thirds of the time.
-        Woven scenes are what keeps small animals whole beside each other.
+        Woven scenes are what keeps small animals whole beside each other: of 40 pictures of two and a background every
+        concept was itself in 10 without them, in 40 with them, and in 36 after 250 steps at half the learning rates.
         """
         defaults = {
-            "steps": 250,
-            "learning_rate": 1e-3,
-            "token_learning_rate": 5e-3,
+            "steps": 350,
+            "learning_rate": 2e-3,
+            "token_learning_rate": 1e-2,
             "batch": 1,
             "woven_batch": 3,
             "prior_batch": 2,
