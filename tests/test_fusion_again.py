@@ -84,9 +84,7 @@ def test_plans_take_turns(tiny_pipe, plans, held):
 
 
 def test_fresh_noise_each_time(tiny_pipe, plans):
-    expected = [
-        alone(tiny_pipe, plans[0], eta=0.5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
-    ]
+    expected = [alone(tiny_pipe, plans[0], eta=0.5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     sampler = FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), plans[0], eta=0.5)
     sampler._graphs = Eager()
     with sampler:
@@ -125,6 +123,66 @@ def test_plans_of_another_shape_are_refused_and_change_nothing(tiny_pipe, plans,
         with pytest.raises(WeaverError, match="z has 2 pictures, 1 are drawn at once"):
             sampler(templates[0].z_T.expand(2, -1, -1, -1))
         assert torch.equal(sampler(templates[0].z_T), expected)
+
+
+def test_the_first_plan_has_its_room_after_smaller_ones(tiny_pipe, plans):
+    small, large, _ = plans
+    empty = FusionPlan.build(tiny_pipe, prompt=PROMPT, features=small.features)
+    z, turns = small.features.z_T, (empty, small, large)
+    expected = [alone(tiny_pipe, plan) for plan in turns]
+    with FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), large) as sampler:
+        for plan, picture in zip(turns, expected, strict=True):
+            torch.testing.assert_close(sampler(z, plan), picture, rtol=1e-9, atol=1e-9)
+
+
+def test_it_draws_within_its_block_only(tiny_pipe, plans):
+    sampler = FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), plans[0])
+    z = plans[0].features.z_T
+    with pytest.raises(WeaverError, match="within its `with` block only"):
+        sampler(z)
+    with sampler:
+        sampler(z)
+    with pytest.raises(WeaverError, match="within its `with` block only"):
+        sampler(z)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capacity": "2"}, "capacity is '2', expected a number"),
+        ({"capacity": -5}, "capacity is -5"),
+        ({"capacity": True}, "capacity is True"),
+        ({"pictures": 0}, "pictures is 0, expected 1 or more"),
+        ({"pictures": 1.5}, "pictures is 1.5"),
+    ],
+)
+def test_numbers_that_cannot_be(tiny_pipe, plans, options, message):
+    with pytest.raises(WeaverError, match=message):
+        FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), plans[0], **options)
+
+
+def test_a_block_that_is_not_entered_leaves_nothing(tiny_pipe, plans, monkeypatch):
+    sampler = FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), plans[0])
+    before = dict(tiny_pipe.unet.attn_processors)
+    monkeypatch.setattr(sampler, "_hold", lambda plan: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sampler.__enter__()
+    assert tiny_pipe.unet.attn_processors == before
+
+
+def test_other_masks_for_a_concept_that_changes_queries_and_outputs(tiny_pipe, masks, templates):
+    every = ("to_k", "to_v", "to_q", "to_out.0")
+    use = ConceptUse(make_concept(tiny_pipe, 1, "dog", changed=every))
+    again = ConceptUse(make_concept(tiny_pipe, 2, "dog", changed=every))
+    first, second, third = (
+        FusionPlan.build(tiny_pipe, [of], masks[i : i + 1], prompt=PROMPT, suppression=0.1, features=templates[0])
+        for i, of in ((0, use), (1, use), (0, again))
+    )
+    turns = (first, second, third, first)
+    expected = [alone(tiny_pipe, plan) for plan in turns]
+    with FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), first) as sampler:
+        for plan, picture in zip(turns, expected, strict=True):
+            torch.testing.assert_close(sampler(templates[0].z_T, plan), picture, rtol=1e-9, atol=1e-9)
 
 
 def test_graphs_need_a_gpu(tiny_pipe, plans):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from conftest import make_pipeline
 from diffusers import PNDMScheduler, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
@@ -12,6 +15,7 @@ from weaver.features import collect_features
 from weaver.fusion import ConceptUse, FusionPlan, attach
 from weaver.inversion import invert
 from weaver.layers import InjectionSites
+from weaver.schedule import ddim_scheduler
 
 STEPS = 3
 PROMPT = "a dog and a cat, mountain"
@@ -136,14 +140,55 @@ def test_self_attention_that_is_not_injected_keeps_its_processor(tiny_pipe, plan
         kept.processor, replaced.processor = own
 
 
-def test_fused_projections_are_an_error(tiny_pipe, plan):
-    attention = tiny_pipe.unet.get_submodule(UP.format(1, "attn1"))
-    attention.fused_projections = True
-    try:
-        with pytest.raises(WeaverError, match="unfuse"), attach(tiny_pipe, plan):
+def test_fused_projections_are_an_error_until_they_are_not(tiny_pipe, plan):
+    pipe = copy.copy(tiny_pipe)
+    pipe.unet = copy.deepcopy(tiny_pipe.unet)
+    pipe.register_modules(unet=pipe.unet)
+    pipe.fuse_qkv_projections(vae=False)
+    with pytest.raises(WeaverError, match=r"of \d+ such\) has fused projections .*unfuse_qkv") as error:
+        with attach(pipe, plan):
             pass
-    finally:
-        attention.fused_projections = False
+    assert str(error.value).count("fused projections") == 1
+    pipe.unfuse_qkv_projections(vae=False)
+    with attach(pipe, plan):
+        assert torch.equal(draw(pipe, plan), undisturbed(tiny_pipe, plan))
+
+
+def undisturbed(pipe, plan):
+    with attach(pipe, plan):
+        return draw(pipe, plan)
+
+
+def test_processors_changed_within_the_block_are_an_error(tiny_pipe, plan):
+    with attach(tiny_pipe, plan):
+        tiny_pipe.unet.set_attn_processor(AttnProcessor())
+        with pytest.raises(WeaverError, match="another processor than attach"):
+            draw(tiny_pipe, plan)
+
+
+def test_other_text_from_a_callback_is_an_error(tiny_pipe, plan):
+    def change(pipe, step, timestep, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"] * 2}
+
+    arguments = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with attach(tiny_pipe, plan), pytest.raises(WeaverError, match="other prompts"):
+        draw(tiny_pipe, plan, **arguments)
+
+
+def test_a_loop_of_ones_own_says_every_step(tiny_pipe, plan_from_noise):
+    plan, scheduler = plan_from_noise, ddim_scheduler(tiny_pipe.scheduler)
+    scheduler.set_timesteps(3)
+    z = torch.zeros(1, 4, *plan.size).double()
+    with torch.no_grad(), attach(tiny_pipe.unet, plan, rows=["fused"]) as state:
+        state.set_step(0, scheduler.timesteps)
+        tiny_pipe.unet(z, scheduler.timesteps[0], plan.text[1:2])
+        with pytest.raises(WeaverError, match="call set_step"):
+            tiny_pipe.unet(z, scheduler.timesteps[1], plan.text[1:2])
+        for step in (3, -1, 0.5):
+            with pytest.raises(WeaverError, match="expected 0 to 2"):
+                state.set_step(step, scheduler.timesteps)
+        with pytest.raises(WeaverError, match="the scheduler's tensor"):
+            state.set_step(0, scheduler.timesteps.tolist())
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
@@ -307,3 +352,10 @@ def test_a_plan_for_another_unet_or_dtype_is_an_error(tiny_pipe, tiny_pipe_v, pl
         tiny_pipe.unet.to(torch.float64)
     with pytest.raises(WeaverError, match="UNet2DConditionModel"), attach(tiny_pipe.vae, plan, rows=("fused",)):
         pass
+    with pytest.raises(WeaverError, match="another U-Net of the same shape"), attach(make_pipeline(seed=7), plan):
+        pass
+    with pytest.raises(WeaverError, match="a NoneType: make it by FusionPlan.build"), attach(tiny_pipe, None):
+        pass
+    for rows in ([], 3, "fused"):
+        with pytest.raises(WeaverError, match="expected what each row"), attach(tiny_pipe.unet, plan, rows=rows):
+            pass

@@ -80,7 +80,9 @@ def test_features_from_the_host_s_memory_give_the_same_picture(pipe, plans, kind
     scheduler = ddim_scheduler(pipe.scheduler)
     expected = sample_fusion(pipe.unet, first.features.z_T, scheduler, first)
     features = collect_features(pipe, inversion, SITES, kind=kind, storage="cpu")
-    assert all(x.is_pinned() for step in features.tensors for x in step.values())
+    assert all(x.is_pinned() for step in features.tensors for x in step.values()) and bool(features.tensors) == (
+        kind == "stored"
+    )
     masks = torch.zeros(1, 32, 32)
     masks[0, 8:, :16] = 1
     concept = make_concept(pipe, 1, "dog")

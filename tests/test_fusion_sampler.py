@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
 from conftest import make_pipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+)
 
 from weaver import WeaverError
 from weaver.concepts.concept import attn2_hash
@@ -151,3 +161,52 @@ def test_replayed_features_give_the_same_picture(tiny_pipe, uses_and_masks, proc
         tiny_pipe.unet.set_attn_processor(before)
     assert torch.equal(pictures[0], pictures[1])
     assert (pictures[0] - pictures[2]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        PNDMScheduler,
+        HeunDiscreteScheduler,
+        KDPM2DiscreteScheduler,
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        DPMSolverMultistepScheduler,
+        LCMScheduler,
+    ],
+)
+def test_every_scheduler_draws_as_the_stock_pipeline_has_it(tiny_pipe, uses_and_masks, kind):
+    """Also those that call the U-Net more often than there are steps, and those that draw noise of their own."""
+    plan = FusionPlan.build(tiny_pipe, *uses_and_masks, prompt=PROMPT, steps=5)
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    scheduler = kind.from_config(tiny_pipe.scheduler.config)
+    ours = sample_fusion(tiny_pipe.unet, z, scheduler, plan, generator=torch.Generator().manual_seed(3))
+    own, tiny_pipe.scheduler = tiny_pipe.scheduler, scheduler
+    try:
+        with attach(tiny_pipe, plan):
+            arguments = plan.pipeline_arguments() | {"latents": z, "output_type": "latent"}
+            stock = tiny_pipe(**arguments, generator=torch.Generator().manual_seed(3)).images
+    finally:
+        tiny_pipe.scheduler = own
+    assert torch.equal(ours, stock)
+    if "eta" not in inspect.signature(scheduler.step).parameters:
+        with pytest.raises(WeaverError, match="eta is 0.5, which a"):
+            sample_fusion(tiny_pipe.unet, z, scheduler, plan, eta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("z", "message"),
+    [
+        (torch.zeros(1, 4, 8, 32).double(), r"z is \[1, 4, 8, 32\], expected \[n, 4, 16, 16\]"),
+        (torch.zeros(4, 16, 16).double(), r"z is \[4, 16, 16\], expected"),
+        (torch.zeros(1, 3, 16, 16).double(), "expected"),
+        (torch.zeros(1, 4, 16, 16), "torch.float32 on cpu, the U-Net torch.float64 on cpu"),
+        (None, "z is a NoneType"),
+    ],
+)
+def test_a_z_that_does_not_fit_is_an_error(tiny_pipe, uses_and_masks, z, message):
+    plan = FusionPlan.build(tiny_pipe, *uses_and_masks, prompt=PROMPT, steps=2)
+    with pytest.raises(WeaverError, match=message):
+        sample_fusion(tiny_pipe.unet, z, ddim_scheduler(tiny_pipe.scheduler), plan)
+    with pytest.raises(WeaverError, match="a NoneType: make it by"):
+        sample_fusion(tiny_pipe.unet, z, ddim_scheduler(tiny_pipe.scheduler), None)

@@ -80,6 +80,8 @@ class Features:
     def replay(self, unet, step: int) -> dict[str, torch.Tensor]:
         """The features of a step, computed by the part of the U-Net that they need, on its own processors."""
         wanted = _wanted(unet, self.sites, step, self.steps)
+        if not wanted:  # the path may have been cut before
+            return {}
         return forward_until(unet, wanted, self.path[step][None], self.timesteps[step], self.unet_arguments)[0]
 
 

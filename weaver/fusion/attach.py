@@ -6,18 +6,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import torch
 from torch import nn
 
 from weaver.errors import raise_if
+from weaver.fusion.checks import plan_reasons
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.processors import FusedCrossAttnProcessor, InjectedSelfAttnProcessor
-from weaver.fusion.rows import row_reasons
+from weaver.fusion.rows import FUSED, row_reasons
 from weaver.fusion.state import FusionState
 from weaver.fusion.support import processor_reasons, unet_reasons
 from weaver.layers import InjectionSites, cross_attention_paths
 
 __all__ = ["attach", "installable_reasons"]
 
+_SAME_KEYS = 0.02  # but for rounding, in 16 bits too
 _OWN = (FusedCrossAttnProcessor, InjectedSelfAttnProcessor)
 # Pipelines whose batch is the negative rows, then the prompt's, and whose steps are of the scheduler's timesteps.
 _PIPELINES = (
@@ -60,6 +63,7 @@ def attach(target, plan: FusionPlan, *, rows: Sequence[str | tuple[str, int]] | 
     prompts or another size than the plan's or, where it injects features, with other steps or time ids than theirs.
     From plain noise any number of steps will do: windows are parts of them.
     """
+    raise_if(plan_reasons(plan), "Cannot attach the plan")
     unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
     pipe = None if unet is target else target
     raise_if(_reasons(unet, pipe, plan, rows), "Cannot attach the plan")
@@ -67,10 +71,10 @@ def attach(target, plan: FusionPlan, *, rows: Sequence[str | tuple[str, int]] | 
     with ExitStack() as undo:
         undo.callback(unet.register_forward_pre_hook(state.before_forward, with_kwargs=True).remove)
         for path in plan.keys_values:
-            _replace(unet, path, partial(FusedCrossAttnProcessor, state, state.context_reads[path]), undo)
+            _install(state, unet, path, partial(FusedCrossAttnProcessor, state, state.context_reads[path]), undo)
         if plan.features is not None:
             for path in plan.features.sites.attention_modules(unet):
-                _replace(unet, path, partial(InjectedSelfAttnProcessor, state.feature_reads(path)), undo)
+                _install(state, unet, path, partial(InjectedSelfAttnProcessor, state.feature_reads(path)), undo)
             sites = plan.features.sites
             for first, last in zip(sites.resnet_inputs(), sites.resnet_modules(), strict=True):
                 undo.callback(unet.get_submodule(first).register_forward_pre_hook(_skip(state, last)).remove)
@@ -84,11 +88,13 @@ def installable_reasons(unet: nn.Module, sites: InjectionSites | None = None) ->
     return processor_reasons(unet, [*cross_attention_paths(unet), *injected], _OWN)
 
 
-def _replace(unet: nn.Module, path: str, make: Callable, undo: ExitStack) -> None:
+def _install(state: FusionState, unet: nn.Module, path: str, make: Callable, undo: ExitStack) -> None:
+    """Put the processor made for the one at `path` in its place."""
     attention = unet.get_submodule(path)
     original = attention.processor
     undo.callback(attention.set_processor, original)
     attention.set_processor(make(original))
+    state.installed[path] = attention, attention.processor
 
 
 def _skip(state: FusionState, path: str):
@@ -121,7 +127,7 @@ def _reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str | tuple[str, int]]
             f"the rows of a {type(pipe).__name__} are not known (of {', '.join(_PIPELINES)} they are): "
             "attach to its U-Net and declare them"
         )
-    reasons += row_reasons(rows or (), plan.variants)
+    reasons += row_reasons(rows, plan.variants) if rows is not None else []
     modules = dict(unet.named_modules())
     for path, kv in plan.keys_values.items():
         attention = modules.get(path)
@@ -133,4 +139,15 @@ def _reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str | tuple[str, int]]
             f"the plan is in {keys.dtype} on {keys.device}, the U-Net in {unet.dtype} on {unet.device}: "
             "build the plan after moving the pipeline"
         )
+    elif not _projects(modules, plan):
+        reasons.append("the plan is for another U-Net of the same shape: build it for this one")
     return reasons + installable_reasons(unet, plan.features.sites if plan.features is not None else None)
+
+
+@torch.no_grad()
+def _projects(modules: dict[str, nn.Module], plan: FusionPlan) -> bool:
+    """Whether the U-Net's first attn2 makes of the base prompt the keys that the plan has."""
+    path, kv = next(iter(plan.keys_values.items()))
+    context = plan.leads([(FUSED, 0)])[0]
+    found, expected = plan.text[context] @ modules[path].to_k.weight.T, kv.keys[context].flatten(-2)
+    return bool((found - expected).norm() <= _SAME_KEYS * expected.norm())

@@ -37,6 +37,8 @@ def row_reasons(rows: Sequence[str | tuple[str, int]], variants: int) -> list[st
     expected = " or ".join(map(repr, KINDS))
     if variants > 1:
         expected = f"({expected}, number of the variant from 0 to {variants - 1})"
+    if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
+        return [f"rows is {rows!r}, expected what each row of the batch is, as ['negative', 'fused']"]
     odd = [row for row in rows if not _fits(row, variants)]
     return [f"rows has {', '.join(map(repr, dict.fromkeys(odd)))}, expected {expected}"] if odd else []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -11,11 +12,19 @@ from diffusers.utils.torch_utils import randn_tensor
 from weaver.conditioning import unet_arguments
 from weaver.errors import WeaverError, raise_if
 from weaver.fusion.attach import attach
+from weaver.fusion.checks import (
+    count_reasons,
+    graph_reasons,
+    noise_reasons,
+    plan_reasons,
+    schedule_reasons,
+)
 from weaver.fusion.ddim import DDIMSteps
 from weaver.fusion.graphs import Graphs
 from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.rows import KINDS, picture_rows
+from weaver.fusion.state import FusionState
 
 __all__ = ["FusionSampler", "sample_fusion"]
 
@@ -33,7 +42,8 @@ def sample_fusion(
 ) -> torch.Tensor:
     """Sample over the fused U-Net with the plan's classifier-free guidance, by DDIM (arXiv 2010.02502) as a rule.
 
-    Gives the numbers that the stock pipeline gives under `attach`.
+    Gives the numbers that the stock pipeline gives under `attach`, with any scheduler of its; of 16 bits, DDIM's steps
+    are counted in 32.
 
     Parameters
     ----------
@@ -42,11 +52,13 @@ def sample_fusion(
         one noise for all, or as many of each, the first variant's first
     scheduler : the pipeline's; with features `ddim_scheduler(pipe.scheduler)`
     eta : how much of each step's noise is drawn anew, 0 to 1 (equation 16 there); the paper's is 0
-    generator : of that noise
+    generator : of that noise, and of what other schedulers draw
     progress : called after each step with (done, steps)
 
-    Returns latents [n, C, h, w]. Raises `WeaverError` for an `eta` outside of 0..1.
+    Returns latents [n, C, h, w]. Raises `WeaverError` for an `eta` outside of 0..1 or that the scheduler does not take,
+    and for a z of another shape, dtype or device than the U-Net's and the plan's.
     """
+    raise_if(plan_reasons(plan), "Cannot draw the fusion")
     with FusionSampler(unet, scheduler, plan, pictures=_pictures(z, plan), eta=eta) as sampler:
         return sampler(z, generator=generator, progress=progress)
 
@@ -67,7 +79,8 @@ class FusionSampler:
     graphs : capture the steps in CUDA graphs, one for each set of injected sites: the host then only copies features
         and weights between them. For plans without `to_q` and `to_out` changes
 
-    Raises `WeaverError` where graphs can't be had.
+    Where a concept changes `to_q` or `to_out`, only plans that have the same such concepts in the same places take
+    turns. Raises `WeaverError` where graphs can't be had, and for numbers that can't be.
     """
 
     def __init__(
@@ -81,26 +94,34 @@ class FusionSampler:
         capacity: int | None = None,
         graphs: bool = False,
     ):
-        raise_if(eta_reasons(eta) + _graph_reasons(unet, scheduler, plan, graphs), "Cannot draw the fusion")
+        raise_if(plan_reasons(plan), "Cannot draw the fusion")
+        reasons = eta_reasons(eta) + count_reasons(plan, pictures, capacity)
+        reasons += schedule_reasons(scheduler, eta, graphs) + graph_reasons(unet, plan, graphs)
+        raise_if(reasons, "Cannot draw the fusion")
         self._unet, self._plan, self._capacity = unet, plan, capacity
         self._pictures = plan.variants if pictures is None else pictures
         device = unet.device
         scheduler.set_timesteps(plan.steps, device=device)
         self._scheduler, self._timesteps, self._eta = scheduler, scheduler.timesteps, eta
         self._ddim = DDIMSteps(scheduler, device, eta) if DDIMSteps.are_those_of(scheduler) else None
+        self._draws = "generator" in inspect.signature(scheduler.step).parameters
         self._guided = plan.guidance > 1
         self._rows = picture_rows(self._pictures, plan.variants, self._guided)
         self._graphs = Graphs() if graphs else None
+        self._state: FusionState | None = None
         self._undo = ExitStack()
 
     def __enter__(self) -> FusionSampler:
         rows = [(KINDS[kind], variant) for kind, variant in self._rows]
-        self._state = self._undo.enter_context(attach(self._unet, self._plan, rows=rows))
-        self._state.lead(self._capacity, held=self._graphs is not None)
-        self._hold(self._plan)
+        with ExitStack() as undo:
+            state = undo.enter_context(attach(self._unet, self._plan, rows=rows))
+            state.lead(self._capacity, held=self._graphs is not None)
+            self._hold(self._plan)
+            self._state, self._undo = state, undo.pop_all()
         return self
 
     def __exit__(self, *error) -> None:
+        self._state = None
         self._undo.close()
 
     @torch.no_grad()
@@ -114,21 +135,24 @@ class FusionSampler:
     ) -> torch.Tensor:
         """Draw one fusion from the noise z, of the plan or of the one before; as `sample_fusion` says.
 
-        Raises `WeaverError` for a plan of another shape, and leaves the one before in its place.
+        Raises `WeaverError` outside of the `with` block, and for a plan of another shape, which leaves the one before
+        in its place.
         """
+        if self._state is None:
+            raise WeaverError("The sampler draws within its `with` block only: with FusionSampler(...) as sampler: ...")
+        raise_if(noise_reasons(z, self._unet, self._plan, self._pictures), "Cannot draw from this z")
         if plan is not None and plan is not self._plan:
             self._take(plan)
         z = z.expand(self._pictures, -1, -1, -1) if len(z) == 1 else z
-        if len(z) != self._pictures:
-            raise WeaverError(f"z has {len(z)} pictures, {self._pictures} are drawn at once")
         self._z, self._generator = self._held("_z", z * self._scheduler.init_noise_sigma), generator
-        self._scheduler.set_timesteps(len(self._timesteps), device=z.device)  # some count their steps
+        self._scheduler.set_timesteps(self._plan.steps, device=z.device)  # some count their steps
+        noises = self._fresh(z, generator)
         for step in range(len(self._timesteps)):
             kind = self._state.settle(self._unet, step, self._timesteps)
             self._t = self._held("_t", self._timesteps[step])
             if self._ddim is not None:
                 self._numbers = self._held("_numbers", self._ddim.table[step])
-                self._noise = self._held("_noise", _draw(z, generator)) if self._eta else None
+                self._noise = self._held("_noise", noises[step]) if self._eta else None
             if self._graphs is None:
                 self._step()
             else:
@@ -136,6 +160,14 @@ class FusionSampler:
             if progress:
                 progress(step + 1, len(self._timesteps))
         return self._z if self._graphs is None else self._z.clone()
+
+    def _fresh(self, z: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor | None:
+        """The noise [steps, n, C, h, w] that DDIM adds, drawn as in pipelines and brought to the device at once."""
+        if self._ddim is None or not self._eta:
+            return None
+        place = z.device if generator is None else generator.device
+        drawn = [randn_tensor(z.shape, generator=generator, device=place, dtype=z.dtype) for _ in self._timesteps]
+        return torch.stack(drawn).to(z.device)
 
     def _step(self) -> None:
         """One step of all pictures, from tensors to tensors."""
@@ -148,7 +180,8 @@ class FusionSampler:
             negative, fused = output.chunk(2)
             output = negative + self._omega * (fused - negative)
         if self._ddim is None:
-            noise = {"eta": self._eta, "generator": self._generator} if self._eta else {}
+            noise = {"eta": self._eta} if self._eta else {}
+            noise |= {"generator": self._generator} if self._draws else {}
             following = self._scheduler.step(output, self._t, z, **noise, return_dict=False)[0]
         else:
             following = self._ddim(output, z, self._numbers, self._noise)
@@ -158,6 +191,7 @@ class FusionSampler:
             z.copy_(following)
 
     def _take(self, plan: FusionPlan) -> None:
+        raise_if(plan_reasons(plan), "Cannot draw the fusion")
         reasons = [] if (plan.guidance > 1) == self._guided else ["one has a negative row, the other has none"]
         raise_if(self._state.load_reasons(plan) + reasons, "Cannot draw this plan with the sampler of another")
         self._state.load(plan)
@@ -184,19 +218,4 @@ class FusionSampler:
 
 
 def _pictures(z: torch.Tensor, plan: FusionPlan) -> int:
-    return plan.variants if len(z) == 1 else len(z)
-
-
-def _draw(z: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    return randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-
-
-def _graph_reasons(unet, scheduler, plan: FusionPlan, graphs: bool) -> list[str]:
-    if not graphs:
-        return []
-    if not DDIMSteps.are_those_of(scheduler):
-        return [f"graphs are of DDIM's steps, the scheduler is a {type(scheduler).__name__}: use ddim_scheduler()"]
-    reasons = [] if unet.device.type == "cuda" else [f"graphs need a CUDA device, the U-Net is on {unet.device}"]
-    if plan.own_projections:
-        reasons.append("graphs can't be had for a concept that changes to_q or to_out: leave them out")
-    return reasons
+    return len(z) if isinstance(z, torch.Tensor) and z.ndim and len(z) > 1 else plan.variants

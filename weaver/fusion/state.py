@@ -32,6 +32,7 @@ class FusionState:
         self._pipe = pipe
         self._declared = read_rows(rows) if rows is not None else None
         self._timesteps: torch.Tensor | None = None
+        self._text: torch.Tensor | None = None
         self._step: tuple[int, int] | None = None
         self._weighed: tuple = (None, None)
         self._kinds = {path: plan.route(path) for path in plan.keys_values}
@@ -45,6 +46,7 @@ class FusionState:
         own = plan.own_projections
         self.context_reads = {path: ContextReads(kv, own.get(path)) for path, kv in plan.keys_values.items()}
         self._feature_reads: dict[str, FeatureReads] = {}
+        self.installed: dict[str, tuple] = {}  # by attach: the attention at a path, and its processor
 
     def lead(self, capacity: int | None, held: bool) -> None:
         """From now on `settle` is called before each forward, and `load` puts other plans in the place of this one.
@@ -55,8 +57,7 @@ class FusionState:
         held : features are copied into tensors that stay where they are, as a captured forward needs
         """
         self._led, self._held = True, held
-        if capacity is not None:
-            self._capacity = max(capacity + 1, self.plan.index.shape[-1])
+        self._capacity = max((capacity or 0) + 1, self.plan.index.shape[-1])
         room = 0 if capacity is None else self.plan.variants * (_FIXED_CONTEXTS + 2 * capacity)
         if held or room > len(self.plan.text):
             self._own_keys_values(max(room, len(self.plan.text)))
@@ -76,10 +77,12 @@ class FusionState:
         if plan.text.shape[1:] != now.text.shape[1:] or plan.text.dtype != now.text.dtype:
             reasons.append("the texts are of another length, width or type")
         if plan.own_projections or now.own_projections:
-            reasons.append("a concept changes to_q or to_out")
+            kinds = {path: plan.route(path) for path in plan.keys_values}
+            if kinds != self._kinds or not torch.equal(plan.index, now.index):
+                reasons.append("a concept changes to_q or to_out, and the plans have not the same ones")
         if _injects(plan) != _injects(now):
             reasons.append("they inject features of other kinds, at other sites or in other windows")
-        contexts, slots = len(next(iter(self.context_reads.values())).kv.keys), self._capacity or now.index.shape[-1]
+        contexts, slots = len(next(iter(self.context_reads.values())).kv.keys), self._capacity
         if len(plan.text) > contexts or plan.index.shape[-1] > slots:
             reasons.append(f"there is room for {slots - 1} concepts and {contexts} texts in all: raise the capacity")
         return reasons
@@ -89,6 +92,8 @@ class FusionState:
         if self._keys_values_are_the_plan_s:
             self._own_keys_values(len(self.plan.text))
         self._write_keys_values(plan)
+        for path, own in plan.own_projections.items():
+            self.context_reads[path].own = own
         self.plan, self._timesteps = plan, None
         self._injection = Injection(plan.features)
         self._weighed = (self._weighed[0], None)
@@ -108,7 +113,14 @@ class FusionState:
             own.values[: len(kv.values)] = kv.values
 
     def set_step(self, step: int, timesteps: torch.Tensor) -> None:
-        """Say that the next forward is number `step` of a loop over `timesteps` (bare U-Net)."""
+        """Say that the next forward is number `step`, from 0, of a loop over `timesteps` [steps] (bare U-Net).
+
+        Raises `WeaverError` for a step that there is not, and for other timesteps than the features'.
+        """
+        if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1:
+            raise WeaverError(f"timesteps is a {type(timesteps).__name__}, expected the scheduler's tensor [steps]")
+        if not isinstance(step, int) or not 0 <= step < len(timesteps):
+            raise WeaverError(f"step is {step!r}, expected 0 to {len(timesteps) - 1}, its number in the timesteps")
         if timesteps is not self._timesteps:
             check_timesteps(self.plan, timesteps)
             self._timesteps = timesteps
@@ -126,14 +138,23 @@ class FusionState:
             got, size = tuple(sample.shape[-2:]), self.plan.size
             raise WeaverError(f"The latents are {got[0]} x {got[1]}, the plan is for {size[0]} x {size[1]}")
         rows = self._rows(len(sample))
-        if self._pipe is not None and self._follow(timestep):
-            self._check(rows, text, kwargs.get("added_cond_kwargs") or {})
-        step, steps = self._require_step()
+        if self._pipe is not None:
+            begins = self._follow(timestep)
+            if begins or text is not self._text:  # a callback may have put other text there
+                self._check(rows, text, kwargs.get("added_cond_kwargs") or {})
+                self._text = text
+        step, steps = self._take_step()
         if torch.is_grad_enabled():
             raise WeaverError("Fusion is for inference only: call the U-Net under torch.no_grad()")
         self._settle(unet, rows, step, steps)
 
     def _settle(self, unet, rows: tuple[Row, ...], step: int, steps: int) -> None:
+        for path, (attention, processor) in self.installed.items():
+            if attention.processor is not processor:
+                raise WeaverError(
+                    f"{path} has another processor than attach() put there, and would not be fused: "
+                    "choose attention slicing, xformers and the like before attach()"
+                )
         self._weigh(rows, self.plan.phase_at(step / steps))
         self._inject(unet, {})  # those of the step before are not injected into the template's own row
         features = self._injection.at(unet, step)
@@ -186,10 +207,13 @@ class FusionState:
         if self.plan.time_ids is not None:
             check_time_ids(self.plan, added["time_ids"])
 
-    def _require_step(self) -> tuple[int, int]:
+    def _take_step(self) -> tuple[int, int]:
         if self._step is None:
             raise WeaverError("Attached to a bare U-Net: call set_step(step, timesteps) before each forward")
-        return self._step
+        step = self._step
+        if self._pipe is None:
+            self._step = None
+        return step
 
     @torch.inference_mode(False)  # whose tensors could not be written over outside of it
     def _weigh(self, rows: tuple[Row, ...], phase: int) -> None:

@@ -33,8 +33,6 @@ def unet_reasons(unet) -> list[str]:
         reasons.append(f"the U-Net projects its text by {unet.config.encoder_hid_dim_type}: unload the image adapter")
     for path in cross_attention_paths(unet):
         attention = unet.get_submodule(path)
-        if attention.fused_projections:
-            reasons.append(f"{path} has fused projections: call pipe.unfuse_qkv_projections() first")
         for part in ("norm_cross", "norm_q", "norm_k", "group_norm", "spatial_norm", "add_k_proj"):
             if getattr(attention, part, None):
                 reasons.append(f"{path} has {part}, which can't be shared by contexts")
@@ -50,17 +48,21 @@ def unet_reasons(unet) -> list[str]:
 
 def processor_reasons(unet, paths: Iterable[str], own: tuple[type, ...]) -> list[str]:
     """Why the processors of the attentions at `paths` can't be replaced; `own` are the classes attaching installs."""
-    reasons = []
+    others: dict[str, list[str]] = {}
     for path in paths:
-        attention = unet.get_submodule(path)
-        processor = attention.processor
+        processor = unet.get_submodule(path).processor
         if isinstance(processor, own):
             return ["a plan is already attached to this U-Net: leave its `with` block first"]
         if type(processor) not in PLAIN_PROCESSORS:
-            reasons.append(
-                f"{path} has a {type(processor).__name__}, whose work would be lost: "
-                "call unet.set_default_attn_processor() or unload what installed it"
-            )
-        if attention.fused_projections:
-            reasons.append(f"{path} has fused projections: call pipe.unfuse_qkv_projections() first")
-    return reasons
+            others.setdefault(type(processor).__name__, []).append(path)
+    return [_other(name, found) for name, found in others.items()]
+
+
+def _other(name: str, paths: list[str]) -> str:
+    where = paths[0] if len(paths) == 1 else f"{paths[0]} (of {len(paths)} such)"
+    if name.startswith("Fused"):
+        return f"{where} has fused projections ({name}): call pipe.unfuse_qkv_projections() first"
+    return (
+        f"{where} has a {name}, whose work would be lost: "
+        "call unet.set_default_attn_processor() or unload what installed it"
+    )
