@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import torch
 
+from weaver.compiled import hooks_run
 from weaver.errors import raise_if
 
 __all__ = ["forward_until"]
@@ -51,6 +52,7 @@ def forward_until(
 
     output = None
     with ExitStack() as hooks:
+        hooks.enter_context(hooks_run(unet))
         for path in wanted:
             hooks.callback(unet.get_submodule(path).register_forward_hook(take(path)).remove)
         try:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from weaver.compiled import hooks_run
 from weaver.concepts.concept import Concept
 from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError
@@ -195,7 +196,8 @@ def _embeddings_replaced(encoder, places: Sequence[tuple[int, int]], vectors: to
 
     handle = encoder.get_input_embeddings().register_forward_hook(replace)
     try:
-        yield
+        with hooks_run(encoder):
+            yield
     finally:
         handle.remove()
 

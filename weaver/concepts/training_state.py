@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from weaver.compiled import hooks_run
 from weaver.concepts.concept import attn2_projections
 
 __all__ = ["added", "checkpointed", "frozen"]
@@ -52,7 +53,8 @@ def added(unet: torch.nn.Module, deltas: Mapping[str, torch.Tensor]) -> Iterator
     projections = attn2_projections(unet)
     handles = [projections[path].register_forward_hook(adder(delta)) for path, delta in deltas.items()]
     try:
-        yield
+        with hooks_run(unet):
+            yield
     finally:
         for handle in handles:
             handle.remove()

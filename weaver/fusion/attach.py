@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from weaver.compiled import compiled_modules
 from weaver.errors import raise_if
 from weaver.fusion.checks import plan_reasons
 from weaver.fusion.plan import FusionPlan
@@ -128,6 +129,7 @@ def _reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str | tuple[str, int]]
             "attach to its U-Net and declare them"
         )
     reasons += row_reasons(rows, plan.variants) if rows is not None else []
+    reasons += _compile_reasons(unet, plan)
     modules = dict(unet.named_modules())
     for path, kv in plan.keys_values.items():
         attention = modules.get(path)
@@ -142,6 +144,22 @@ def _reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str | tuple[str, int]]
     elif not _projects(modules, plan):
         reasons.append("the plan is for another U-Net of the same shape: build it for this one")
     return reasons + installable_reasons(unet, plan.features.sites if plan.features is not None else None)
+
+
+def _compile_reasons(unet: nn.Module, plan: FusionPlan) -> list[str]:
+    """Why the hooks of a plan would not run: a module that has one, or is around one, is compiled."""
+    parts = [""]
+    for path in plan.features.sites.resnet_modules() if plan.features is not None else []:
+        names = path.split(".")
+        parts += [".".join(names[:i]) for i in range(1, len(names) + 1)]
+    around = {part: unet.get_submodule(part) for part in dict.fromkeys(parts)}
+    compiled = list(compiled_modules(around.values()))
+    return [
+        f"{part or 'the U-Net'} is compiled, which leaves out what a plan adds: compile no more than its "
+        "repeated blocks, by unet.compile_repeated_blocks()"
+        for part, module in around.items()
+        if any(module is other for other in compiled)
+    ]
 
 
 @torch.no_grad()

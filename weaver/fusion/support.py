@@ -22,6 +22,8 @@ def model_reasons(pipe) -> list[str]:
 def unet_reasons(unet) -> list[str]:
     """Why contexts can't be fused in this U-Net; empty when they can."""
     if not isinstance(unet, UNet2DConditionModel):
+        if type(unet).__name__ == "OptimizedModule":
+            return ["the U-Net is compiled as a whole: take unet._orig_mod and compile it by compile_repeated_blocks()"]
         return [f"the U-Net is a {type(unet).__name__}, expected a diffusers UNet2DConditionModel"]
     reasons = []
     if any(hasattr(module, "_hf_hook") for module in unet.modules()):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from weaver.compiled import hooks_run
 from weaver.concepts.prompts import encode, tokenize
 from weaver.conditioning import make_time_ids, unet_arguments
 from weaver.latents import encode_image
@@ -127,7 +128,8 @@ def capture_cross_attention(unet: torch.nn.Module) -> Iterator[dict[str, torch.T
     try:
         for path in cross_attention_paths(unet):
             handles.append(unet.get_submodule(path).register_forward_pre_hook(recorder(path), with_kwargs=True))
-        yield captured
+        with hooks_run(unet):
+            yield captured
     finally:
         for handle in handles:
             handle.remove()
