@@ -114,7 +114,8 @@ def parts_of_a_step(case: Case, device: torch.device, rounds: int, matrix: float
 
     Called module by module: what a graph or a compiler would join is apart here. Work is that of a plain guided step.
     """
-    unet, draw = case.pipe.unet, Ours(case)
+    draw = Ours(case)
+    unet = draw.unet
     draw()
     found = []
     for _ in range(rounds):

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.cases import Case
 from weaver.conditioning import unet_arguments
-from weaver.fusion import sample_fusion
+from weaver.fusion import FusionPlan, FusionSampler
 from weaver.fusion.contexts import BASE, NEGATIVE
 from weaver.schedule import ddim_scheduler
 
@@ -23,16 +23,21 @@ Progress = Callable[[int, int], None]
 
 
 class Ours:
-    """`sample_fusion` with its plan."""
+    """`FusionSampler` with the case's plan or another, on a U-Net of its own that stays attached to.
 
-    def __init__(self, case: Case):
-        self.case = case
+    `graphs` captures its steps on a GPU; `compiled` has the transformer blocks compiled before.
+    """
 
-    def __call__(self, progress: Progress | None = None) -> torch.Tensor:
-        """Latents [1, C, h, w] at the end; `progress` is called after each step."""
-        case = self.case
+    def __init__(self, case: Case, plan: FusionPlan | None = None, *, graphs: bool = False, compiled: bool = False):
+        self.case, self.unet = case, twin(case.pipe.unet)
+        if compiled:
+            self.unet.compile_repeated_blocks(fullgraph=True)
         scheduler = ddim_scheduler(case.pipe.scheduler)
-        return sample_fusion(case.pipe.unet, case.z, scheduler, case.plan, progress=progress)
+        self._sampler = FusionSampler(self.unet, scheduler, plan or case.plan, graphs=graphs).__enter__()
+
+    def __call__(self, progress: Progress | None = None, plan: FusionPlan | None = None) -> torch.Tensor:
+        """Latents [n, C, h, w] of a plan, None for the one before; `progress` is called after each step."""
+        return self._sampler(self.case.z, plan, progress=progress)
 
 
 class Sampler:

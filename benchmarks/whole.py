@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -14,9 +13,8 @@ from benchmarks.draws import CLOCKS, Marks, agree, in_turn, kinds_of, of_ours, r
 from benchmarks.eager import OnePass, ScoreMix
 from benchmarks.samplers import Captured, Guided, Ours
 from benchmarks.timing import quantiles
-from weaver.fusion import ConceptUse, FusionPlan, sample_fusion, stack_plans
+from weaver.fusion import ConceptUse, FusionPlan, stack_plans
 from weaver.latents import decode_latents, tensor_to_images
-from weaver.schedule import ddim_scheduler
 
 __all__ = ["CHANGES", "FIELDS", "KEY", "PROVIDERS", "changes", "steps", "timed_row", "variants"]
 
@@ -44,6 +42,7 @@ FIELDS = (
 )
 PROVIDERS = (
     "ours",
+    "ours, captured",
     "one pass, eager",
     "one pass, captured",
     "score mix",
@@ -55,16 +54,18 @@ CHANGES = ("changed mask", "changed concept")
 
 def steps(case: Case, device: torch.device, rounds: int) -> list[dict]:
     """All providers in turn, from the same noise; what must equal another result is checked before."""
-    draws, errors = {"ours": Ours(case), "one pass, eager": OnePass(case)}, {}
+    on_gpu = device.type == "cuda"
+    draws, errors = {"ours": _at_best(case, device), "one pass, eager": OnePass(case)}, {}
     allowed = rounding(draws["one pass, eager"], case.z.dtype)
     draws["score mix"], draws["guided"] = ScoreMix(case), Guided(case)
     expected = draws["one pass, eager"](None)
     errors["ours"] = agree(draws["ours"](None), expected, allowed)
-    if device.type == "cuda":
-        pairs = {"one pass, captured": (OnePass(case), expected)}
-        pairs["guided, compiled and captured"] = (Guided(case, compiled=True), draws["guided"](None))
-        for name, (sampler, same) in pairs.items():
-            draws[name] = Captured(sampler)
+    if on_gpu:
+        draws["ours, captured"] = Ours(case, graphs=True)
+        draws["one pass, captured"] = Captured(OnePass(case))
+        draws["guided, compiled and captured"] = Captured(Guided(case, compiled=True))
+        for name in ("ours, captured", "one pass, captured", "guided, compiled and captured"):
+            same = draws["guided"](None) if name.startswith("guided") else expected
             errors[name] = agree(draws[name](None), same, allowed)
     for draw in draws.values():
         draw(None)
@@ -83,7 +84,7 @@ def steps(case: Case, device: torch.device, rounds: int) -> list[dict]:
 def variants(case: Case, counts: Sequence[int], device: torch.device, rounds: int) -> list[dict]:
     """So many pictures of other concepts on one template, from its features in memory to latents."""
     plans = [with_concepts(case, case.n_concepts, seed=seed).plan for seed in range(max(counts))]
-    draws = {str(n): _stacked(case, plans[:n]) for n in counts}
+    draws = {str(n): _at_best(case, device, stack_plans(plans[:n])) for n in counts}
     draws["1"](None)
     found = []
     for name, of_one in in_turn(draws, device, rounds).items():
@@ -98,24 +99,25 @@ def changes(case: Case, device: torch.device, rounds: int) -> list[dict]:
     base_hash = case.uses[0].concept.base_hash
     other = ConceptUse(make_concept(case.pipe, 0, case.uses[0].concept.word, seed=99, base_hash=base_hash))
     found = []
-    draw_changed(case, {})
+    draw = _at_best(case, device)
+    draw_changed(draw, {})
     for part, changed in zip(CHANGES, (moved, {"uses": (other, *case.uses[1:])}), strict=True):
         samples = []
         with counted() as made:
             for _ in range(rounds):
                 marks = Marks(device)
                 marks.mark()
-                draw_changed(case, changed)
+                draw_changed(draw, changed)
                 marks.mark()
                 samples += marks.seconds()
         found.append(timed_row(case, part, "ours", samples, device) | {"made": made[0]})
     return found
 
 
-def draw_changed(case: Case, changed: dict):
+def draw_changed(draw: Ours, changed: dict):
     """The picture of a case with other `uses` or `masks`."""
-    changed_case = replace(case, plan=case.make_plan(**changed))
-    return tensor_to_images(decode_latents(case.pipe.vae, Ours(changed_case)()))[0]
+    latents = draw(plan=draw.case.make_plan(**changed))
+    return tensor_to_images(decode_latents(draw.case.pipe.vae, latents))[0]
 
 
 def timed_row(case: Case, part: str, provider: str, samples: Sequence[float], device: torch.device) -> dict:
@@ -145,11 +147,7 @@ def counted() -> Iterator[list[int]]:
     made[0] = len(captures) + counters["stats"]["unique_graphs"] - before
 
 
-def _stacked(case: Case, plans: Sequence[FusionPlan]) -> Callable:
-    """All plans as one batch."""
-
-    def together(progress) -> torch.Tensor:
-        scheduler = ddim_scheduler(case.pipe.scheduler)
-        return sample_fusion(case.pipe.unet, case.z, scheduler, stack_plans(plans), progress=progress)
-
-    return together
+def _at_best(case: Case, device: torch.device, plan: FusionPlan | None = None) -> Ours:
+    """Ours compiled and captured on a GPU; as it is on a CPU, where neither makes it faster."""
+    on_gpu = device.type == "cuda"
+    return Ours(case, plan, graphs=on_gpu, compiled=on_gpu)
