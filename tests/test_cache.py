@@ -17,6 +17,7 @@ from weaver.cache import Cache, CacheWarning, inversion_identity, uncacheable_re
 from weaver.cli import main
 from weaver.features import collect_features
 from weaver.inversion import invert
+from weaver.latents import encode_image
 from weaver.layers import PAPER, InjectionSites
 from weaver.sizes import format_bytes, parse_bytes
 
@@ -130,7 +131,7 @@ def test_a_model_that_is_changed_beside_its_weights_is_not_cached(tiny_pipe, tmp
     unet = tiny_pipe.unet
     assert uncacheable_reasons(tiny_pipe) == []
     hook = unet.conv_in.register_forward_hook(lambda *a: None)
-    assert "conv_in has forward hooks" in uncacheable_reasons(tiny_pipe)[0]
+    assert uncacheable_reasons(tiny_pipe) == ["unet.conv_in has forward hooks"]
     inversion = invert(tiny_pipe, picture, "a dog", 1, cache=Cache(tmp_path / "cache"))
     hook.remove()
     assert inversion.identity is None and not (tmp_path / "cache").exists()
@@ -138,6 +139,73 @@ def test_a_model_that_is_changed_beside_its_weights_is_not_cached(tiny_pipe, tmp
     assert "FreeU" in uncacheable_reasons(tiny_pipe)[0]
     tiny_pipe.disable_freeu()
     assert uncacheable_reasons(tiny_pipe) == []
+
+
+@pytest.mark.parametrize("path", ["vae", "vae.encoder.conv_in", "text_encoder", "text_encoder.final_layer_norm"])
+@pytest.mark.parametrize("kind", ["hook", "pre-hook"])
+def test_hooks_in_any_part_are_not_cached(tiny_pipe, picture, path, kind):
+    part, _, rest = path.partition(".")
+    module = getattr(tiny_pipe, part).get_submodule(rest)
+    register = module.register_forward_hook if kind == "hook" else module.register_forward_pre_hook
+    hook = register(lambda *a: None)
+    try:
+        assert uncacheable_reasons(tiny_pipe) == [f"{path} has forward hooks"]
+        assert inversion_identity(tiny_pipe, picture, "a dog", 1) is None
+    finally:
+        hook.remove()
+    assert uncacheable_reasons(tiny_pipe) == []
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_adapters_in_any_part_are_not_cached(tiny_sdxl, part, monkeypatch):
+    monkeypatch.setattr(getattr(tiny_sdxl, part), "_hf_peft_config_loaded", True, raising=False)
+    assert uncacheable_reasons(tiny_sdxl) == [f"{part} has adapters loaded: fuse them, or unload them"]
+
+
+def test_attention_processors_of_the_autoencoder_count(tiny_pipe, picture):
+    class Own(AttnProcessor):
+        pass
+
+    vae, first = tiny_pipe.vae, inversion_identity(tiny_pipe, picture, "a dog", 1)
+    before = dict(vae.attn_processors)
+    try:
+        vae.set_attn_processor(AttnProcessor())
+        assert inversion_identity(tiny_pipe, picture, "a dog", 1) != first
+        vae.set_attn_processor(Own())
+        assert uncacheable_reasons(tiny_pipe) == ["vae has attention processors of its own (Own)"]
+    finally:
+        vae.set_attn_processor(before)
+
+
+def test_offload_and_notes_of_hidden_states_are_no_reason(tiny_pipe, tiny_sdxl, monkeypatch):
+    for part in (tiny_pipe.unet, tiny_pipe.vae, tiny_pipe.text_encoder):
+        monkeypatch.setattr(part, "_hf_hook", object(), raising=False)  # accelerate's, which wraps `forward`
+    assert uncacheable_reasons(tiny_pipe) == []
+    encoder = tiny_sdxl.text_encoder
+    encoder(torch.zeros(1, 4, dtype=torch.long), output_hidden_states=True)
+    assert any(module._forward_hooks for module in encoder.modules())  # transformers leaves them there
+    assert uncacheable_reasons(tiny_sdxl) == []
+
+
+def test_tiles_of_the_autoencoder_are_in_the_identity(tiny_pipe):
+    picture, vae = Image.effect_noise((64, 48), 80).convert("RGB"), tiny_pipe.vae
+    plain, size = inversion_identity(tiny_pipe, picture, "a dog", 1), vae.tile_sample_min_size
+    latents = encode_image(vae, picture)
+    vae.enable_slicing()  # one picture is one slice
+    try:
+        assert torch.equal(encode_image(vae, picture), latents)
+        assert inversion_identity(tiny_pipe, picture, "a dog", 1) == plain
+        vae.enable_tiling()
+        assert not torch.equal(encode_image(vae, picture), latents)
+        tiled = inversion_identity(tiny_pipe, picture, "a dog", 1)
+        vae.tile_sample_min_size = 2 * size
+        larger = inversion_identity(tiny_pipe, picture, "a dog", 1)
+    finally:
+        vae.tile_sample_min_size = size
+        vae.disable_tiling()
+        vae.disable_slicing()
+    assert plain != tiled != larger != plain
+    assert inversion_identity(tiny_pipe, picture, "a dog", 1) == plain
 
 
 def test_what_was_not_used_for_longest_goes_first(tmp_path):
