@@ -10,10 +10,11 @@ import cache_stress as stress
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from filelock import FileLock
 from PIL import Image
 
 from weaver import WeaverError
-from weaver.cache import Cache, CacheWarning, inversion_identity, uncacheable_reasons
+from weaver.cache import Cache, CacheWarning, inversion_identity, store, uncacheable_reasons
 from weaver.cli import main
 from weaver.features import collect_features
 from weaver.inversion import invert
@@ -234,6 +235,51 @@ def test_an_entry_that_lost_a_file_is_made_again(tmp_path):
         assert cache.get(stress.identity_of(1)) is None
         assert cache.put(stress.identity_of(1), stress.tensors_of(1, 64))
         assert stress.check_whole(cache, 2, 64) == 1
+
+
+@pytest.mark.parametrize("lost", ["tensors.safetensors", "entry.json"])
+def test_half_an_entry_is_listed_and_thrown_away_first(tmp_path, lost):
+    cache = Cache(tmp_path)
+    for number in (1, 2):
+        cache.put(stress.identity_of(number), stress.tensors_of(number, 64))
+    half = next(tmp_path.glob(f"{cache.entries()[0].key}/{lost}"))
+    half.unlink()
+    size = sum(file.stat().st_size for file in half.parent.iterdir())
+    assert [(entry.key, entry.nbytes) for entry in cache.entries() if entry.damaged] == [(half.parent.name, size)]
+    assert [entry.key for entry in cache.prune()] == [half.parent.name]  # though there is room for all
+    assert not half.parent.exists() and len(cache.entries()) == 1
+    next(tmp_path.glob(f"*/{lost}")).unlink()
+    assert len(cache.clear()) == 1 and os.listdir(tmp_path) == [".lock"]
+
+
+def test_half_an_entry_counts_when_another_is_kept(tmp_path):
+    cache = Cache(tmp_path, limit=300_000)
+    cache.put(stress.identity_of(1), stress.tensors_of(1, 1 << 15))
+    next(tmp_path.glob("*/entry.json")).unlink()
+    cache.put(stress.identity_of(2), stress.tensors_of(2, 1 << 15))
+    assert [entry.damaged for entry in cache.entries()] == [False]
+
+
+def test_what_another_process_writes_is_not_thrown_away(tmp_path, monkeypatch):
+    cache = Cache(tmp_path)
+    cache.put(stress.identity_of(1), stress.tensors_of(1, 64))
+    writing = tmp_path / ".partial-of-another" / "tensors.safetensors"
+    writing.parent.mkdir()
+    writing.write_bytes(b"half")
+    monkeypatch.setattr(store, "_WAIT", 0.05)
+    with FileLock(tmp_path / ".lock"):
+        for throw_away in (cache.prune, cache.clear):
+            with pytest.raises(WeaverError, match="can't be changed"):
+                throw_away()
+        assert writing.exists() and len(cache.entries()) == 1
+
+
+def test_a_folder_that_only_looks_like_an_entry_is_none(tmp_path):
+    Cache(tmp_path).put(stress.identity_of(1), stress.tensors_of(1, 64))
+    other = tmp_path / ("0" * 64)
+    other.mkdir()
+    (other / "layer.tar").write_bytes(b"a container's")
+    assert len(Cache(tmp_path).clear()) == 1 and (other / "layer.tar").exists()
 
 
 def test_killed_writers_leave_whole_entries(tmp_path):

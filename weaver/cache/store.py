@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -33,6 +34,7 @@ _LIMIT = 8 * 2**30
 _WAIT = 60.0  # seconds for other writers; a gigabyte takes a few
 _TENSORS, _CARD, _LOCK, _PARTIAL = "tensors.safetensors", "entry.json", ".lock", ".partial-"
 _CHANNELS_LAST = "#channels_last"
+_DAMAGED = {"kind": "damaged"}
 # Of a disk, too long a wait for the lock (a TimeoutError) among them; and of a file system that has no locks.
 _FAULTS = (OSError, NotImplementedError)
 
@@ -43,12 +45,19 @@ class CacheWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry: its key and identity, its size in bytes, when it was last used (seconds since 1970)."""
+    """One entry: its key and identity, its size in bytes, when it was last used (seconds since 1970).
+
+    One that lost a file, or whose card is not the one that was written, is `damaged` and never found again.
+    """
 
     key: str
     identity: Mapping
     nbytes: int
     used: float
+
+    @property
+    def damaged(self) -> bool:
+        return self.identity == _DAMAGED
 
 
 def default_folder() -> Path:
@@ -122,24 +131,24 @@ class Cache:
         return True
 
     def entries(self) -> list[Entry]:
-        """All entries, the last used first."""
+        """All entries, the last used first, damaged ones among them."""
         found = []
         for place in self._places():
             try:
                 nbytes = sum(file.stat().st_size for file in place.iterdir())
-                used = (place / _CARD).stat().st_mtime
-                identity = json.loads((place / _CARD).read_bytes())["identity"]
-            except OSError:
+                whole = _whole(place)
+                used = (place / _CARD if whole else place).stat().st_mtime
+                identity = _identity((place / _CARD).read_bytes(), place.name) if whole else _DAMAGED
+            except OSError:  # thrown away meanwhile, or another user's
                 continue
-            except (ValueError, KeyError, TypeError):
-                identity = {"kind": "damaged"}
             found.append(Entry(place.name, identity, nbytes, used))
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
     def prune(self, limit: int | None = None) -> list[Entry]:
-        """Throw away what was not used for longest until `limit` bytes remain (None: the cache's own), and leftovers.
+        """Throw away what was not used for longest until `limit` bytes remain (None: the cache's own).
 
-        Returns what went. Raises `WeaverError` where the folder can't be changed.
+        What is damaged and what killed writers left goes first, whatever the limit. Returns the entries that went.
+        Raises `WeaverError` where the folder can't be changed.
         """
         limit = self.limit if limit is None else limit
         if not self.folder.is_dir():
@@ -156,7 +165,7 @@ class Cache:
 
     def _places(self) -> list[Path]:
         try:
-            return [place for place in self.folder.iterdir() if len(place.name) == 64 and place.is_dir()]
+            return [place for place in self.folder.iterdir() if _is_entry(place)]
         except OSError:
             return []
 
@@ -190,10 +199,11 @@ class Cache:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _evict(self, limit: int, keep: str | None = None) -> list[Entry]:
+        """Under the lock: what others are writing has no entry's name yet, so that half an entry is nobody's work."""
         entries, gone = self.entries(), []
         total = sum(entry.nbytes for entry in entries)
-        for entry in reversed(entries):
-            if total <= limit:
+        for entry in sorted(reversed(entries), key=lambda entry: not entry.damaged):
+            if total <= limit and not entry.damaged:
                 break
             if entry.key != keep:
                 self._remove(self.folder / entry.key)
@@ -216,6 +226,15 @@ def _key(identity: Mapping) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _identity(text: bytes, key: str) -> Mapping:
+    """What a card says that its entry was made from: `_DAMAGED` where that does not give the entry's key."""
+    try:
+        identity = json.loads(text)["identity"]
+        return identity if _key(identity) == key else _DAMAGED
+    except (ValueError, KeyError, TypeError):
+        return _DAMAGED
+
+
 def _flat(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
     """A tensor as it is stored. Of one that lies with its channels last the name tells it: layout decides roundings."""
     if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
@@ -228,6 +247,16 @@ def _laid_out(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
     if name.endswith(_CHANNELS_LAST):
         return name.removesuffix(_CHANNELS_LAST), tensor.clone().permute(0, 3, 1, 2)
     return name, tensor.clone()
+
+
+def _is_entry(place: Path) -> bool:
+    """Whether a folder is an entry, or what is left of one: a key for a name, and one of an entry's two files."""
+    if not re.fullmatch("[0-9a-f]{64}", place.name):
+        return False
+    try:
+        return not {_TENSORS, _CARD}.isdisjoint(os.listdir(place))
+    except OSError as error:
+        return isinstance(error, PermissionError)  # another user's
 
 
 def _whole(place: Path) -> bool:
