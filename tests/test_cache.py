@@ -329,6 +329,39 @@ def test_the_command_lists_prunes_and_clears(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "card",
+    [
+        "5",
+        '{"identity": 5}',
+        '{"identity": {"inversion": 3}}',
+        '{"identity": {"kind": null}}',
+        '{"identity": {"picture": null}}',
+        '{"identity": {"kind": "inversion", "number": 3, "prompt": "yes"}}',
+        '{"identity"',
+    ],
+)
+def test_a_damaged_card_is_listed_as_such(tmp_path, capsys, card):
+    cache = Cache(tmp_path)
+    for number in (1, 2):
+        cache.put(stress.identity_of(number) | {"prompt": f"prompt {number}"}, stress.tensors_of(number, 64))
+    key = cache.entries()[0].key
+    kept = next(entry for entry in cache.entries() if entry.key != key)
+    (tmp_path / key / "entry.json").write_text(card)
+    assert main(["cache", "list", "--folder", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert f"{key[:12]}  damaged " in told and "2 entries" in told
+    assert f"{kept.key[:12]}  inversion " in told and repr(kept.identity["prompt"]) in told
+    assert [entry.key for entry in cache.prune()] == [key]
+
+
+def test_identities_of_any_shape_are_listed(tmp_path, capsys):
+    for identity in ({"kind": None, "picture": None}, {"inversion": 3}, {"kind": "x", "picture": {"rgb": 5}}):
+        Cache(tmp_path).put(identity, stress.tensors_of(1, 64))
+    assert main(["cache", "list", "--folder", str(tmp_path)]) == 0
+    assert "3 entries" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("text", "count"), [("12GB", 12 * 10**9), ("1.5 GiB", 3 * 2**29), ("500mb", 500 * 10**6), ("4096", 4096)]
 )
 def test_amounts_of_memory(text, count):
