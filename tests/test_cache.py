@@ -328,6 +328,38 @@ def test_the_command_lists_prunes_and_clears(tmp_path, capsys):
     assert "is a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("action", ["list", "prune", "clear"])
+def test_a_folder_that_is_no_cache_is_refused(tmp_path, capsys, action):
+    for name in ("notes.txt", "passwd"):
+        (tmp_path / name).write_text("")
+    assert main(["cache", action, "--folder", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path} is no cache: it holds 'notes.txt' and no entry; name a cache's folder" in told
+    assert told.count("\n") == 1 and sorted(os.listdir(tmp_path)) == ["notes.txt", "passwd"]
+
+
+@pytest.mark.parametrize("action", ["list", "prune", "clear"])
+@pytest.mark.parametrize("there", [False, True], ids=["absent", "empty"])
+def test_an_empty_folder_is_an_empty_cache(tmp_path, capsys, there, action):
+    folder = tmp_path / "cache"
+    if there:
+        folder.mkdir()
+    assert main(["cache", action, "--folder", str(folder)]) == 0
+    assert "0 entries" in capsys.readouterr().out
+    assert folder.exists() == there and not list(folder.glob("*"))
+
+
+def test_a_cache_stays_one_beside_other_files(tmp_path, capsys):
+    """As ".DS_Store" or "lost+found" come to be there."""
+    cache = Cache(tmp_path)
+    cache.put(stress.identity_of(1), stress.tensors_of(1, 64))
+    (tmp_path / "lost+found").mkdir()
+    for action, count in (("list", "1 entry"), ("clear", "1 entry"), ("prune", "0 entries"), ("list", "0 entries")):
+        assert main(["cache", action, "--folder", str(tmp_path)]) == 0
+        assert count in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == [".lock", "lost+found"]
+
+
 @pytest.mark.parametrize(
     "card",
     [

@@ -131,29 +131,25 @@ class Cache:
         return True
 
     def entries(self) -> list[Entry]:
-        """All entries, the last used first, damaged ones among them."""
-        found = []
-        for place in self._places():
-            try:
-                nbytes = sum(file.stat().st_size for file in place.iterdir())
-                whole = _whole(place)
-                used = (place / _CARD if whole else place).stat().st_mtime
-                identity = _identity((place / _CARD).read_bytes(), place.name) if whole else _DAMAGED
-            except OSError:  # thrown away meanwhile, or another user's
-                continue
-            found.append(Entry(place.name, identity, nbytes, used))
-        return sorted(found, key=lambda entry: entry.used, reverse=True)
+        """All entries, the last used first, damaged ones among them.
+
+        Raises `WeaverError` where the folder is no cache or can't be read.
+        """
+        try:
+            return self._entries()
+        except OSError as error:
+            raise WeaverError(f"the cache {self.folder} can't be read ({error.strerror})") from error
 
     def prune(self, limit: int | None = None) -> list[Entry]:
         """Throw away what was not used for longest until `limit` bytes remain (None: the cache's own).
 
         What is damaged and what killed writers left goes first, whatever the limit. Returns the entries that went.
-        Raises `WeaverError` where the folder can't be changed.
+        Raises `WeaverError` where the folder is no cache or can't be changed; where nothing is kept nothing is written.
         """
         limit = self.limit if limit is None else limit
-        if not self.folder.is_dir():
-            return []
         try:
+            if not self._places():
+                return []
             with self._locked():
                 return self._evict(limit)
         except _FAULTS as error:
@@ -164,10 +160,33 @@ class Cache:
         return self.prune(0)
 
     def _places(self) -> list[Path]:
+        """Entries, and what is half-written. Raises `WeaverError` for a folder that others filled and no cache did."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise WeaverError(f"the cache {self.folder} is a file, not a folder")
         try:
-            return [place for place in self.folder.iterdir() if _is_entry(place)]
-        except OSError:
+            found = list(self.folder.iterdir())
+        except FileNotFoundError:
             return []
+        entries = [place for place in found if _is_entry(place)]
+        if found and not entries and self.folder / _LOCK not in found:
+            raise WeaverError(
+                f"{self.folder} is no cache: it holds {min(place.name for place in found)!r} and no entry; "
+                "name a cache's folder, or one that is empty or not there yet"
+            )
+        return entries + [place for place in found if place.name.startswith(_PARTIAL)]
+
+    def _entries(self) -> list[Entry]:
+        found = []
+        for place in filter(_is_entry, self._places()):
+            try:
+                nbytes = sum(file.stat().st_size for file in place.iterdir())
+                whole = _whole(place)
+                used = (place / _CARD if whole else place).stat().st_mtime
+                identity = _identity((place / _CARD).read_bytes(), place.name) if whole else _DAMAGED
+            except OSError:  # thrown away meanwhile, or another user's
+                continue
+            found.append(Entry(place.name, identity, nbytes, used))
+        return sorted(found, key=lambda entry: entry.used, reverse=True)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -200,7 +219,7 @@ class Cache:
 
     def _evict(self, limit: int, keep: str | None = None) -> list[Entry]:
         """Under the lock: what others are writing has no entry's name yet, so that half an entry is nobody's work."""
-        entries, gone = self.entries(), []
+        entries, gone = self._entries(), []
         total = sum(entry.nbytes for entry in entries)
         for entry in sorted(reversed(entries), key=lambda entry: not entry.damaged):
             if total <= limit and not entry.damaged:

@@ -71,10 +71,7 @@ def _clear(args: argparse.Namespace) -> int:
 def _cache(args: argparse.Namespace):
     from weaver.cache.store import Cache
 
-    cache = Cache(args.folder)
-    if cache.folder.exists() and not cache.folder.is_dir():
-        raise WeaverError(f"the cache {cache.folder} is a file, not a folder")
-    return cache
+    return Cache(args.folder)
 
 
 def _mapping(value) -> Mapping:
