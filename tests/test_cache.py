@@ -306,9 +306,14 @@ def test_a_folder_that_cannot_be_written_costs_no_result(tiny_pipe, tmp_path, pi
     assert torch.equal(inversion.latents, invert(tiny_pipe, picture, "a dog", 1).latents)
 
 
-def test_a_limit_below_nothing_is_refused(tmp_path):
-    with pytest.raises(WeaverError, match="limit is -1"):
-        Cache(tmp_path, limit=-1)
+@pytest.mark.parametrize("limit", [-1, None, "2GB", float("nan")], ids=repr)
+def test_a_limit_that_is_no_number_of_bytes_is_refused(tmp_path, limit):
+    told = f"limit is {limit!r}, expected a number of bytes, 0 or more, such as"
+    with pytest.raises(WeaverError, match=told):
+        Cache(tmp_path, limit=limit)
+    if limit is not None:  # the cache's own
+        with pytest.raises(WeaverError, match=told):
+            Cache(tmp_path).prune(limit)
 
 
 def test_the_command_lists_prunes_and_clears(tmp_path, capsys):

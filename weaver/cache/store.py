@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -78,13 +79,13 @@ class Cache:
     limit : bytes that all entries may take; what was not used for longest goes first
     features : keep features too, which take far more room than latents (1.1 GB for Stable Diffusion 2.1 at 768, 50
         steps), and save the reverse pass on top of the inversion
+
+    Raises `WeaverError` for a limit that is no number of bytes.
     """
 
     def __init__(self, folder: str | os.PathLike | None = None, *, limit: int = _LIMIT, features: bool = False):
-        if limit < 0:
-            raise WeaverError(f"the cache's limit is {limit} bytes, expected 0 or more")
         self.folder = Path(folder) if folder is not None else default_folder()
-        self.limit = limit
+        self.limit = _checked(limit)
         self.features = features
 
     def get(self, identity: Mapping) -> dict[str, torch.Tensor] | None:
@@ -144,9 +145,10 @@ class Cache:
         """Throw away what was not used for longest until `limit` bytes remain (None: the cache's own).
 
         What is damaged and what killed writers left goes first, whatever the limit. Returns the entries that went.
-        Raises `WeaverError` where the folder is no cache or can't be changed; where nothing is kept nothing is written.
+        Raises `WeaverError` for a limit that is no number of bytes, and where the folder is no cache or can't be
+        changed; where nothing is kept nothing is written.
         """
-        limit = self.limit if limit is None else limit
+        limit = self.limit if limit is None else _checked(limit)
         try:
             if not self._places():
                 return []
@@ -238,6 +240,14 @@ class Cache:
             warnings.warn(f"{what}; it was thrown away", CacheWarning, stacklevel=3)
         except _FAULTS:
             warnings.warn(f"{what}; it can't be removed and is not used", CacheWarning, stacklevel=3)
+
+
+def _checked(limit: int) -> int:
+    if isinstance(limit, Real) and limit >= 0:  # not-a-number is not
+        return limit
+    raise WeaverError(
+        f"the cache's limit is {limit!r}, expected a number of bytes, 0 or more, such as 2 * 10**9 for 2 GB"
+    )
 
 
 def _key(identity: Mapping) -> str:
