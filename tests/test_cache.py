@@ -214,10 +214,11 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path):
     cache = Cache(tmp_path, limit=room)
     for number in range(3):
         assert cache.put(stress.identity_of(number), stress.tensors_of(number, 1 << 16))
-        card = next(tmp_path.glob(f"*/{'entry.json'}"))
         for place in tmp_path.glob("*/entry.json"):
             os.utime(place, (time.time() - 100 + number, place.stat().st_mtime - 10))
-    assert card and cache.get(stress.identity_of(0)) is not None  # now the last used
+    assert [entry.identity["number"] for entry in cache.entries()] == [2, 1, 0]
+    assert cache.get(stress.identity_of(0)) is not None
+    assert [entry.identity["number"] for entry in cache.entries()] == [0, 2, 1]
     assert cache.put(stress.identity_of(3), stress.tensors_of(3, 1 << 16))
     there = [cache.get(stress.identity_of(number)) is not None for number in range(4)]
     assert there == [True, False, True, True]
