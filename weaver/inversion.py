@@ -91,7 +91,8 @@ def invert(
     steps : 1 to `weaver.schedule.most_steps(pipe.scheduler)`
     time_ids : for SDXL: original height and width, top and left of the crop, target height and width, which fusion then
         has too; None is the picture's own size, uncropped
-    cache : where the result is looked for, and kept; a model with adapters, FreeU or hooks is inverted without it
+    cache : where the result is looked for, and kept; a model with adapters, FreeU or hooks in any part that is run
+        here is inverted without it
     progress : called after each step with (done, steps)
 
     Raises `WeaverError` with every reason, when picture or steps can't be used.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from PIL import Image
@@ -14,6 +14,9 @@ from weaver.models import weights_hash
 from weaver.processors import PLAIN_PROCESSORS
 
 __all__ = ["features_identity", "inversion_identity", "reverse_identity", "uncacheable_reasons"]
+
+# Where transformers defines the hooks that stay on a text encoder once its hidden states were asked for, as SDXL's are.
+_CAPTURING = "transformers.utils.output_capturing"
 
 
 def inversion_identity(
@@ -32,7 +35,7 @@ def inversion_identity(
         return None
     encoders = list(text_encoders(pipe))
     tokens = [getattr(pipe, name.replace("text_encoder", "tokenizer"))(prompt).input_ids for name in encoders]
-    parts = ("unet", "vae", *encoders)
+    parts = _parts(pipe)
     return {
         "kind": "inversion",
         "picture": _picture(image),
@@ -40,10 +43,11 @@ def inversion_identity(
         "tokens": tokens[0] if len(tokens) == 1 else tokens,
         "steps": steps,
         "model": weights_hash(pipe, exact=True),
-        "config": {part: _plain(getattr(pipe, part).config) for part in (*parts, "scheduler")},
+        "config": {name: _plain(getattr(pipe, name).config) for name in (*parts, "scheduler")},
         "scheduler": type(pipe.scheduler).__name__,
-        "processors": _processors(pipe.unet),
-        "dtype": {part: str(getattr(pipe, part).dtype) for part in parts},
+        "processors": {name: _processors(part) for name, part in parts.items()},
+        "tiling": _tiling(pipe.vae),
+        "dtype": {name: str(part.dtype) for name, part in parts.items()},
         "time_ids": None if time_ids is None else time_ids[0].tolist(),  # Stable Diffusion has none
         "device": pipe.unet.device.type,
         "torch": torch.__version__,
@@ -66,24 +70,49 @@ def features_identity(inversion: Mapping, sites: InjectionSites, kind: str) -> d
 
 
 def uncacheable_reasons(pipe) -> list[str]:
-    """What makes the U-Net's output follow from more than its weights; empty for a model as it was loaded."""
-    unet = pipe.unet
+    """What makes the output of U-Net, autoencoder or a text encoder follow from more than its weights, part by part.
+
+    Empty for a pipeline as it was loaded. CPU offload, which only moves weights, is no reason.
+    """
     reasons = []
-    if getattr(unet, "_hf_peft_config_loaded", False):
-        reasons.append("adapters are loaded: fuse them, or unload them")
-    if odd := _processors(unet, other_than=PLAIN_PROCESSORS):
-        reasons.append(f"it has attention processors of its own ({', '.join(odd)})")
-    if any(getattr(block, name, None) for block in unet.up_blocks for name in ("s1", "s2", "b1", "b2")):
+    for name, part in _parts(pipe).items():
+        if any(getattr(module, "_hf_peft_config_loaded", False) for module in part.modules()):
+            reasons.append(f"{name} has adapters loaded: fuse them, or unload them")
+        if odd := _processors(part, other_than=PLAIN_PROCESSORS):
+            reasons.append(f"{name} has attention processors of its own ({', '.join(odd)})")
+        hooked = [path for path, module in part.named_modules() if _hooks(module)]
+        if hooked:
+            reasons.append(f"{name}.{hooked[0]}".rstrip(".") + " has forward hooks")
+    if any(getattr(block, name, None) for block in pipe.unet.up_blocks for name in ("s1", "s2", "b1", "b2")):
         reasons.append("FreeU is on: disable it")
-    hooked = [name for name, module in unet.named_modules() if module._forward_hooks or module._forward_pre_hooks]
-    if hooked:
-        reasons.append(f"{hooked[0] or 'the U-Net'} has forward hooks")
     return reasons
 
 
-def _processors(unet, other_than: tuple[type, ...] = ()) -> list[str]:
-    kinds = {type(processor) for processor in unet.attn_processors.values()} - set(other_than)
+def _parts(pipe) -> dict[str, torch.nn.Module]:
+    """What an inversion runs, by the names of the pipeline's parts."""
+    return {"unet": pipe.unet, "vae": pipe.vae, **text_encoders(pipe)}
+
+
+def _processors(part, other_than: tuple[type, ...] = ()) -> list[str]:
+    """Kinds of a part's attention processors; transformers' models and the tiny autoencoder have none."""
+    kinds = {type(processor) for processor in getattr(part, "attn_processors", {}).values()} - set(other_than)
     return sorted(kind.__name__ for kind in kinds)
+
+
+def _hooks(module: torch.nn.Module) -> list[Callable]:
+    """Forward hooks that may change a result: all but those by which transformers only notes hidden states."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in hooks if getattr(hook, "__module__", None) != _CAPTURING]
+
+
+def _tiling(vae) -> dict | None:
+    """Sizes and overlap of the tiles that an autoencoder encodes in; None without tiling.
+
+    Slicing is left out: it takes pictures one by one, and there is one.
+    """
+    if not getattr(vae, "use_tiling", False):
+        return None
+    return {name: repr(value) for name, value in sorted(vars(vae).items()) if name.startswith("tile_")}
 
 
 def _picture(image: Image.Image | torch.Tensor) -> dict:

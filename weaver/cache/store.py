@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ _LIMIT = 8 * 2**30
 _WAIT = 60.0  # seconds for other writers; a gigabyte takes a few
 _TENSORS, _CARD, _LOCK, _PARTIAL = "tensors.safetensors", "entry.json", ".lock", ".partial-"
 _CHANNELS_LAST = "#channels_last"
+_DAMAGED = {"kind": "damaged"}
 # Of a disk, too long a wait for the lock (a TimeoutError) among them; and of a file system that has no locks.
 _FAULTS = (OSError, NotImplementedError)
 
@@ -43,12 +46,19 @@ class CacheWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry: its key and identity, its size in bytes, when it was last used (seconds since 1970)."""
+    """One entry: its key and identity, its size in bytes, when it was last used (seconds since 1970).
+
+    One that lost a file, or whose card is not the one that was written, is `damaged` and never found again.
+    """
 
     key: str
     identity: Mapping
     nbytes: int
     used: float
+
+    @property
+    def damaged(self) -> bool:
+        return self.identity == _DAMAGED
 
 
 def default_folder() -> Path:
@@ -67,15 +77,15 @@ class Cache:
     ----------
     folder : where; None is `default_folder()`. Made when something is first kept
     limit : bytes that all entries may take; what was not used for longest goes first
-    features : keep features too, which take far more room than latents (1.1 GB for Stable Diffusion 2.1 at 768, 50
-        steps), and save the reverse pass on top of the inversion
+    features : keep features too, which take far more room than latents (for Stable Diffusion 2.1 at 768, 50 steps and
+        `PAPER` sites 0.58 GB in float16, 1.15 GB in float32), and save the reverse pass on top of the inversion
+
+    Raises `WeaverError` for a limit that is no number of bytes.
     """
 
     def __init__(self, folder: str | os.PathLike | None = None, *, limit: int = _LIMIT, features: bool = False):
-        if limit < 0:
-            raise WeaverError(f"the cache's limit is {limit} bytes, expected 0 or more")
         self.folder = Path(folder) if folder is not None else default_folder()
-        self.limit = limit
+        self.limit = _checked(limit)
         self.features = features
 
     def get(self, identity: Mapping) -> dict[str, torch.Tensor] | None:
@@ -122,29 +132,26 @@ class Cache:
         return True
 
     def entries(self) -> list[Entry]:
-        """All entries, the last used first."""
-        found = []
-        for place in self._places():
-            try:
-                nbytes = sum(file.stat().st_size for file in place.iterdir())
-                used = (place / _CARD).stat().st_mtime
-                identity = json.loads((place / _CARD).read_bytes())["identity"]
-            except OSError:
-                continue
-            except (ValueError, KeyError, TypeError):
-                identity = {"kind": "damaged"}
-            found.append(Entry(place.name, identity, nbytes, used))
-        return sorted(found, key=lambda entry: entry.used, reverse=True)
+        """All entries, the last used first, damaged ones among them.
+
+        Raises `WeaverError` where the folder is no cache or can't be read.
+        """
+        try:
+            return self._entries()
+        except OSError as error:
+            raise WeaverError(f"the cache {self.folder} can't be read ({error.strerror})") from error
 
     def prune(self, limit: int | None = None) -> list[Entry]:
-        """Throw away what was not used for longest until `limit` bytes remain (None: the cache's own), and leftovers.
+        """Throw away what was not used for longest until `limit` bytes remain (None: the cache's own).
 
-        Returns what went. Raises `WeaverError` where the folder can't be changed.
+        What is damaged and what killed writers left goes first, whatever the limit. Returns the entries that went.
+        Raises `WeaverError` for a limit that is no number of bytes, and where the folder is no cache or can't be
+        changed; where nothing is kept nothing is written.
         """
-        limit = self.limit if limit is None else limit
-        if not self.folder.is_dir():
-            return []
+        limit = self.limit if limit is None else _checked(limit)
         try:
+            if not self._places():
+                return []
             with self._locked():
                 return self._evict(limit)
         except _FAULTS as error:
@@ -155,10 +162,33 @@ class Cache:
         return self.prune(0)
 
     def _places(self) -> list[Path]:
+        """Entries, and what is half-written. Raises `WeaverError` for a folder that others filled and no cache did."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise WeaverError(f"the cache {self.folder} is a file, not a folder")
         try:
-            return [place for place in self.folder.iterdir() if len(place.name) == 64 and place.is_dir()]
-        except OSError:
+            found = list(self.folder.iterdir())
+        except FileNotFoundError:
             return []
+        entries = [place for place in found if _is_entry(place)]
+        if found and not entries and self.folder / _LOCK not in found:
+            raise WeaverError(
+                f"{self.folder} is no cache: it holds {min(place.name for place in found)!r} and no entry; "
+                "name a cache's folder, or one that is empty or not there yet"
+            )
+        return entries + [place for place in found if place.name.startswith(_PARTIAL)]
+
+    def _entries(self) -> list[Entry]:
+        found = []
+        for place in filter(_is_entry, self._places()):
+            try:
+                nbytes = sum(file.stat().st_size for file in place.iterdir())
+                whole = _whole(place)
+                used = (place / _CARD if whole else place).stat().st_mtime
+                identity = _identity((place / _CARD).read_bytes(), place.name) if whole else _DAMAGED
+            except OSError:  # thrown away meanwhile, or another user's
+                continue
+            found.append(Entry(place.name, identity, nbytes, used))
+        return sorted(found, key=lambda entry: entry.used, reverse=True)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -190,10 +220,11 @@ class Cache:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _evict(self, limit: int, keep: str | None = None) -> list[Entry]:
-        entries, gone = self.entries(), []
+        """Under the lock: what others are writing has no entry's name yet, so that half an entry is nobody's work."""
+        entries, gone = self._entries(), []
         total = sum(entry.nbytes for entry in entries)
-        for entry in reversed(entries):
-            if total <= limit:
+        for entry in sorted(reversed(entries), key=lambda entry: not entry.damaged):
+            if total <= limit and not entry.damaged:
                 break
             if entry.key != keep:
                 self._remove(self.folder / entry.key)
@@ -211,9 +242,26 @@ class Cache:
             warnings.warn(f"{what}; it can't be removed and is not used", CacheWarning, stacklevel=3)
 
 
+def _checked(limit: int) -> int:
+    if isinstance(limit, Real) and limit >= 0:  # not-a-number is not
+        return limit
+    raise WeaverError(
+        f"the cache's limit is {limit!r}, expected a number of bytes, 0 or more, such as 2 * 10**9 for 2 GB"
+    )
+
+
 def _key(identity: Mapping) -> str:
     text = json.dumps({"format": FORMAT, **identity}, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _identity(text: bytes, key: str) -> Mapping:
+    """What a card says that its entry was made from: `_DAMAGED` where that does not give the entry's key."""
+    try:
+        identity = json.loads(text)["identity"]
+        return identity if _key(identity) == key else _DAMAGED
+    except (ValueError, KeyError, TypeError):
+        return _DAMAGED
 
 
 def _flat(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
@@ -228,6 +276,16 @@ def _laid_out(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
     if name.endswith(_CHANNELS_LAST):
         return name.removesuffix(_CHANNELS_LAST), tensor.clone().permute(0, 3, 1, 2)
     return name, tensor.clone()
+
+
+def _is_entry(place: Path) -> bool:
+    """Whether a folder is an entry, or what is left of one: a key for a name, and one of an entry's two files."""
+    if not re.fullmatch("[0-9a-f]{64}", place.name):
+        return False
+    try:
+        return not {_TENSORS, _CARD}.isdisjoint(os.listdir(place))
+    except OSError as error:
+        return isinstance(error, PermissionError)  # another user's
 
 
 def _whole(place: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from weaver.errors import WeaverError
@@ -44,11 +45,12 @@ def _list(args: argparse.Namespace) -> int:
     cache = _cache(args)
     entries = cache.entries()
     for entry in entries:
-        inversion = entry.identity.get("inversion", entry.identity)
-        picture = inversion.get("picture", {}).get("rgb") or inversion.get("picture", {}).get("latents") or ""
+        inversion = _mapping(entry.identity.get("inversion", entry.identity))
+        picture = _mapping(inversion.get("picture"))
+        digest = str(picture.get("rgb") or picture.get("latents") or "")
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        what = f"{entry.identity.get('kind', 'unknown'):15} {format_bytes(entry.nbytes):>9}  {used}"
-        print(f"{entry.key[:12]}  {what}  picture {picture[:8]}  {inversion.get('prompt', '')!r}")
+        what = f"{str(entry.identity.get('kind', 'unknown')):15} {format_bytes(entry.nbytes):>9}  {used}"
+        print(f"{entry.key[:12]}  {what}  picture {digest[:8]}  {inversion.get('prompt', '')!r}")
     print(f"{cache.folder}: {_count(entries)} of at most {format_bytes(cache.limit)}")
     return 0
 
@@ -69,10 +71,12 @@ def _clear(args: argparse.Namespace) -> int:
 def _cache(args: argparse.Namespace):
     from weaver.cache.store import Cache
 
-    cache = Cache(args.folder)
-    if cache.folder.exists() and not cache.folder.is_dir():
-        raise WeaverError(f"the cache {cache.folder} is a file, not a folder")
-    return cache
+    return Cache(args.folder)
+
+
+def _mapping(value) -> Mapping:
+    """A part of an identity, which may be any plain value: nothing where it has no parts."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _count(entries) -> str:
