@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from weaver.concepts.concept import Concept
 from weaver.conditioning import make_time_ids
 from weaver.errors import raise_if
 from weaver.features import Features
 from weaver.fusion.contexts import (
     ConceptUse,
+    as_use,
+    concept_reasons,
     context_keys_values,
     encode_contexts,
     own_projections,
@@ -23,7 +26,7 @@ from weaver.fusion.contexts import (
     same_contexts,
     use_reasons,
 )
-from weaver.fusion.inputs import amount_reasons, full_masks, steps_and_size
+from weaver.fusion.inputs import amount_reasons, full_masks, steps_and_size, string_reasons
 from weaver.fusion.routes import OwnProjections
 from weaver.fusion.rows import FUSED, NEGATED, Row
 from weaver.fusion.support import model_reasons
@@ -88,12 +91,12 @@ class FusionPlan:
     def build(
         cls,
         pipe,
-        concepts: Sequence[ConceptUse] = (),
-        masks: torch.Tensor | np.ndarray | None = None,
+        concepts: Sequence[Concept | ConceptUse] = (),
+        masks: torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray] | None = None,
         *,
         prompt: str,
         negative_prompt: str | None = None,
-        background: ConceptUse | None = None,
+        background: Concept | ConceptUse | None = None,
         suppression: float = 0.0,
         guidance: float = 7.5,
         features: Features | None = None,
@@ -109,9 +112,10 @@ class FusionPlan:
         Parameters
         ----------
         pipe : a `StableDiffusionPipeline` or a `StableDiffusionXLPipeline`, only read
-        concepts : N uses of concepts, each in the region of its mask
+        concepts : N concepts or uses of them, each in the region of its mask
         masks : [N, height, width] that do not overlap, or [N + 1, height, width] with the background last and summing
-            to one, as `compose_masks` makes them; 0..1, in the picture's pixels or in latent cells. None if N is 0
+            to one, as `compose_masks` makes them, or a list of as many [height, width]; 0..1, in the picture's pixels
+            or in latent cells. None if N is 0
         prompt : p_base, the concept-free prompt of the whole picture
         negative_prompt : p_neg; None is what the pipeline takes where none is given: an empty one, or zeros in SDXL
         background : a concept for everything outside the masks; None leaves it to the base model
@@ -125,10 +129,13 @@ class FusionPlan:
 
         Raises `WeaverError` with every reason, when something does not fit.
         """
-        unet, concepts = pipe.unet, list(concepts)
-        uses = [*concepts, *([background] if background is not None else [])]
         raise_if(model_reasons(pipe), "Cannot fuse with this model")
-        factor = vae_scale_factor(pipe.vae)
+        reasons = concept_reasons(concepts, background)
+        reasons += string_reasons({"prompt": prompt, "negative_prompt": negative_prompt}, optional=["negative_prompt"])
+        raise_if(reasons, "Cannot build the fusion plan")
+        concepts, background = list(map(as_use, concepts)), None if background is None else as_use(background)
+        uses = [*concepts, *([background] if background is not None else [])]
+        unet, factor = pipe.unet, vae_scale_factor(pipe.vae)
         steps, size, reasons = steps_and_size(pipe, features, steps, height, width)
         reasons += amount_reasons({"suppression": suppression, "guidance": guidance})
         full, mask_reasons = full_masks(
