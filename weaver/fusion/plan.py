@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -182,7 +183,7 @@ class FusionPlan:
 
     @property
     def variants(self) -> int:
-        """The number V of variants, 1 but for what `stack` made."""
+        """The number V of variants, 1 but for what `stack_plans` made."""
         return self.index.shape[1]
 
     def phase_at(self, progress: float) -> int:
@@ -198,10 +199,17 @@ class FusionPlan:
         """The first context of each row: the negative or the base prompt of its variant."""
         return [int(self.index[row][0]) for row in rows]
 
-    def pipeline_arguments(self) -> dict:
+    def pipeline_arguments(self, pipe=None) -> dict:
         """Arguments for a pipeline call under `attach` that say what this plan says: texts, size, steps, omega, noise.
 
         For SDXL with pooled embeddings and the sizes and crop of the time ids.
+
+        Parameters
+        ----------
+        pipe : the pipeline that is to be called; None is any that draws from noise, with a ControlNet or without. The
+            noise (`latents`, the features' z_T) is meant for those alone: pass an image-to-image or inpainting one, and
+            it is left out, since inpainting would start from it in the place of its own picture at a strength below 1.
+            So is a size that the pipeline takes from its picture
 
         Without features the noise is left to the pipeline's own `generator`.
         """
@@ -225,4 +233,9 @@ class FusionPlan:
             }
         if self.features is not None:
             arguments["latents"] = self.features.z_T.expand(self.variants, -1, -1, -1)
-        return arguments
+        if pipe is None:
+            return arguments
+        taken = inspect.signature(pipe.__call__).parameters
+        left_out = {name for name in ("height", "width", "latents") if name not in taken}
+        left_out |= {"latents"} if "strength" in taken else set()
+        return {name: value for name, value in arguments.items() if name not in left_out}
