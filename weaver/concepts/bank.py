@@ -80,8 +80,8 @@ def worker_count(pipe, processes: int | None = None, device: str | None = None) 
     """How many concepts train at once, where `processes` is the wish for it, None for none.
 
     That is two a core for the embedded model on the CPU, so that none idles while the last of an odd number trains, and
-    one otherwise: other models would need their memory several times. `device` is the kind of device that the model will be on; None is where it is. Raises `WeaverError`
-    for more than one on a GPU.
+    one otherwise: other models would need their memory several times. `device` is the kind of device that the model
+    will be on; None is where it is. Raises `WeaverError` for more than one on a GPU.
     """
     device = device or pipe.device.type
     if processes is None:
