@@ -28,9 +28,9 @@ from weaver.embedded.identity import score
 from weaver.embedded.world import draw_scene
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
-from weaver.inversion import ddim_scheduler
 from weaver.latents import decode_latents, tensor_to_images
 from weaver.layers import EMBEDDED, PAPER, PLUG_AND_PLAY, InjectionSites
+from weaver.schedule import ddim_scheduler
 
 RESULTS = Path(__file__).parent / "results"
 ALL_ATTENTION = tuple(range(4, 12))

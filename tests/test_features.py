@@ -5,9 +5,10 @@ import torch
 
 from weaver import WeaverError
 from weaver.features import collect_features, reconstruction_psnr
-from weaver.inversion import ddim_scheduler, invert
+from weaver.inversion import invert
 from weaver.latents import decode_latents, psnr
 from weaver.layers import InjectionSites
+from weaver.schedule import ddim_scheduler
 
 STEPS = 4
 SITES = InjectionSites("some", resnets=(4, 9), attentions=(4, 10), resnet_window=0.75, attention_window=0.5)

@@ -11,8 +11,9 @@ from conftest import make_concept
 from weaver import WeaverError
 from weaver.features import collect_features
 from weaver.fusion import ConceptUse, FusionPlan, FusionSampler, sample_fusion, stack_plans
-from weaver.inversion import ddim_scheduler, invert
+from weaver.inversion import invert
 from weaver.layers import InjectionSites
+from weaver.schedule import ddim_scheduler
 
 PROMPT, STEPS = "a dog and a cat, mountain", 5
 SITES = InjectionSites("some", resnets=(3, 4), attentions=(4, 7), resnet_window=0.8, attention_window=0.4)

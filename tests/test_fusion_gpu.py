@@ -8,8 +8,9 @@ from conftest import WORDS_OF_CONCEPTS, make_concept, make_pipeline
 
 from weaver.features import collect_features
 from weaver.fusion import ConceptUse, FusionPlan, FusionSampler, sample_fusion
-from weaver.inversion import ddim_scheduler, invert
+from weaver.inversion import invert
 from weaver.layers import InjectionSites
+from weaver.schedule import ddim_scheduler
 
 pytestmark = pytest.mark.gpu
 PROMPT, STEPS = "a dog and a cat, mountain", 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from diffusers import (
@@ -17,8 +19,9 @@ from pipeline_forms import STEPS, controlnet_of, draw, full_mask, make
 from weaver import ConceptUse, FusionPlan, attach
 from weaver.concepts.concept import attn2_projections
 from weaver.features import collect_features
-from weaver.inversion import ddim_scheduler, invert
+from weaver.inversion import invert
 from weaver.layers import InjectionSites
+from weaver.schedule import ddim_scheduler
 
 PROMPT, NEGATIVE = "a dog and a cat, mountain", "ugly"
 PIPELINES = [
@@ -35,6 +38,12 @@ ALL = pytest.mark.parametrize("kind", PIPELINES, ids=lambda kind: kind.__name__.
 @pytest.fixture(scope="module")
 def controlnet(tiny_pipe):
     return controlnet_of(tiny_pipe.unet)
+
+
+def template_features(pipe):
+    sites = InjectionSites("some", resnets=(4,), attentions=(4, 7), resnet_window=1.0, attention_window=1.0)
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    return collect_features(pipe, invert(pipe, z, PROMPT, STEPS), sites)
 
 
 @ALL
@@ -81,9 +90,7 @@ def test_a_concept_on_the_whole_picture_is_the_model_with_its_weights(kind, tiny
 @ALL
 def test_features_of_the_template_are_injected(kind, tiny_pipe, controlnet, concepts):
     """Image-to-image begins in the middle of the template's steps and takes the features of those."""
-    sites = InjectionSites("some", resnets=(4,), attentions=(4, 7), resnet_window=1.0, attention_window=1.0)
-    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
-    features = collect_features(tiny_pipe, invert(tiny_pipe, z, PROMPT, STEPS), sites)
+    features = template_features(tiny_pipe)
     plans = [
         FusionPlan.build(tiny_pipe, [ConceptUse(concepts[0])], full_mask(), prompt=PROMPT, steps=STEPS, features=f)
         for f in (features, None)
@@ -95,6 +102,27 @@ def test_features_of_the_template_are_injected(kind, tiny_pipe, controlnet, conc
         with attach(pipe, plan):
             drawn.append(draw(pipe, prompt=PROMPT))
     assert (drawn[0] - drawn[1]).abs().max() > 1e-3
+
+
+@ALL
+@pytest.mark.parametrize("injected", [False, True], ids=["noise", "template"])
+def test_the_arguments_of_a_plan_suit_every_form(kind, injected, tiny_pipe, controlnet, concepts):
+    """A form that starts from its own picture does so, though the plan has the template's noise."""
+    features = template_features(tiny_pipe) if injected else None
+    plan = FusionPlan.build(tiny_pipe, concepts[:1], full_mask(), prompt=PROMPT, steps=STEPS, features=features)
+    pipe = make(kind, tiny_pipe, controlnet, requires_safety_checker=False)
+    pipe.scheduler = ddim_scheduler(tiny_pipe.scheduler)
+    arguments = plan.pipeline_arguments(pipe)
+    assert arguments.keys() <= inspect.signature(pipe.__call__).parameters.keys()
+    from_noise = "strength" not in inspect.signature(pipe.__call__).parameters
+    assert ("latents" in arguments) == (injected and from_noise)
+    expected = {"latents": features.z_T} if injected and from_noise else {}
+    with attach(pipe, plan):
+        found = draw(pipe, **arguments)
+        assert torch.equal(found, draw(pipe, prompt=PROMPT, guidance_scale=7.5, height=32, width=32, **expected))
+        if kind is StableDiffusionInpaintPipeline and injected:
+            from_template = draw(pipe, **plan.pipeline_arguments())
+            assert (found - from_template).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("strength", [0.25, 0.5, 1.0])

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
 
 from weaver import WeaverError
 from weaver.concepts import concept as concept_module
@@ -51,7 +52,7 @@ def build(pipe, uses, masks, **arguments):
         ({"guidance": "7"}, "guidance: is '7'"),
         ({"masks": torch.ones(2, 32, 32)}, "the masks of c1 and c2 overlap in 1024 pixels: use compose_masks"),
         ({"masks": torch.tensor([0.6, 0.6, 0.0])[:, None, None].expand(3, 32, 32)}, "masks of c1 and c2 overlap"),
-        ({"masks": torch.full((2, 32, 32), -1.0)}, "mask of c1 has values outside 0..1; the mask of c2 has"),
+        ({"masks": torch.full((2, 32, 32), -1.0)}, r"outside 0..1 \(-1 to -1\); the mask of c2 has values"),
         ({"masks": torch.full((3, 32, 32), 0.3)}, "sum to 0.9"),
         ({"masks": torch.full((2, 32, 32), float("nan"))}, "mask of c1 has values outside 0..1"),
         ({"prompt": "a cat, mountain"}, "names 'dog' 0 times"),
@@ -66,6 +67,24 @@ def build(pipe, uses, masks, **arguments):
         ({"first": {"window": (0.0, 1.5)}}, "window of c1"),
         ({"first": {"scale": float("nan")}}, "scale of c1"),
         ({"first": {"concept": None}}, "needs a prompt"),
+        ({"first": {"strength": None}}, r"strength of c1 is None, expected 0 or more \(1 is all of it\)"),
+        ({"first": {"strength": "1"}}, "strength of c1 is '1', expected 0 or more"),
+        ({"first": {"scale": "1"}}, "scale of c1 is '1', expected a finite number"),
+        ({"first": {"window": 0.5}}, r"window of c1 is 0.5, expected \(start, end\)"),
+        ({"first": {"window": ("0", "1")}}, r"window of c1 is \('0', '1'\), expected \(start, end\)"),
+        ({"first": {"prompt": ["a <v1> dog"]}}, "concepts: a use's prompt: is .*, expected one string"),
+        ({"first": {"negative_prompt": 7}}, "concepts: a use's negative_prompt: is 7, expected one string"),
+        ({"first": {"concept": "dog"}}, "concepts: 'dog' is a str, no Concept and no ConceptUse"),
+        ({"background": "mountain"}, "background: 'mountain' is a str, no Concept and no ConceptUse"),
+        ({"prompt": ["a dog"]}, r"prompt: is \['a dog'\], expected one string"),
+        ({"prompt": None}, "prompt: is None, expected one string"),
+        ({"negative_prompt": 3}, "negative_prompt: is 3, expected one string"),
+        ({"negative_prompt": ["ugly"]}, r"negative_prompt: is \['ugly'\], expected one string"),
+        ({"features": "stored"}, "features: is 'stored', expected what `collect_features` gives, or None"),
+        ({"masks": [Image.new("L", (32, 32), 255)] * 2}, r"mask of c1 has values outside 0..1 \(255 to 255\)"),
+        ({"masks": [torch.ones(32, 32), torch.ones(8, 8)]}, r"masks of different sizes: \(8, 8\), \(32, 32\)"),
+        ({"masks": Image.new("1", (32, 32))}, "masks: is a Image, expected an array .* or a list"),
+        ({"masks": ["left", "right"]}, r"masks: is \['left', 'right'\], expected numbers from 0 to 1"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else None,
 )
@@ -74,6 +93,36 @@ def test_bad_input(tiny_pipe, concepts, masks, change, message):
     with pytest.raises(WeaverError, match=message):
         first = dataclasses.replace(ConceptUse(concepts[0]), **change.pop("first", {}))
         build(tiny_pipe, [first, ConceptUse(concepts[1])], change.pop("masks", masks), **change)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"height": 33}, "size: is 32x33, expected multiples of 8 pixels"),
+        ({"height": "32"}, "size: is 32x'32', expected multiples of 8 pixels, as whole numbers"),
+        ({"height": 0}, "size: is 32x0, expected multiples of 8 pixels"),
+    ],
+    ids=["odd", "text", "zero"],
+)
+@pytest.mark.parametrize("injected", [False, True], ids=["noise", "template"])
+def test_a_wrong_size_is_one_reason_and_no_others_follow(tiny_pipe, concepts, masks, features, size, message, injected):
+    with pytest.raises(WeaverError) as caught:
+        build(tiny_pipe, concepts[:2], masks, features=features if injected else None, **size)
+    assert str(caught.value) == f"Cannot build the fusion plan: {message}"
+
+
+def test_concepts_by_themselves_are_used_with_the_defaults(tiny_pipe, concepts, masks):
+    uses = build(tiny_pipe, [ConceptUse(c) for c in concepts[:2]], masks, background=ConceptUse(concepts[4]))
+    plan = build(tiny_pipe, concepts[:2], masks, background=concepts[4])
+    assert plan.prompts == uses.prompts
+    assert all(torch.equal(plan.weights[key], uses.weights[key]) for key in uses.weights)
+
+
+def test_one_concept_is_no_list_of_concepts(tiny_pipe, concepts, masks):
+    with pytest.raises(WeaverError, match="concepts: is a ConceptUse, expected a list of concepts; prompt: is None"):
+        build(tiny_pipe, ConceptUse(concepts[0]), masks, prompt=None)
+    with pytest.raises(WeaverError, match="the U-Net is a NoneType"):
+        build(object(), [], None)
 
 
 def test_an_empty_mask_is_an_error(tiny_pipe, concepts, masks):
@@ -184,7 +233,9 @@ def test_the_base_is_hashed_once_and_not_when_its_hash_is_known(tiny_pipe, conce
 def test_masks_may_come_in_latent_cells_and_with_their_background(tiny_pipe, concepts, masks):
     uses = [ConceptUse(c) for c in concepts[:2]]
     full = torch.cat([masks, 1 - masks.sum(0, keepdim=True)])
-    plans = [build(tiny_pipe, uses, m) for m in (masks, full, masks[:, ::2, ::2], masks.numpy(), masks.bool())]
+    kinds = [masks, full, masks[:, ::2, ::2], masks.numpy(), masks.bool(), list(masks), [*masks.numpy()]]
+    kinds.append([Image.fromarray(mask.bool().numpy()) for mask in masks])
+    plans = [build(tiny_pipe, uses, kind) for kind in kinds]
     for plan in plans[1:]:
         assert all(torch.equal(plan.weights[key], plans[0].weights[key]) for key in plans[0].weights)
 

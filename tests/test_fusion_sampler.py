@@ -22,8 +22,9 @@ from weaver import WeaverError
 from weaver.concepts.concept import attn2_hash
 from weaver.features import collect_features
 from weaver.fusion import ConceptUse, FusionPlan, attach, sample_fusion
-from weaver.inversion import ddim_scheduler, invert
+from weaver.inversion import invert
 from weaver.layers import EMBEDDED, InjectionSites
+from weaver.schedule import ddim_scheduler
 
 PROMPT = "a dog and a cat, mountain"
 

@@ -23,8 +23,9 @@ from pipeline_forms import STEPS, controlnet_of, draw, full_mask, make
 from weaver import ConceptUse, FusionPlan, WeaverError, attach, sample_fusion
 from weaver.concepts.concept import attn2_projections
 from weaver.features import collect_features
-from weaver.inversion import ddim_scheduler, invert
+from weaver.inversion import invert
 from weaver.layers import InjectionSites
+from weaver.schedule import ddim_scheduler
 
 PROMPT, NEGATIVE, OWN = "a dog and a cat, mountain", "ugly", "a cat, white"
 SITES = InjectionSites("some", resnets=(1,), attentions=(1, 4), resnet_window=1.0, attention_window=0.5)

@@ -12,8 +12,9 @@ from pipeline_forms import STEPS, draw
 from weaver import WeaverError
 from weaver.features import collect_features
 from weaver.fusion import ConceptUse, FusionPlan, attach, sample_fusion, stack_plans
-from weaver.inversion import ddim_scheduler, invert
+from weaver.inversion import invert
 from weaver.layers import InjectionSites
+from weaver.schedule import ddim_scheduler
 
 PROMPT = "a dog and a cat, mountain"
 SITES = InjectionSites("some", resnets=(3, 4), attentions=(4, 7), resnet_window=0.8, attention_window=0.5)
@@ -115,6 +116,10 @@ def test_plans_that_do_not_go_together(tiny_pipe, make, features):
         assert reason in message
     with pytest.raises(WeaverError, match="there are none"):
         stack_plans([])
+    with pytest.raises(WeaverError, match="plans is a FusionPlan, expected a list of plans"):
+        stack_plans(plan)
+    with pytest.raises(WeaverError, match="plan 1 is None, expected what `FusionPlan.build` gives"):
+        stack_plans([plan, None])
 
 
 def test_variants_with_projections_of_their_own(tiny_pipe, features):

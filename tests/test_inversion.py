@@ -9,10 +9,10 @@ from PIL import Image
 
 from weaver import WeaverError
 from weaver.features import collect_features
-from weaver.inversion import ddim_scheduler, invert
+from weaver.inversion import invert
 from weaver.latents import encode_image
 from weaver.layers import InjectionSites
-from weaver.schedule import most_steps
+from weaver.schedule import ddim_scheduler, most_steps
 
 
 @pytest.fixture

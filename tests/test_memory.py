@@ -195,6 +195,15 @@ def test_the_first_plan_that_fits_is_taken(job_folder):
     assert "features" not in replayed.parts and replayed.total < stored.total
 
 
+def test_a_plan_of_another_kind_is_told():
+    with pytest.raises(WeaverError) as caught:
+        MemoryPlan("nowhere", offload="yes", at_once=0)
+    assert str(caught.value) == (
+        "Cannot plan the memory: features is 'nowhere', expected one of device, host, replayed; "
+        "offload is 'yes', expected True or False; at_once is 0, expected a whole number, 1 or more, or None"
+    )
+
+
 def test_parts_rest_and_are_lent():
     module, other = torch.nn.Linear(3, 3, device="meta"), torch.nn.Linear(3, 3)
     with Ledger("cuda"):

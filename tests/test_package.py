@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -20,5 +23,18 @@ def test_every_public_name_is_there():
     for name, module in weaver._LAZY.items():
         assert getattr(weaver, name).__module__ == f"weaver.{module}", name
     assert set(weaver.__all__) <= set(dir(weaver))
+    asked_for = {"CacheWarning", "MemoryPlan", "ddim_scheduler", "reconstruction_psnr", "sites_for"}
+    assert asked_for | {"EMBEDDED", "PAPER", "PLUG_AND_PLAY", "SDXL"} <= set(weaver.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = weaver.nothing
+
+
+def test_the_scheduler_and_the_kinds_of_features_have_one_home():
+    homes = Counter()
+    for file in Path(weaver.__file__).parent.rglob("*.py"):
+        if file.name in ("__init__.py", "__main__.py"):
+            continue  # they pass names on
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                homes.update(ast.literal_eval(node.value))
+    assert homes["ddim_scheduler"] == homes["FEATURES"] == 1

@@ -7,9 +7,12 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+import weaver
 from weaver import job as job_module
 from weaver.cli import _parser
 from weaver.job.parse import job_from_mapping
@@ -18,26 +21,46 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def block(language: str) -> str:
-    """The README's first block of code in a language."""
-    return re.search(rf"```{language}\n(.*?)```", README, re.DOTALL).group(1)
+def blocks(language: str) -> list[str]:
+    """The README's blocks of code in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_first_example_is_short_and_runs(tmp_path, monkeypatch):
-    code = block("python")
-    assert len(code.splitlines()) < 15
+def test_the_examples_are_short_and_run_one_after_another(tmp_path, monkeypatch):
+    first, attached = blocks("python")
+    assert len(first.splitlines()) < 15 and len(attached.splitlines()) < 12
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(first, "README.md", "exec"), names)
     assert Image.open(tmp_path / "woven.png").size == (512, 512)
     assert names["result"].reconstruction_psnr > 15
+    exec(compile(attached, "README.md", "exec"), names)
+    plain = names["pipe"](names["prompt"], guidance_scale=3, generator=torch.manual_seed(1)).images[0]
+    assert names["picture"].size == plain.size == (64, 64) and names["picture"].tobytes() != plain.tobytes()
+
+
+def test_what_the_text_says_of_templates_runs(tiny_pipe, concepts):
+    """The calls of the paragraph below the examples, as they stand there."""
+    code = re.findall(r"`([^`\n]+)`", README[README.index("This draws from noise") :])
+    features, scheduler, call = code[:3]
+    masks, prompt = torch.ones(1, 32, 32), "a dog and a cat"
+    names = {name: getattr(weaver, name) for name in weaver.__all__}
+    names |= {"pipe": StableDiffusionPipeline(**tiny_pipe.components, requires_safety_checker=False), "prompt": prompt}
+    names |= {"template": Image.new("RGB", (32, 32), "orange"), "concepts": concepts[:1], "masks": masks}
+    exec(f"plan = FusionPlan.build(pipe, concepts, masks, prompt=prompt, {features})\n{scheduler}", names)
+    with weaver.attach(names["pipe"], names["plan"]):
+        assert eval(call, names).images[0].size == (32, 32)
+
+
+def test_no_line_of_text_is_over_120_columns():
+    assert [line for line in README.splitlines() if len(line) > 120 and not line.startswith("|")] == []
 
 
 def test_the_job_is_a_job(tmp_path):
     (tmp_path / "pictures" / "my-cat").mkdir(parents=True)
     for name in ("rex.safetensors", "my-mountains.safetensors"):
         (tmp_path / name).write_bytes(b"")
-    job = job_from_mapping(yaml.safe_load(block("yaml")), folder=tmp_path)
+    job = job_from_mapping(yaml.safe_load(blocks("yaml")[0]), folder=tmp_path)
     assert [spec.name for spec in job.everyone] == ["cat", "rex", "my-mountains"]
 
 
@@ -62,7 +85,10 @@ def test_links_and_pictures_are_there():
     assert targets and [target for target in targets if not (ROOT / target).exists()] == []
 
 
-def test_the_layout_names_what_exists():
+def test_the_layout_names_what_exists_and_every_module():
     layout = README[README.index("## Where things are") : README.index("## What it does not do yet")]
     for name in re.findall(r"`((?:weaver|weaver_kernels|tests)/[\w/.*]*)`", layout):
         assert list(ROOT.glob(name.rstrip("/"))), name
+    basic = {"__init__.py", "__main__.py", "version.py", "errors.py"}
+    modules = {file.name for file in (ROOT / "weaver").glob("*.py")} - basic
+    assert [name for name in sorted(modules) if not re.search(rf"[`/]{name}`", layout)] == []

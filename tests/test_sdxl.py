@@ -20,10 +20,11 @@ from weaver.conditioning import make_time_ids
 from weaver.defaults import defaults_for
 from weaver.features import collect_features, reconstruction_psnr
 from weaver.fusion import ConceptUse, FusionPlan, attach, sample_fusion
-from weaver.inversion import ddim_scheduler, invert
+from weaver.inversion import invert
 from weaver.latents import decode_latents
 from weaver.layers import SDXL, InjectionSites, site_reasons, sites_for
 from weaver.masks.attention import attention_maps
+from weaver.schedule import ddim_scheduler
 
 SITES = InjectionSites("some", resnets=(1,), attentions=(1, 4), resnet_window=0.6, attention_window=0.4)
 

@@ -15,7 +15,7 @@ from weaver.errors import WeaverError
 from weaver.fusion import ConceptUse
 from weaver.job import FusionSpec, Job, JobError, MaskSpec
 from weaver.job.resolve import check_model
-from weaver.layers import EMBEDDED, InjectionSites
+from weaver.layers import EMBEDDED, PAPER, InjectionSites
 from weaver.masks import compose_masks
 from weaver.pipeline import weave
 from weaver.places import Places
@@ -117,8 +117,55 @@ def test_arguments_of_another_kind_are_told(tiny_pipe, concepts):
         WeaverError, match="Cannot weave: concepts: is a Concept, expected a list of concepts; size: is 64"
     ):
         weave(tiny_pipe, PROMPT, concepts[0], size=64)
-    with pytest.raises(WeaverError, match="concepts: 'c1' is a str, no Concept and .*; background: is a str"):
+    with pytest.raises(WeaverError, match="concepts: 'c1' is a str, no Concept and .*; background: 'hills' is a str"):
         weave(tiny_pipe, PROMPT, ["c1"], background="hills")
+
+
+def test_types_that_weave_can_not_take_are_told_at_once_and_early(tiny_pipe, concepts, calls):
+    wrong = {
+        "negative_prompt": ["ugly"],
+        "source_prompt": 3,
+        "template": 5,
+        "size": ("32", 32),
+        "seed": "1",
+        "template_steps": "2",
+        "template_guidance": "7",
+        "sites": "papers",
+        "cache": "folder",
+    }
+    with pytest.raises(WeaverError) as caught:
+        weave(tiny_pipe, None, concepts[:2], masks=halves(), steps=2, **wrong)
+    message = str(caught.value)
+    for reason in (
+        "prompt: is None, expected one string",
+        "negative_prompt: is ['ugly']",
+        "source_prompt: is 3",
+        "template: is 5, expected a picture, its file, or None",
+        "size: is ('32', 32), expected (height, width) in pixels",
+        "seed: is '1', expected a whole number",
+        "template_steps: is '2', expected a whole number",
+        "template_guidance: is '7', expected a finite number",
+        "sites: is 'papers', expected an InjectionSites or one of paper, plug-and-play",
+        "cache: is 'folder', expected a Cache: Cache(folder)",
+    ):
+        assert reason in message
+    for arguments, reason in (
+        ({"memory": "replayed"}, r"memory: is 'replayed', expected MemoryPlan\(features=...\)"),
+        ({"places": "left"}, "places: is 'left', expected a list of one MaskSpec a concept"),
+        ({"places": [(0, 0, 8, 8)] * 2}, "places: is .*, expected a list of one MaskSpec a concept"),
+        ({"masks": "left.png"}, "masks: is a str, expected an array"),
+        ({"features": ["stored"]}, "features: is \\['stored'\\], expected one of stored"),
+    ):
+        with pytest.raises(WeaverError, match=reason):
+            weave(tiny_pipe, PROMPT, concepts[:2], steps=2, **arguments)
+    assert calls == [] and "\n" not in message
+
+
+def test_sites_may_be_named_and_masks_listed(tiny_pipe, concepts):
+    arguments = {"template": Image.new("RGB", (32, 32), "orange"), "steps": 2, "guidance": 2.0}
+    first = weave(tiny_pipe, PROMPT, concepts[:2], masks=halves(), sites=PAPER, **arguments)
+    named = weave(tiny_pipe, PROMPT, concepts[:2], masks=list(torch.tensor(halves())), sites="paper", **arguments)
+    assert named.settings == first.settings and named.image.tobytes() == first.image.tobytes()
 
 
 def test_a_mask_may_be_drawn_on_the_template_file(tiny_pipe, concepts, tmp_path):

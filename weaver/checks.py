@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
-from weaver.concepts.concept import Concept
+from PIL import Image
+
+from weaver.cache import Cache
+from weaver.errors import told
 from weaver.fusion.attach import installable_reasons
-from weaver.fusion.contexts import ConceptUse, use_reasons
-from weaver.fusion.inputs import amount_reasons
+from weaver.fusion.contexts import ConceptUse, concept_reasons, use_reasons
+from weaver.fusion.inputs import amount_reasons, string_reasons
 from weaver.fusion.support import model_reasons
-from weaver.layers import InjectionSites, site_reasons
+from weaver.layers import SITES, InjectionSites, site_reasons
 from weaver.limits import size_reasons, step_reasons
 
 __all__ = ["argument_reasons", "fusion_reasons"]
 
 
-def argument_reasons(concepts, background, size) -> list[str]:
-    """Which arguments of `weave` are of another kind than it takes; empty when none is."""
-    reasons, kinds = [], (Concept, ConceptUse)
-    if isinstance(concepts, Sequence) and not isinstance(concepts, str):
-        odd = [entry for entry in concepts if not isinstance(entry, kinds)]
-        reasons += [f"concepts: {entry!r} is a {type(entry).__name__}, no Concept and no ConceptUse" for entry in odd]
-    else:
-        reasons.append(f"concepts: is a {type(concepts).__name__}, expected a list of concepts")
-    if background is not None and not isinstance(background, kinds):
-        reasons.append(f"background: is a {type(background).__name__}, expected a Concept or a ConceptUse")
-    if size is not None and not (isinstance(size, Sequence) and len(size) == 2):
-        reasons.append(f"size: is {size!r}, expected (height, width) in pixels")
+def argument_reasons(
+    concepts, background, texts: Mapping, template, making: Mapping, *, size, sites, cache
+) -> list[str]:
+    """Which arguments of `weave` are of another kind than it takes; empty when none is.
+
+    `texts` are its prompts by what they are called, of which "prompt" has to be there; `making` are "seed",
+    "template_steps" and "template_guidance". What is wrong with their values is found later.
+    """
+    reasons = concept_reasons(concepts, background) + string_reasons(texts, optional={*texts} - {"prompt"})
+    if not isinstance(template, Image.Image | str | os.PathLike | None):
+        reasons.append(f"template: is {told(template)}, expected a picture, its file, or None")
+    if size is not None and not (isinstance(size, Sequence) and len(size) == 2 and all(map(_is_whole, size))):
+        reasons.append(f"size: is {told(size)}, expected (height, width) in pixels")
+    for name in ("seed", "template_steps"):
+        if not _is_whole(making[name]):
+            reasons.append(f"{name}: is {told(making[name])}, expected a whole number")
+    if making["template_guidance"] is not None:
+        reasons += amount_reasons({"template_guidance": making["template_guidance"]})
+    if not isinstance(sites, InjectionSites | None) and not (isinstance(sites, str) and sites in SITES):
+        reasons.append(f"sites: is {told(sites)}, expected an InjectionSites or one of {', '.join(SITES)}")
+    if not isinstance(cache, Cache | None):
+        reasons.append(f"cache: is {told(cache)}, expected a Cache: Cache(folder) keeps results in a folder")
     return reasons
 
 
@@ -60,3 +74,7 @@ def fusion_reasons(
         *(f"model: {reason}" for reason in installable_reasons(pipe.unet, sites)),
         *use_reasons(pipe, uses, base_hash),
     ]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
-__all__ = ["WeaverError", "raise_if"]
+__all__ = ["WeaverError", "raise_if", "told"]
+
+_LONGEST = 60  # characters of a value that an error tells
 
 
 class WeaverError(ValueError):
@@ -22,3 +25,9 @@ def raise_if(reasons: Iterable[str], what: str) -> None:
     reasons = list(reasons)
     if reasons:
         raise WeaverError(f"{what}: " + "; ".join(reasons))
+
+
+def told(value: object) -> str:
+    """A value as an error names it: in one line, cut where it is long."""
+    text = re.sub(r"\s*\n\s*", " ", repr(value))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

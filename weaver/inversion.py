@@ -15,9 +15,9 @@ from weaver.conditioning import added_reasons, make_time_ids, time_id_reasons, u
 from weaver.errors import raise_if
 from weaver.latents import encode_image, vae_scale_factor
 from weaver.limits import size_reasons, step_reasons
-from weaver.schedule import ddim_scheduler, invertible
+from weaver.schedule import invertible
 
-__all__ = ["Inversion", "ddim_scheduler", "invert"]
+__all__ = ["Inversion", "invert"]
 
 
 @dataclass(frozen=True, eq=False)

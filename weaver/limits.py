@@ -28,4 +28,5 @@ def size_reasons(pipe, size: tuple[int, int]) -> list[str]:
     multiple = pixel_multiple(pipe.vae)
     if all(isinstance(side, int) and side > 0 and side % multiple == 0 for side in size):
         return []
-    return [f"size: is {size[1]}x{size[0]}, expected multiples of {multiple} pixels"]
+    kind = "" if all(isinstance(side, int) for side in size) else ", as whole numbers"
+    return [f"size: is {size[1]!r}x{size[0]!r}, expected multiples of {multiple} pixels{kind}"]

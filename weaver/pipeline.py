@@ -17,9 +17,9 @@ from weaver.choices import FEATURES
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.concepts.own_prompts import token_reasons
 from weaver.defaults import default_dilation, defaults_for, model_size
-from weaver.errors import WeaverError, raise_if
+from weaver.errors import WeaverError, raise_if, told
 from weaver.features import collect_features, reconstruction_psnr
-from weaver.fusion.contexts import ConceptUse, encode_contexts
+from weaver.fusion.contexts import ConceptUse, as_use, encode_contexts
 from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
@@ -27,7 +27,7 @@ from weaver.fusion.support import model_reasons
 from weaver.inversion import invert
 from weaver.job import MaskSpec
 from weaver.latents import decode_latents, tensor_to_images
-from weaver.layers import InjectionSites
+from weaver.layers import InjectionSites, sites_for
 from weaver.memory.plans import MemoryPlan
 from weaver.memory.resting import modules_of, resting
 from weaver.models import threads_for
@@ -77,6 +77,8 @@ def _on_model(function):
     @wraps(function)
     def run(pipe, *args, memory: MemoryPlan | None = None, **kwargs):
         raise_if(model_reasons(pipe), "Cannot weave with this model")
+        if not isinstance(memory, MemoryPlan | None):
+            raise WeaverError(f"Cannot weave: memory: is {told(memory)}, expected MemoryPlan(features=...)")
         memory = memory or MemoryPlan()
         others = [module for module in modules_of(pipe) if module is not pipe.unet]
         with threads_for(pipe), resting(others if memory.offload else []):
@@ -95,7 +97,7 @@ def weave(
     negative_prompt: str | None = None,
     template: Image.Image | str | Path | None = None,
     places: Places | Sequence[MaskSpec] | None = None,
-    masks: torch.Tensor | np.ndarray | None = None,
+    masks: torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray] | None = None,
     mask_source: str | None = None,
     dilation: int | None = None,
     overlap: str = "priority",
@@ -107,7 +109,7 @@ def weave(
     guidance: float | None = None,
     suppression: float | None = None,
     eta: float | None = None,
-    sites: InjectionSites | None = None,
+    sites: InjectionSites | str | None = None,
     features: str = "stored",
     size: tuple[int, int] | None = None,
     cache: Cache | None = None,
@@ -129,14 +131,15 @@ def weave(
     template : a picture or its file; None makes one from `prompt` with `pipe`, `seed` and `template_steps`
     places : where each concept stands; None finds each by its class word
     masks : [N, height, width] instead of `places`, in the template's pixels, 0.5 and more is inside; or
-        [N + 1, height, width] as `compose_masks` returns them, the background last, which are taken as they are
+        [N + 1, height, width] as `compose_masks` returns them, the background last, which are taken as they are; or a
+        list of as many [height, width]
     mask_source : who finds words, "segmenter" (the embedded model's) or "attention"; None is the best there is
     dilation : pixels that masks grow by; None is a 64th of the shorter side
     overlap : who gets what two masks claim, "priority" or "share"
     source_prompt : p_src, what the template shows; None is `prompt`
     steps : of inversion, reconstruction and fusion
-    guidance : omega; None, like `suppression` (lambda), `eta` (of the fusion's DDIM steps) and `sites`, is the model's
-        default (`weaver.defaults`)
+    guidance : omega; None, like `suppression` (lambda), `eta` (of the fusion's DDIM steps) and `sites` (a table or its
+        name, as `sites_for` takes it), is the model's default (`weaver.defaults`)
     features : "stored"; "replayed", the same picture in less memory and more time; or "inversion", which approximates
     size : (height, width) of the picture; None is the model's own
     cache : where the template's inversion is looked for, and kept; None keeps nothing
@@ -147,13 +150,16 @@ def weave(
     """
     stages = stages or Stages(bars=False)
     defaults = defaults_for(pipe)
-    raise_if(argument_reasons(concepts, background, size), "Cannot weave")
-    uses, ground = [_use(concept) for concept in concepts], background and _use(background)
+    texts = {"prompt": prompt, "negative_prompt": negative_prompt, "source_prompt": source_prompt}
+    making = {"seed": seed, "template_steps": template_steps, "template_guidance": template_guidance}
+    kinds = argument_reasons(concepts, background, texts, template, making, size=size, sites=sites, cache=cache)
+    raise_if(kinds, "Cannot weave")
+    uses, ground = [as_use(concept) for concept in concepts], background and as_use(background)
     everyone, names = [*uses, *([ground] if ground else [])], [use.name for use in uses]
     guidance = defaults.guidance if guidance is None else guidance
     suppression = defaults.suppression if suppression is None else suppression
     eta = defaults.eta if eta is None else eta
-    sites = sites or defaults.sites
+    sites = sites_for(sites) if isinstance(sites, str) else sites or defaults.sites
     size = size or model_size(pipe)
     dilation = default_dilation(size) if dilation is None else dilation
     source_prompt = prompt if source_prompt is None else source_prompt
@@ -161,7 +167,7 @@ def weave(
     reasons = fusion_reasons(pipe, everyone, size=size, steps=steps, sites=sites, base_hash=base_hash, amounts=amounts)
     reasons += eta_reasons(eta)
     reasons += [] if everyone else ["there is no concept to draw"]
-    reasons += [] if features in FEATURES else [f"features: is {features!r}, expected one of {', '.join(FEATURES)}"]
+    reasons += [] if features in FEATURES else [f"features: is {told(features)}, expected one of {', '.join(FEATURES)}"]
     source = {} if source_prompt == prompt else {"source_prompt": source_prompt}
     reasons += token_reasons(source, [use.concept for use in everyone if use.concept])
     reasons += encode_contexts(pipe, prompt, negative_prompt, uses, ground)[2]
@@ -243,7 +249,3 @@ def weave(
     cached = tuple(name for name, part in (("inversion", inversion), ("features", found)) if part.cached)
     seconds = dict(stages.seconds)
     return WeaveResult(image, template, final, tuple(names), plan.prompts, quality, settings, seconds, cached)
-
-
-def _use(concept: Concept | ConceptUse) -> ConceptUse:
-    return concept if isinstance(concept, ConceptUse) else ConceptUse(concept)

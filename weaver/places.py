@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from weaver.choices import MASK_SOURCES
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, told
 from weaver.fusion.contexts import ConceptUse
 from weaver.job import MaskSpec
 from weaver.masks import MaskError, attention_masks, box_mask, compose_masks, load_mask, segmenter_masks
 from weaver.masks.attention import word_positions
-from weaver.masks.compose import partition_reasons
+from weaver.masks.compose import as_masks, partition_reasons
 from weaver.masks.segmenter import segmenter_reasons
 from weaver.memory.resting import lent, modules_of
 from weaver.models import is_embedded
@@ -88,8 +88,10 @@ class Places:
         return cls(tuple(given), tuple(wanted), source, tuple(sources))
 
     @classmethod
-    def from_masks(cls, masks: torch.Tensor | np.ndarray, names: Sequence[str], size: tuple[int, int]) -> Places:
-        """Take the masks of the concepts `names` from an array.
+    def from_masks(
+        cls, masks: torch.Tensor | np.ndarray | Sequence, names: Sequence[str], size: tuple[int, int]
+    ) -> Places:
+        """Take the masks of the concepts `names` from an array, or from a list of one [height, width] each.
 
         Parameters
         ----------
@@ -98,7 +100,7 @@ class Places:
 
         Raises `MaskError` for another shape, and for composed masks that are empty or do not sum to one.
         """
-        masks, count = torch.as_tensor(masks).cpu(), len(names)
+        masks, count = as_masks(masks), len(names)
         if tuple(masks.shape) not in ((count, *size), (count + 1, *size)):
             raise MaskError(
                 f"masks have shape {tuple(masks.shape)}, expected {[count, *size]}, or {[count + 1, *size]} with the "
@@ -166,7 +168,7 @@ def places_of(
     pipe,
     uses: Sequence[ConceptUse],
     places: Places | Sequence[MaskSpec] | None,
-    masks: torch.Tensor | np.ndarray | None,
+    masks: torch.Tensor | np.ndarray | Sequence | None,
     *,
     source: str | None,
     size: tuple[int, int],
@@ -183,6 +185,8 @@ def places_of(
     if masks is not None:
         return Places.from_masks(masks, [use.name for use in uses], size)
     places = [MaskSpec()] * len(uses) if places is None else places
+    if not isinstance(places, Sequence) or not all(isinstance(place, MaskSpec) for place in places):
+        raise WeaverError(f"places: is {told(places)}, expected a list of one MaskSpec a concept")
     if len(places) != len(uses):
         raise WeaverError(f"{len(places)} places for {len(uses)} concepts; give one a concept")
     words = [use.concept.word if use.concept else None for use in uses]

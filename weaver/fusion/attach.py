@@ -12,6 +12,7 @@ from torch import nn
 from weaver.compiled import compiled_modules
 from weaver.errors import raise_if
 from weaver.fusion.checks import plan_reasons
+from weaver.fusion.contexts import acting_weight
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.processors import FusedCrossAttnProcessor, InjectedSelfAttnProcessor
 from weaver.fusion.rows import FUSED, row_reasons
@@ -167,5 +168,5 @@ def _projects(modules: dict[str, nn.Module], plan: FusionPlan) -> bool:
     """Whether the U-Net's first attn2 makes of the base prompt the keys that the plan has."""
     path, kv = next(iter(plan.keys_values.items()))
     context = plan.leads([(FUSED, 0)])[0]
-    found, expected = plan.text[context] @ modules[path].to_k.weight.T, kv.keys[context].flatten(-2)
+    found, expected = plan.text[context] @ acting_weight(modules[path].to_k, plan.text).T, kv.keys[context].flatten(-2)
     return bool((found - expected).norm() <= _SAME_KEYS * expected.norm())

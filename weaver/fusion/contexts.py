@@ -6,8 +6,7 @@ background where it is a concept too (Concept Weaver, section 3.5), then the con
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,8 @@ from weaver.concepts.concept import Concept, attn2_hash
 from weaver.concepts.own_prompts import own_prompt_reasons, own_prompts, token_reasons
 from weaver.concepts.prompts import Encoding, absent_is_zero, encode
 from weaver.conditioning import text_encoders
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, told
+from weaver.fusion.inputs import is_number, string_reasons
 from weaver.fusion.routes import OwnProjections
 from weaver.layers import cross_attention_paths
 from weaver.memory.resting import lent
@@ -27,6 +27,9 @@ __all__ = [
     "BASE",
     "NEGATIVE",
     "ConceptUse",
+    "as_use",
+    "concept_reasons",
+    "acting_weight",
     "context_keys_values",
     "encode_contexts",
     "own_projections",
@@ -76,6 +79,28 @@ class ConceptUse:
         return self.strength if start <= progress < end else 0.0
 
 
+def as_use(concept: Concept | ConceptUse) -> ConceptUse:
+    """How a fusion uses a concept; one by itself is used with the defaults."""
+    return concept if isinstance(concept, ConceptUse) else ConceptUse(concept)
+
+
+def concept_reasons(concepts, background) -> list[str]:
+    """Which concepts are of another kind than a fusion takes, and the texts of their uses; empty when none is."""
+    reasons, entries = [], [] if background is None else [("background", background)]
+    if isinstance(concepts, Sequence) and not isinstance(concepts, str):
+        entries = [*(("concepts", entry) for entry in concepts), *entries]
+    else:
+        reasons.append(f"concepts: is a {type(concepts).__name__}, expected a list of concepts")
+    for where, entry in entries:
+        concept = entry.concept if isinstance(entry, ConceptUse) else entry
+        if not isinstance(concept, Concept) and (concept is not None or concept is entry):
+            reasons.append(f"{where}: {told(concept)} is a {type(concept).__name__}, no Concept and no ConceptUse")
+        elif isinstance(entry, ConceptUse):
+            texts = {"prompt": entry.prompt, "negative_prompt": entry.negative_prompt}
+            reasons += [f"{where}: a use's {reason}" for reason in string_reasons(texts, optional=texts)]
+    return reasons
+
+
 def use_reasons(pipe, uses: Sequence[ConceptUse], base_hash: str | None = None) -> list[str]:
     """What is wrong with the settings and the base model of each use; empty when nothing is.
 
@@ -85,13 +110,14 @@ def use_reasons(pipe, uses: Sequence[ConceptUse], base_hash: str | None = None) 
     if base_hash is None and any(use.concept is not None for use in uses):
         base_hash = attn2_hash(pipe.unet)
     for use in uses:
-        if not (math.isfinite(use.strength) and use.strength >= 0):
-            reasons.append(f"strength of {use.name} is {use.strength!r}, expected 0 or more (1 is all of it)")
-        if not math.isfinite(use.scale):
-            reasons.append(f"scale of {use.name} is {use.scale!r}, expected a finite number")
-        window = tuple(use.window)
-        if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
-            reasons.append(f"window of {use.name} is {use.window!r}, expected (start, end) with 0 <= start < end <= 1")
+        if not is_number(use.strength) or use.strength < 0:
+            reasons.append(f"strength of {use.name} is {told(use.strength)}, expected 0 or more (1 is all of it)")
+        if not is_number(use.scale):
+            reasons.append(f"scale of {use.name} is {told(use.scale)}, expected a finite number")
+        window = tuple(use.window) if isinstance(use.window, Iterable) else ()
+        if len(window) != 2 or not all(map(is_number, window)) or not 0 <= window[0] < window[1] <= 1:
+            told_window = told(use.window)
+            reasons.append(f"window of {use.name} is {told_window}, expected (start, end) with 0 <= start < end <= 1")
         if use.concept is not None:
             try:
                 use.concept.check_base(pipe, base_hash)
@@ -167,7 +193,7 @@ def context_keys_values(unet, text: torch.Tensor, uses: Sequence[ConceptUse]) ->
             for s, use in enumerate(uses, start=_FIRST_USE)
             if use.concept is not None
         }
-        weights = (_weight(projection, text) for projection in (attention.to_k, attention.to_v))
+        weights = (acting_weight(projection, text) for projection in (attention.to_k, attention.to_v))
         found[path] = project_contexts(text, *weights, attention.heads, changes)
     return found
 
@@ -214,7 +240,7 @@ def _change(use: ConceptUse, name: str, dtype: torch.dtype) -> torch.Tensor | No
     return None if delta is None else use.scale * delta.to(torch.promote_types(delta.dtype, dtype))
 
 
-def _weight(projection: nn.Module, text: torch.Tensor) -> torch.Tensor:
+def acting_weight(projection: nn.Module, text: torch.Tensor) -> torch.Tensor:
     """[H * D, C], the weight by which a projection acts, that of an adapter around it included."""
     if type(projection) is nn.Linear:
         return projection.weight

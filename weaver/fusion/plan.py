@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,11 +12,14 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from weaver.concepts.concept import Concept
 from weaver.conditioning import make_time_ids
 from weaver.errors import raise_if
 from weaver.features import Features
 from weaver.fusion.contexts import (
     ConceptUse,
+    as_use,
+    concept_reasons,
     context_keys_values,
     encode_contexts,
     own_projections,
@@ -23,7 +27,7 @@ from weaver.fusion.contexts import (
     same_contexts,
     use_reasons,
 )
-from weaver.fusion.inputs import amount_reasons, full_masks, steps_and_size
+from weaver.fusion.inputs import amount_reasons, full_masks, steps_and_size, string_reasons
 from weaver.fusion.routes import OwnProjections
 from weaver.fusion.rows import FUSED, NEGATED, Row
 from weaver.fusion.support import model_reasons
@@ -88,12 +92,12 @@ class FusionPlan:
     def build(
         cls,
         pipe,
-        concepts: Sequence[ConceptUse] = (),
-        masks: torch.Tensor | np.ndarray | None = None,
+        concepts: Sequence[Concept | ConceptUse] = (),
+        masks: torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray] | None = None,
         *,
         prompt: str,
         negative_prompt: str | None = None,
-        background: ConceptUse | None = None,
+        background: Concept | ConceptUse | None = None,
         suppression: float = 0.0,
         guidance: float = 7.5,
         features: Features | None = None,
@@ -109,9 +113,10 @@ class FusionPlan:
         Parameters
         ----------
         pipe : a `StableDiffusionPipeline` or a `StableDiffusionXLPipeline`, only read
-        concepts : N uses of concepts, each in the region of its mask
+        concepts : N concepts or uses of them, each in the region of its mask
         masks : [N, height, width] that do not overlap, or [N + 1, height, width] with the background last and summing
-            to one, as `compose_masks` makes them; 0..1, in the picture's pixels or in latent cells. None if N is 0
+            to one, as `compose_masks` makes them, or a list of as many [height, width]; 0..1, in the picture's pixels
+            or in latent cells. None if N is 0
         prompt : p_base, the concept-free prompt of the whole picture
         negative_prompt : p_neg; None is what the pipeline takes where none is given: an empty one, or zeros in SDXL
         background : a concept for everything outside the masks; None leaves it to the base model
@@ -125,10 +130,13 @@ class FusionPlan:
 
         Raises `WeaverError` with every reason, when something does not fit.
         """
-        unet, concepts = pipe.unet, list(concepts)
-        uses = [*concepts, *([background] if background is not None else [])]
         raise_if(model_reasons(pipe), "Cannot fuse with this model")
-        factor = vae_scale_factor(pipe.vae)
+        reasons = concept_reasons(concepts, background)
+        reasons += string_reasons({"prompt": prompt, "negative_prompt": negative_prompt}, optional=["negative_prompt"])
+        raise_if(reasons, "Cannot build the fusion plan")
+        concepts, background = list(map(as_use, concepts)), None if background is None else as_use(background)
+        uses = [*concepts, *([background] if background is not None else [])]
+        unet, factor = pipe.unet, vae_scale_factor(pipe.vae)
         steps, size, reasons = steps_and_size(pipe, features, steps, height, width)
         reasons += amount_reasons({"suppression": suppression, "guidance": guidance})
         full, mask_reasons = full_masks(
@@ -175,7 +183,7 @@ class FusionPlan:
 
     @property
     def variants(self) -> int:
-        """The number V of variants, 1 but for what `stack` made."""
+        """The number V of variants, 1 but for what `stack_plans` made."""
         return self.index.shape[1]
 
     def phase_at(self, progress: float) -> int:
@@ -191,10 +199,17 @@ class FusionPlan:
         """The first context of each row: the negative or the base prompt of its variant."""
         return [int(self.index[row][0]) for row in rows]
 
-    def pipeline_arguments(self) -> dict:
+    def pipeline_arguments(self, pipe=None) -> dict:
         """Arguments for a pipeline call under `attach` that say what this plan says: texts, size, steps, omega, noise.
 
         For SDXL with pooled embeddings and the sizes and crop of the time ids.
+
+        Parameters
+        ----------
+        pipe : the pipeline that is to be called; None is any that draws from noise, with a ControlNet or without. The
+            noise (`latents`, the features' z_T) is meant for those alone: pass an image-to-image or inpainting one, and
+            it is left out, since inpainting would start from it in the place of its own picture at a strength below 1.
+            So is a size that the pipeline takes from its picture
 
         Without features the noise is left to the pipeline's own `generator`.
         """
@@ -218,4 +233,9 @@ class FusionPlan:
             }
         if self.features is not None:
             arguments["latents"] = self.features.z_T.expand(self.variants, -1, -1, -1)
-        return arguments
+        if pipe is None:
+            return arguments
+        taken = inspect.signature(pipe.__call__).parameters
+        left_out = {name for name in ("height", "width", "latents") if name not in taken}
+        left_out |= {"latents"} if "strength" in taken else set()
+        return {name: value for name, value in arguments.items() if name not in left_out}

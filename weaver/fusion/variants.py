@@ -9,7 +9,7 @@ from operator import attrgetter
 import torch
 from torch.nn.functional import pad
 
-from weaver.errors import raise_if
+from weaver.errors import raise_if, told
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.routes import OwnProjections
 from weaver_kernels import ContextKV
@@ -34,7 +34,7 @@ def stack_plans(plans: Sequence[FusionPlan]) -> FusionPlan:
     with as many prompts (`FusionPlan.pipeline_arguments`). Raises `WeaverError` with every reason why they don't go
     together.
     """
-    plans = list(plans)
+    raise_if(_kind_reasons(plans), "Cannot stack the plans")
     raise_if(_reasons(plans), "Cannot stack the plans")
     first = plans[0]
     starts = [sum(len(plan.text) for plan in plans[:i]) for i in range(len(plans))]
@@ -84,6 +84,16 @@ def _merged(plans: Sequence[FusionPlan], starts: Sequence[int], path: str) -> Ow
     ]
     queries, outputs = ({s: x for own in moved for s, x in part(own).items()} for part in _PARTS)
     return OwnProjections(queries, outputs)
+
+
+def _kind_reasons(plans) -> list[str]:
+    if not isinstance(plans, Sequence):
+        return [f"plans is a {type(plans).__name__}, expected a list of plans"]
+    return [
+        f"plan {number} is {told(plan)}, expected what `FusionPlan.build` gives"
+        for number, plan in enumerate(plans)
+        if not isinstance(plan, FusionPlan)
+    ]
 
 
 def _reasons(plans: Sequence[FusionPlan]) -> list[str]:

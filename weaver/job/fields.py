@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from weaver.errors import told
+
 __all__ = ["EMBEDDED", "LARGEST", "Fields", "resolve_path"]
 
 LARGEST = 2**32 - 1  # of a whole number; seeds are multiplied and added to, and must stay within 64 bits
@@ -215,8 +217,7 @@ def _is_list(value: object) -> bool:
 
 
 def _show(value: object) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return "nothing" if value is None else told(value)
 
 
 def _suggest(word: str, options: Sequence[str]) -> str:

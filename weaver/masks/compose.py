@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from weaver.choices import OVERLAPS
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, told
 
-__all__ = ["MaskError", "check_partition", "compose_masks", "dilate", "mask_pyramid", "partition_reasons"]
+__all__ = ["MaskError", "as_masks", "check_partition", "compose_masks", "dilate", "mask_pyramid", "partition_reasons"]
 
 # A concept that keeps less than this part of its own mask is as good as not in the picture.
 _KEPT = 0.01
@@ -65,6 +65,26 @@ def compose_masks(
     if reasons := _losses(inside, final, names):
         raise MaskError("masks leave a concept nothing: " + "; ".join(reasons))
     return torch.cat([final, (count == 0)[None].to(final)])
+
+
+def as_masks(masks: torch.Tensor | np.ndarray | Sequence) -> torch.Tensor:
+    """Masks [M, h, w] on the CPU, of an array or of a list of arrays [h, w] (or pictures of one bit) of one size.
+
+    Raises `MaskError` for what is neither. Their values and the number of axes are not looked at.
+    """
+    if not isinstance(masks, torch.Tensor | np.ndarray | list | tuple):
+        raise MaskError(
+            f"masks: is a {type(masks).__name__}, expected an array [masks, height, width] or a list of [height, width]"
+        )
+    try:
+        if isinstance(masks, torch.Tensor | np.ndarray):
+            return torch.as_tensor(masks).cpu()
+        parts = [mask.cpu() if isinstance(mask, torch.Tensor) else torch.as_tensor(np.array(mask)) for mask in masks]
+    except (TypeError, ValueError):  # text, or objects that are no numbers
+        raise MaskError(f"masks: is {told(masks)}, expected numbers from 0 to 1") from None
+    if len(shapes := {tuple(mask.shape) for mask in parts}) > 1:
+        raise MaskError(f"masks of different sizes: {', '.join(map(str, sorted(shapes)))}; all must have one size")
+    return torch.stack(parts) if parts else torch.zeros(0, 1, 1)
 
 
 def dilate(masks: torch.Tensor, radius: int) -> torch.Tensor:
@@ -124,7 +144,7 @@ def partition_reasons(masks: torch.Tensor, names: Sequence[str]) -> list[str]:
     reasons = []
     for name, mask in zip(names, masks, strict=False):
         if not torch.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
-            reasons.append(f"the mask of {name} has values outside 0..1")
+            reasons.append(f"the mask of {name} has values outside 0..1 ({mask.min():g} to {mask.max():g})")
         elif not mask.any():
             reasons.append(f"the mask of {name} is empty")
     if reasons:
@@ -154,12 +174,7 @@ def _area_matrix(size: int, target: int) -> torch.Tensor:
 
 
 def _binary(dense, names: Sequence[str] | None) -> torch.Tensor:
-    if not isinstance(dense, torch.Tensor | np.ndarray):
-        dense = [torch.as_tensor(np.asarray(mask)) for mask in dense]
-        if len(shapes := {tuple(mask.shape) for mask in dense}) > 1:
-            raise MaskError(f"masks of different sizes: {', '.join(map(str, sorted(shapes)))}; all must have one size")
-        dense = torch.stack(dense) if dense else torch.zeros(0, 1, 1)
-    masks = torch.as_tensor(dense).cpu()
+    masks = as_masks(dense)
     if masks.ndim != 3 or 0 in masks.shape[1:]:
         raise MaskError(f"masks have shape {tuple(masks.shape)}, expected [concepts, height, width]")
     if names is not None and len(names) != len(masks):
@@ -167,7 +182,7 @@ def _binary(dense, names: Sequence[str] | None) -> torch.Tensor:
     reasons = []
     for name, mask in zip(names or _numbered(len(masks)), masks.double(), strict=True):
         if not torch.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
-            reasons.append(f"the mask of {name} has values outside 0..1")
+            reasons.append(f"the mask of {name} has values outside 0..1 ({mask.min():g} to {mask.max():g})")
         elif not (mask >= 0.5).any():
             reasons.append(f"the mask of {name} is empty")
     if reasons:

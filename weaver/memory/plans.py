@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["FEATURES", "MemoryPlan", "plans_for"]
+from weaver.errors import raise_if, told
+
+__all__ = ["FEATURE_HOMES", "MemoryPlan", "plans_for"]
 
 # Where the template's features are kept, and what is said of that.
-FEATURES = {
+FEATURE_HOMES = {
     "device": "features on the device",
     "host": "features in the host's memory",
     "replayed": "features computed again at every step",
@@ -24,11 +26,23 @@ class MemoryPlan:
         step at a time; "replayed" keeps none (`weaver.features`)
     offload : text encoders, autoencoder and the template's model are on the host while they have nothing to do
     at_once : how many pictures training makes or encodes in one pass; None is 4 and 8
+
+    Raises `WeaverError` for anything else.
     """
 
     features: str = "device"
     offload: bool = False
     at_once: int | None = None
+
+    def __post_init__(self):
+        reasons, homes, count = [], ", ".join(FEATURE_HOMES), self.at_once
+        if not isinstance(self.features, str) or self.features not in FEATURE_HOMES:
+            reasons.append(f"features is {told(self.features)}, expected one of {homes}")
+        if not isinstance(self.offload, bool):
+            reasons.append(f"offload is {told(self.offload)}, expected True or False")
+        if count is not None and (not isinstance(count, int) or count < 1):
+            reasons.append(f"at_once is {told(count)}, expected a whole number, 1 or more, or None")
+        raise_if(reasons, "Cannot plan the memory")
 
     @property
     def storage(self) -> str | None:
@@ -40,7 +54,7 @@ class MemoryPlan:
         return "replayed" if wished == "stored" and self.features == "replayed" else wished
 
     def __str__(self) -> str:
-        where = FEATURES[self.features]
+        where = FEATURE_HOMES[self.features]
         where += ", parts not in use off the device" if self.offload else ""
         return where + (f", training pictures {self.at_once} at a time" if self.at_once else "")
 

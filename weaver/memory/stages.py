@@ -28,7 +28,7 @@ from weaver.template import template_picture
 
 __all__ = ["CONCEPT_WEIGHTS", "template_peaks", "weave_peaks"]
 
-FEATURES, INVERSION, PLAN, CONCEPT_WEIGHTS = "features", "inversion", "texts and masks", "concepts"
+FEATURE_TENSORS, INVERSION, PLAN, CONCEPT_WEIGHTS = "features", "inversion", "texts and masks", "concepts"
 _STEPS = 2  # the first injects features, the second does not
 
 
@@ -137,9 +137,9 @@ class _Weaving:
                 held.enter_context(ledger.more(INVERSION, (job.steps - _STEPS) * latents))
             here = features.tensors[0]
             counts = {path: resnets if path.endswith("conv2") else attentions for path in here}
-            ledger.hold(FEATURES, here.values())
+            ledger.hold(FEATURE_TENSORS, here.values())
             total = sum(counts[path] * ledger.size(tensor) for path, tensor in here.items())
-            held.enter_context(ledger.more(FEATURES, total - ledger.held[FEATURES]))
+            held.enter_context(ledger.more(FEATURE_TENSORS, total - ledger.held[FEATURE_TENSORS]))
             # The steps after the last that keeps any go on to the end with all of them held.
             self._forward(inversion)
         return features
