@@ -15,6 +15,7 @@ from weaver.fusion.inputs import amount_reasons, string_reasons
 from weaver.fusion.support import model_reasons
 from weaver.layers import SITES, InjectionSites, site_reasons
 from weaver.limits import size_reasons, step_reasons
+from weaver.values import is_whole
 
 __all__ = ["argument_reasons", "fusion_reasons"]
 
@@ -30,10 +31,10 @@ def argument_reasons(
     reasons = concept_reasons(concepts, background) + string_reasons(texts, optional={*texts} - {"prompt"})
     if not isinstance(template, Image.Image | str | os.PathLike | None):
         reasons.append(f"template: is {told(template)}, expected a picture, its file, or None")
-    if size is not None and not (isinstance(size, Sequence) and len(size) == 2 and all(map(_is_whole, size))):
+    if size is not None and not (isinstance(size, Sequence) and len(size) == 2 and all(map(is_whole, size))):
         reasons.append(f"size: is {told(size)}, expected (height, width) in pixels")
     for name in ("seed", "template_steps"):
-        if not _is_whole(making[name]):
+        if not is_whole(making[name]):
             reasons.append(f"{name}: is {told(making[name])}, expected a whole number")
     if making["template_guidance"] is not None:
         reasons += amount_reasons({"template_guidance": making["template_guidance"]})
@@ -74,7 +75,3 @@ def fusion_reasons(
         *(f"model: {reason}" for reason in installable_reasons(pipe.unet, sites)),
         *use_reasons(pipe, uses, base_hash),
     ]
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
-__all__ = ["compiled_modules", "hooks_run"]
+__all__ = ["hooks_run", "is_compiled"]
 
 
 def hooks_run(*modules: nn.Module) -> AbstractContextManager:
     """Within it the modules run as they are written, with hooks added meanwhile, if any part of them is compiled."""
-    if any(True for module in modules for _ in compiled_modules(module.modules())):
+    if any(is_compiled(part) for module in modules for part in module.modules()):
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
 
 
-def compiled_modules(modules: Iterable[nn.Module]) -> Iterable[nn.Module]:
-    """Those that `module.compile()`, `torch.compile(module)` or `torch.compile(module.forward)` compiled."""
-    for module in modules:
-        own_forward = vars(module).get("forward")
-        if (
-            getattr(module, "_compiled_call_impl", None) is not None
-            or type(module).__name__ == "OptimizedModule"
-            or hasattr(own_forward, "_torchdynamo_orig_callable")
-        ):
-            yield module
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()`, `torch.compile(module)` or `torch.compile(module.forward)` compiled it."""
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or type(module).__name__ == "OptimizedModule"
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    )

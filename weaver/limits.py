@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from weaver.latents import vae_scale_factor
 from weaver.schedule import most_steps
+from weaver.values import is_whole
 
 __all__ = ["pixel_multiple", "size_reasons", "step_reasons"]
 
@@ -13,7 +14,7 @@ _PIXEL_MULTIPLE = 8  # diffusers' Stable Diffusion pipelines take no other size
 def step_reasons(pipe, steps: int) -> list[str]:
     """What is wrong with a number of steps for a pipeline."""
     limit = most_steps(pipe.scheduler)
-    if isinstance(steps, int) and not isinstance(steps, bool) and 1 <= steps <= limit:
+    if is_whole(steps, 1) and steps <= limit:
         return []
     return [f"steps: is {steps!r}, expected a whole number from 1 to {limit}"]
 

@@ -23,6 +23,7 @@ from weaver.concepts.images import TrainingSet
 from weaver.errors import WeaverError
 from weaver.layers import InjectionSites, cross_attention_paths, layer_size
 from weaver.masks.compose import mask_pyramid
+from weaver.processors import project_out
 from weaver.replay import forward_until
 
 __all__ = ["WovenExamples", "WovenForward", "WovenSet", "prepare_woven", "woven"]
@@ -125,8 +126,9 @@ class WovenForward:
             arguments = {"encoder_hidden_states": text.to(z.dtype)}
             found, _ = forward_until(self._unet, self._paths, z, t[rows].to(z.device), arguments)
             self._taking = False
+            of_resnets = set(self._sites.resnet_modules())
             for path, feature in found.items():
-                inside = (resnets if path.endswith("conv2") else attentions)[rows]
+                inside = (resnets if path in of_resnets else attentions)[rows]
                 self._injected[path] = rows[inside].to(feature.device), feature[inside]
         self._rows = len(picks)
         self._base = examples.base_text[picks]
@@ -136,14 +138,14 @@ class WovenForward:
         """Cross-attention [B, T, C] of all rows, those of a fusion to two contexts."""
         q = _heads(attn, attn.to_q(hidden_states))
         if self._taking:
-            return _project_out(attn, _attend(attn, q, *_untuned(attn, text)))
+            return project_out(attn, _attend(attn, q, *_untuned(attn, text)).transpose(1, 2))
         out = _attend(attn, q, attn.to_k(text), attn.to_v(text))
         rows = self._rows
         if rows:
             base = _attend(attn, q[:rows], *_untuned(attn, self._base.to(text.dtype)))
             mask = self._masks[hidden_states.shape[1]].to(out.dtype)
             out = torch.cat([mask * out[:rows] + (1 - mask) * base, out[rows:]])
-        return _project_out(attn, out)
+        return project_out(attn, out.transpose(1, 2))
 
     def hook(self, path: str):
         """Forward hook of an injected module, which puts the template's output in the place of its own."""
@@ -190,10 +192,3 @@ def _untuned(attn, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _attend(attn, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """[B, H, T, D] and text [B, L, H * D] twice -> [B, H, T, D]."""
     return F.scaled_dot_product_attention(q, _heads(attn, keys), _heads(attn, values), scale=attn.scale)
-
-
-def _project_out(attn, out: torch.Tensor) -> torch.Tensor:
-    out = out.transpose(1, 2).flatten(2)
-    for layer in attn.to_out:
-        out = layer(out)
-    return out / attn.rescale_output_factor

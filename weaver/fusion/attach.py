@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from weaver.compiled import compiled_modules
+from weaver.compiled import is_compiled
 from weaver.errors import raise_if
 from weaver.fusion.checks import plan_reasons
 from weaver.fusion.contexts import acting_weight
@@ -153,13 +153,11 @@ def _compile_reasons(unet: nn.Module, plan: FusionPlan) -> list[str]:
     for path in plan.features.sites.resnet_modules() if plan.features is not None else []:
         names = path.split(".")
         parts += [".".join(names[:i]) for i in range(1, len(names) + 1)]
-    around = {part: unet.get_submodule(part) for part in dict.fromkeys(parts)}
-    compiled = list(compiled_modules(around.values()))
     return [
         f"{part or 'the U-Net'} is compiled, which leaves out what a plan adds: compile no more than its "
         "repeated blocks, by unet.compile_repeated_blocks()"
-        for part, module in around.items()
-        if any(module is other for other in compiled)
+        for part in dict.fromkeys(parts)
+        if is_compiled(unet.get_submodule(part))
     ]
 
 

@@ -8,6 +8,7 @@ import torch
 
 from weaver.fusion.ddim import DDIMSteps
 from weaver.fusion.plan import FusionPlan
+from weaver.values import is_whole
 
 __all__ = ["count_reasons", "graph_reasons", "noise_reasons", "plan_reasons", "schedule_reasons"]
 
@@ -17,12 +18,10 @@ def plan_reasons(plan) -> list[str]:
     return [] if isinstance(plan, FusionPlan) else [f"the plan is a {type(plan).__name__}: make it by FusionPlan.build"]
 
 
-def count_reasons(plan: FusionPlan, pictures, capacity) -> list[str]:
+def count_reasons(pictures, capacity) -> list[str]:
     """What is wrong with the numbers of pictures and of concepts; None is the plan's own."""
-    reasons = [] if pictures is None or _counts(pictures, 1) else [f"pictures is {pictures!r}, expected 1 or more"]
-    if not reasons and pictures is not None and pictures % plan.variants:
-        reasons.append(f"{pictures} pictures of {plan.variants} variants: expected as many of each")
-    if capacity is not None and not _counts(capacity, 0):
+    reasons = [] if pictures is None or is_whole(pictures, 1) else [f"pictures is {pictures!r}, expected 1 or more"]
+    if capacity is not None and not is_whole(capacity, 0):
         reasons.append(f"capacity is {capacity!r}, expected a number of concepts, 0 or more")
     return reasons
 
@@ -60,7 +59,3 @@ def noise_reasons(z, unet, plan: FusionPlan, pictures: int) -> list[str]:
     if (z.dtype, z.device) != (unet.dtype, unet.device):
         reasons.append(f"z is {z.dtype} on {z.device}, the U-Net {unet.dtype} on {unet.device}: move z there")
     return reasons
-
-
-def _counts(value, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

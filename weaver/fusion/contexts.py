@@ -17,19 +17,20 @@ from weaver.concepts.own_prompts import own_prompt_reasons, own_prompts, token_r
 from weaver.concepts.prompts import Encoding, absent_is_zero, encode
 from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError, told
-from weaver.fusion.inputs import is_number, string_reasons
+from weaver.fusion.inputs import string_reasons
 from weaver.fusion.routes import OwnProjections
 from weaver.layers import cross_attention_paths
 from weaver.memory.resting import lent
+from weaver.values import is_number
 from weaver_kernels import ContextKV, ProjectionChange, equal_contexts, project_contexts
 
 __all__ = [
     "BASE",
     "NEGATIVE",
     "ConceptUse",
+    "acting_weight",
     "as_use",
     "concept_reasons",
-    "acting_weight",
     "context_keys_values",
     "encode_contexts",
     "own_projections",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
-from numbers import Real
 
 import numpy as np
 import torch
@@ -16,8 +14,9 @@ from weaver.latents import vae_scale_factor
 from weaver.layers import site_reasons
 from weaver.limits import size_reasons, step_reasons
 from weaver.masks.compose import MaskError, as_masks, partition_reasons
+from weaver.values import is_number
 
-__all__ = ["amount_reasons", "eta_reasons", "full_masks", "is_number", "steps_and_size", "string_reasons"]
+__all__ = ["amount_reasons", "eta_reasons", "full_masks", "steps_and_size", "string_reasons"]
 
 _DEFAULT_STEPS = 50
 
@@ -44,11 +43,6 @@ def steps_and_size(
     steps = _DEFAULT_STEPS if steps is None else steps
     reasons += step_reasons(pipe, steps) + wrong
     return steps, None if wrong else (size[0] // factor, size[1] // factor), reasons
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number, which truth values are not."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def string_reasons(texts: Mapping[str, str | None], optional: Collection[str] = ()) -> list[str]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from weaver.errors import WeaverError
-from weaver.fusion.routes import OwnProjections, Routes, project_out
+from weaver.fusion.routes import OwnProjections, Routes
+from weaver.processors import project_out
 from weaver_kernels import ContextKV, shared_attention
 
 __all__ = ["ContextReads", "FeatureReads", "FusedCrossAttnProcessor", "InjectedSelfAttnProcessor"]

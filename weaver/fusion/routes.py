@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from weaver.processors import project_out
 from weaver_kernels import ContextKV, ContextPlan, context_attention
 
-__all__ = ["OwnProjections", "Routes", "project_out"]
+__all__ = ["OwnProjections", "Routes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,14 +108,3 @@ class Routes:
 
 def _attend(q: torch.Tensor, kv: ContextKV, plan: ContextPlan, scale: float) -> torch.Tensor:
     return context_attention(q, kv.keys, kv.values, plan.weights, plan.context_index, scale=scale, plan=plan)
-
-
-def project_out(attn, out: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
-    """[B, T, H, D] -> [B, T, C], through the layer's output projection, `added` to that, and dropout."""
-    linear, *rest = attn.to_out
-    out = linear(out.flatten(-2))
-    if added is not None:
-        out = out + added
-    for layer in rest:
-        out = layer(out)
-    return out / attn.rescale_output_factor

@@ -58,8 +58,8 @@ def sample_fusion(
     Returns latents [n, C, h, w]. Raises `WeaverError` for an `eta` outside of 0..1 or that the scheduler does not take,
     and for a z of another shape, dtype or device than the U-Net's and the plan's.
     """
-    raise_if(plan_reasons(plan), "Cannot draw the fusion")
-    with FusionSampler(unet, scheduler, plan, pictures=_pictures(z, plan), eta=eta) as sampler:
+    pictures = len(z) if isinstance(z, torch.Tensor) and z.ndim and len(z) > 1 else None
+    with FusionSampler(unet, scheduler, plan, pictures=pictures, eta=eta) as sampler:
         return sampler(z, generator=generator, progress=progress)
 
 
@@ -95,7 +95,7 @@ class FusionSampler:
         graphs: bool = False,
     ):
         raise_if(plan_reasons(plan), "Cannot draw the fusion")
-        reasons = eta_reasons(eta) + count_reasons(plan, pictures, capacity)
+        reasons = eta_reasons(eta) + count_reasons(pictures, capacity)
         reasons += schedule_reasons(scheduler, eta, graphs) + graph_reasons(unet, plan, graphs)
         raise_if(reasons, "Cannot draw the fusion")
         self._unet, self._plan, self._capacity = unet, plan, capacity
@@ -215,7 +215,3 @@ class FusionSampler:
             return value
         known = getattr(self, name, None)
         return value.clone() if known is None else known.copy_(value)
-
-
-def _pictures(z: torch.Tensor, plan: FusionPlan) -> int:
-    return len(z) if isinstance(z, torch.Tensor) and z.ndim and len(z) > 1 else plan.variants

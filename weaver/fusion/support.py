@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from diffusers import UNet2DConditionModel
+from torch import nn
 
+from weaver.compiled import is_compiled
 from weaver.conditioning import added_reasons
 from weaver.layers import attention_paths, cross_attention_paths
 from weaver.processors import PLAIN_PROCESSORS
@@ -22,7 +24,7 @@ def model_reasons(pipe) -> list[str]:
 def unet_reasons(unet) -> list[str]:
     """Why contexts can't be fused in this U-Net; empty when they can."""
     if not isinstance(unet, UNet2DConditionModel):
-        if type(unet).__name__ == "OptimizedModule":
+        if isinstance(unet, nn.Module) and is_compiled(unet):
             return ["the U-Net is compiled as a whole: take unet._orig_mod and compile it by compile_repeated_blocks()"]
         return [f"the U-Net is a {type(unet).__name__}, expected a diffusers UNet2DConditionModel"]
     reasons = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from weaver.errors import raise_if, told
+from weaver.values import is_whole
 
 __all__ = ["FEATURE_HOMES", "MemoryPlan", "plans_for"]
 
@@ -40,7 +41,7 @@ class MemoryPlan:
             reasons.append(f"features is {told(self.features)}, expected one of {homes}")
         if not isinstance(self.offload, bool):
             reasons.append(f"offload is {told(self.offload)}, expected True or False")
-        if count is not None and (not isinstance(count, int) or count < 1):
+        if count is not None and not is_whole(count, 1):
             reasons.append(f"at_once is {told(count)}, expected a whole number, 1 or more, or None")
         raise_if(reasons, "Cannot plan the memory")
 

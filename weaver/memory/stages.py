@@ -136,7 +136,7 @@ class _Weaving:
                 latents = inversion.z_0.numel() * inversion.z_0.itemsize
                 held.enter_context(ledger.more(INVERSION, (job.steps - _STEPS) * latents))
             here = features.tensors[0]
-            counts = {path: resnets if path.endswith("conv2") else attentions for path in here}
+            counts = {path: resnets if path in sites.resnet_modules() else attentions for path in here}
             ledger.hold(FEATURE_TENSORS, here.values())
             total = sum(counts[path] * ledger.size(tensor) for path, tensor in here.items())
             held.enter_context(ledger.more(FEATURE_TENSORS, total - ledger.held[FEATURE_TENSORS]))

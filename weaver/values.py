@@ -1,0 +1,18 @@
+"""Kinds of plain values, as checks of what callers give ask for them."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+__all__ = ["is_number", "is_whole"]
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, which truth values are not."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: object, least: int | None = None) -> bool:
+    """Whether a value is a whole number, `least` or more; truth values are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
