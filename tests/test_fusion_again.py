@@ -80,7 +80,7 @@ def test_plans_take_turns(tiny_pipe, plans, held):
         torch.testing.assert_close(sampler(plans[0].features.z_T), expected[0], rtol=1e-10, atol=1e-10)
         assert contexts == [sampler._state.context_reads[path].kv.keys.data_ptr() for path in plans[0].keys_values]
     if held:  # both kinds of features, those of the ResNets, none
-        assert sorted(len(kind) for kind in eager.places) == [0, 2, 2 + 2 * 2]
+        assert sorted((layout, len(paths)) for layout, paths in eager.places) == [(1, 0), (1, 2), (1, 2 + 2 * 2)]
     assert not any(type(p).__module__.startswith("weaver") for p in tiny_pipe.unet.attn_processors.values())
 
 

@@ -18,6 +18,7 @@ import torch
 from weaver.cache import Cache, features_identity, reverse_identity
 from weaver.choices import FEATURES
 from weaver.errors import raise_if
+from weaver.graphs import Graphs
 from weaver.inversion import Inversion
 from weaver.latents import decode_latents, psnr
 from weaver.layers import InjectionSites, site_reasons
@@ -95,6 +96,7 @@ def collect_features(
     reconstruct: bool = True,
     storage: torch.device | str | None = None,
     cache: Cache | None = None,
+    graphs: Graphs | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
     """Draw the template again from its noise, under its prompt and without guidance, and have the features of that.
@@ -110,6 +112,7 @@ def collect_features(
         step ahead of their use
     cache : where the reverse pass, and features if it keeps them, are looked for and kept; for an inversion that was
         made with a cache
+    graphs : replay the steps from these CUDA graphs
     progress : called after each step with (done, steps)
 
     Raises `WeaverError` when the U-Net lacks a site.
@@ -117,7 +120,7 @@ def collect_features(
     reasons = site_reasons(pipe.unet, sites)
     reasons += [] if kind in FEATURES else [f"the kind is {kind!r}, expected one of {', '.join(FEATURES)}"]
     raise_if(reasons, "Cannot collect features")
-    run = _Run(pipe, inversion, sites, storage, progress)
+    run = _Run(pipe, inversion, sites, storage, graphs, progress)
     identity = None if cache is None else inversion.identity
     known = cache.get(reverse_identity(identity)) if identity else None
     path = known and known["latents"].to(run.device)
@@ -147,13 +150,13 @@ def collect_features(
 class _Run:
     """The forwards of one collection."""
 
-    def __init__(self, pipe, inversion: Inversion, sites: InjectionSites, storage, progress):
+    def __init__(self, pipe, inversion: Inversion, sites: InjectionSites, storage, graphs, progress):
         self.unet, self.inversion, self.sites = pipe.unet, inversion, sites
         self.steps, self.device = inversion.steps, inversion.latents.device
         self.injected = max(sites.resnet_steps(self.steps), sites.attention_steps(self.steps))
         self.scheduler = ddim_scheduler(pipe.scheduler)
         self.scheduler.set_timesteps(self.steps, device=self.device)
-        self._storage, self._progress, self._told = storage, progress, False
+        self._storage, self._graphs, self._progress, self._told = storage, graphs, progress, False
 
     def reverse(self, total: int, take: bool) -> tuple[torch.Tensor, tuple[Mapping, ...] | None]:
         """Draw `total` steps again: latents [total + 1, C, h, w], and the features if they are to be taken."""
@@ -187,7 +190,8 @@ class _Run:
     def _forward(self, step: int, z: torch.Tensor, found: list | None, whole: bool) -> torch.Tensor | None:
         wanted = [] if found is None else _wanted(self.unet, self.sites, step, self.steps)
         t, arguments = self.scheduler.timesteps[step], self.inversion.unet_arguments
-        taken, output = forward_until(self.unet, wanted, z, t, arguments, keep=self._keep, whole=whole)
+        options = {"keep": self._keep, "whole": whole, "graphs": self._graphs}
+        taken, output = forward_until(self.unet, wanted, z, t, arguments, **options)
         if found is not None:
             found.append(MappingProxyType(taken))
         return output

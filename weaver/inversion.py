@@ -13,8 +13,10 @@ from weaver.cache import Cache, inversion_identity
 from weaver.concepts.prompts import encode
 from weaver.conditioning import added_reasons, make_time_ids, time_id_reasons, unet_arguments
 from weaver.errors import raise_if
+from weaver.graphs import Graphs
 from weaver.latents import encode_image, vae_scale_factor
 from weaver.limits import size_reasons, step_reasons
+from weaver.replay import forward_until
 from weaver.schedule import invertible
 
 __all__ = ["Inversion", "invert"]
@@ -77,6 +79,7 @@ def invert(
     *,
     time_ids: Sequence[float] | None = None,
     cache: Cache | None = None,
+    graphs: Graphs | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inversion:
     """Invert a picture under the source prompt, by DDIM without guidance (arXiv 2010.02502, section 4.3).
@@ -93,6 +96,7 @@ def invert(
         has too; None is the picture's own size, uncropped
     cache : where the result is looked for, and kept; a model with adapters, FreeU or hooks in any part that is run
         here is inverted without it
+    graphs : replay the steps from these CUDA graphs
     progress : called after each step with (done, steps)
 
     Raises `WeaverError` with every reason, when picture or steps can't be used.
@@ -113,7 +117,7 @@ def invert(
     z = z.to(device=text.device, dtype=unet.dtype)
     path, arguments = [z], unet_arguments(text, *added)
     for done, t in enumerate(scheduler.timesteps, start=1):
-        output = unet(z, t, **arguments, return_dict=False)[0]
+        output = forward_until(unet, (), z, t, arguments, whole=True, graphs=graphs)[1]
         z = scheduler.step(output, t, z, return_dict=False)[0]
         path.append(z)
         if progress:

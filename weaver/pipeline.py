@@ -19,11 +19,13 @@ from weaver.concepts.own_prompts import token_reasons
 from weaver.defaults import default_dilation, defaults_for, model_size
 from weaver.errors import WeaverError, raise_if, told
 from weaver.features import collect_features, reconstruction_psnr
+from weaver.fusion.checks import graph_reasons
 from weaver.fusion.contexts import ConceptUse, as_use, encode_contexts
 from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
 from weaver.fusion.support import model_reasons
+from weaver.graphs import Graphs, captured
 from weaver.inversion import invert
 from weaver.job import MaskSpec
 from weaver.latents import decode_latents, tensor_to_images
@@ -114,6 +116,7 @@ def weave(
     size: tuple[int, int] | None = None,
     cache: Cache | None = None,
     memory: MemoryPlan | None = None,
+    graphs: Graphs | bool = False,
     stages: Stages | None = None,
 ) -> WeaveResult:
     """Draw several personalised concepts into one picture, each in its place (Concept Weaver, section 3).
@@ -144,6 +147,8 @@ def weave(
     size : (height, width) of the picture; None is the model's own
     cache : where the template's inversion is looked for, and kept; None keeps nothing
     memory : what is kept off the device to save its memory; None keeps everything there
+    graphs : replay every stage's steps from CUDA graphs, which take the memory of a step's activations; a
+        `weaver.graphs.Graphs` keeps those of the template, inversion and features for later calls with this pipeline
     stages : takes the seconds and shows progress; None shows nothing
 
     Raises `WeaverError` when anything does not fit.
@@ -165,7 +170,7 @@ def weave(
     source_prompt = prompt if source_prompt is None else source_prompt
     amounts, base_hash = {"guidance": guidance, "suppression": suppression}, attn2_hash(pipe.unet)
     reasons = fusion_reasons(pipe, everyone, size=size, steps=steps, sites=sites, base_hash=base_hash, amounts=amounts)
-    reasons += eta_reasons(eta)
+    reasons += eta_reasons(eta) + graph_reasons(pipe.unet, graphs)
     reasons += [] if everyone else ["there is no concept to draw"]
     reasons += [] if features in FEATURES else [f"features: is {told(features)}, expected one of {', '.join(FEATURES)}"]
     source = {} if source_prompt == prompt else {"source_prompt": source_prompt}
@@ -181,17 +186,19 @@ def weave(
         reasons.append(str(error))
     raise_if(reasons, "Cannot weave")
 
+    graphs = Graphs() if graphs is True else graphs or None
     if not isinstance(template, Image.Image):
-        template = template_picture(
-            pipe,
-            prompt if template is None else Path(template),
-            size=size,
-            seed=seed,
-            steps=template_steps,
-            guidance=template_guidance,
-            negative_prompt=negative_prompt,
-            stages=stages,
-        )
+        with captured(pipe.unet, graphs):
+            template = template_picture(
+                pipe,
+                prompt if template is None else Path(template),
+                size=size,
+                seed=seed,
+                steps=template_steps,
+                guidance=template_guidance,
+                negative_prompt=negative_prompt,
+                stages=stages,
+            )
     if template.size != (size[1], size[0]):
         raise WeaverError(f"the template is {template.width}x{template.height}, expected {size[1]}x{size[0]}")
     template = template.convert("RGB")
@@ -200,7 +207,7 @@ def weave(
         final = places.compose(size, dilation=dilation, overlap=overlap, names=names)
     with stages.stage("inversion"):
         with stages.bar("inversion", steps) as move:
-            inversion = invert(pipe, template, source_prompt, steps, cache=cache, progress=move)
+            inversion = invert(pipe, template, source_prompt, steps, cache=cache, graphs=graphs, progress=move)
         with stages.bar("features", steps) as move:
             again = features != "inversion"
             found = collect_features(
@@ -211,6 +218,7 @@ def weave(
                 reconstruct=again,
                 storage=memory.storage,
                 cache=cache,
+                graphs=graphs,
                 progress=move,
             )
         quality = reconstruction_psnr(pipe, inversion, found) if again else None
@@ -228,7 +236,8 @@ def weave(
         )
         scheduler = ddim_scheduler(pipe.scheduler)
         noise = torch.Generator().manual_seed((seed + _OTHER_NOISE) % 2**63)  # on the CPU: the same on every device
-        z = sample_fusion(pipe.unet, found.z_T, scheduler, plan, eta=eta, generator=noise, progress=move)
+        options = {"eta": eta, "generator": noise, "graphs": graphs is not None}
+        z = sample_fusion(pipe.unet, found.z_T, scheduler, plan, **options, progress=move)
         image = tensor_to_images(decode_latents(pipe.vae, z))[0]
     settings = {
         "size": [size[1], size[0]],

@@ -11,13 +11,14 @@ from torch import nn
 
 from weaver.compiled import is_compiled
 from weaver.errors import raise_if
-from weaver.fusion.checks import plan_reasons
+from weaver.fusion.checks import graph_reasons, plan_reasons
 from weaver.fusion.contexts import acting_weight
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.processors import FusedCrossAttnProcessor, InjectedSelfAttnProcessor
 from weaver.fusion.rows import FUSED, row_reasons
 from weaver.fusion.state import FusionState
 from weaver.fusion.support import processor_reasons, unet_reasons
+from weaver.graphs import Graphs, captured
 from weaver.layers import InjectionSites, cross_attention_paths
 
 __all__ = ["attach", "installable_reasons"]
@@ -42,7 +43,9 @@ _PIPELINES = (
 
 
 @contextmanager
-def attach(target, plan: FusionPlan, *, rows: Sequence[str | tuple[str, int]] | None = None) -> Iterator[FusionState]:
+def attach(
+    target, plan: FusionPlan, *, rows: Sequence[str | tuple[str, int]] | None = None, graphs: bool = False
+) -> Iterator[FusionState]:
     """Within the `with` block, `target` draws the plan's fusion. Afterwards it is as it was, bit for bit.
 
     Parameters
@@ -53,6 +56,8 @@ def attach(target, plan: FusionPlan, *, rows: Sequence[str | tuple[str, int]] | 
     rows : for a U-Net only: what each row of its batch is, "negative" or "fused"; for a plan of several variants with
         the number of its own, as ("fused", 2). A loop of one's own also calls `set_step(step, timesteps)` on what this
         yields, before each forward, and runs under `torch.no_grad()`
+    graphs : replay the U-Net's forwards from CUDA graphs, one for each shape of batch and set of injected sites,
+        captured when first met
 
     Guidance is the pipeline's: `eps = omega eps_fused + (1 - omega) eps_negative` (Concept Weaver, section 3.5), and
     without guidance there is no negative row. Several images a prompt each get the plan, and a plan of several variants
@@ -68,8 +73,8 @@ def attach(target, plan: FusionPlan, *, rows: Sequence[str | tuple[str, int]] | 
     raise_if(plan_reasons(plan), "Cannot attach the plan")
     unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
     pipe = None if unet is target else target
-    raise_if(_reasons(unet, pipe, plan, rows), "Cannot attach the plan")
-    state = FusionState(plan, pipe, rows)
+    raise_if(_reasons(unet, pipe, plan, rows) + graph_reasons(unet, graphs), "Cannot attach the plan")
+    state = FusionState(plan, pipe, rows, held=graphs)
     with ExitStack() as undo:
         undo.callback(unet.register_forward_pre_hook(state.before_forward, with_kwargs=True).remove)
         for path in plan.keys_values:
@@ -81,6 +86,7 @@ def attach(target, plan: FusionPlan, *, rows: Sequence[str | tuple[str, int]] | 
             for first, last in zip(sites.resnet_inputs(), sites.resnet_modules(), strict=True):
                 undo.callback(unet.get_submodule(first).register_forward_pre_hook(_skip(state, last)).remove)
                 undo.callback(unet.get_submodule(last).register_forward_hook(_inject(state, last)).remove)
+        undo.enter_context(captured(unet, Graphs() if graphs else None, lambda: state.kind))
         yield state
 
 

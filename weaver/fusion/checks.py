@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import torch
+from torch import nn
 
 from weaver.fusion.ddim import DDIMSteps
 from weaver.fusion.plan import FusionPlan
@@ -36,14 +37,11 @@ def schedule_reasons(scheduler, eta: float, graphs: bool) -> list[str]:
     return []
 
 
-def graph_reasons(unet, plan: FusionPlan, graphs: bool) -> list[str]:
-    """Why the steps can't be captured, where that is asked for."""
-    if not graphs:
+def graph_reasons(unet, graphs) -> list[str]:
+    """Why nothing can be captured, where that is asked for."""
+    if not graphs or not isinstance(unet, nn.Module) or unet.device.type == "cuda":
         return []
-    reasons = [] if unet.device.type == "cuda" else [f"graphs need a CUDA device, the U-Net is on {unet.device}"]
-    if plan.own_projections:
-        reasons.append("graphs can't be had for a concept that changes to_q or to_out: leave them out")
-    return reasons
+    return [f"graphs need a CUDA device, the U-Net is on {unet.device}"]
 
 
 def noise_reasons(z, unet, plan: FusionPlan, pictures: int) -> list[str]:

@@ -20,11 +20,11 @@ from weaver.fusion.checks import (
     schedule_reasons,
 )
 from weaver.fusion.ddim import DDIMSteps
-from weaver.fusion.graphs import Graphs
 from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.rows import KINDS, picture_rows
 from weaver.fusion.state import FusionState
+from weaver.graphs import Graphs
 
 __all__ = ["FusionSampler", "sample_fusion"]
 
@@ -38,6 +38,7 @@ def sample_fusion(
     *,
     eta: float = 0.0,
     generator: torch.Generator | None = None,
+    graphs: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """Sample over the fused U-Net with the plan's classifier-free guidance, by DDIM (arXiv 2010.02502) as a rule.
@@ -53,13 +54,15 @@ def sample_fusion(
     scheduler : the pipeline's; with features `ddim_scheduler(pipe.scheduler)`
     eta : how much of each step's noise is drawn anew, 0 to 1 (equation 16 there); the paper's is 0
     generator : of that noise, and of what other schedulers draw
+    graphs : capture the steps in CUDA graphs and replay them, with DDIM: worth it where a step is shorter on the GPU
+        than its launches on the host, and more than a dozen are drawn
     progress : called after each step with (done, steps)
 
     Returns latents [n, C, h, w]. Raises `WeaverError` for an `eta` outside of 0..1 or that the scheduler does not take,
     and for a z of another shape, dtype or device than the U-Net's and the plan's.
     """
     pictures = len(z) if isinstance(z, torch.Tensor) and z.ndim and len(z) > 1 else None
-    with FusionSampler(unet, scheduler, plan, pictures=pictures, eta=eta) as sampler:
+    with FusionSampler(unet, scheduler, plan, pictures=pictures, eta=eta, graphs=graphs) as sampler:
         return sampler(z, generator=generator, progress=progress)
 
 
@@ -77,10 +80,10 @@ class FusionSampler:
     capacity : the most concepts, the background among them, and the most negative prompts of their own that later plans
         have in each variant; None is what `plan` has
     graphs : capture the steps in CUDA graphs, one for each set of injected sites: the host then only copies features
-        and weights between them. For plans without `to_q` and `to_out` changes
+        and weights between them
 
     Where a concept changes `to_q` or `to_out`, only plans that have the same such concepts in the same places take
-    turns. Raises `WeaverError` where graphs can't be had, and for numbers that can't be.
+    turns, and with graphs none do. Raises `WeaverError` where graphs can't be had, and for numbers that can't be.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class FusionSampler:
     ):
         raise_if(plan_reasons(plan), "Cannot draw the fusion")
         reasons = eta_reasons(eta) + count_reasons(pictures, capacity)
-        reasons += schedule_reasons(scheduler, eta, graphs) + graph_reasons(unet, plan, graphs)
+        reasons += schedule_reasons(scheduler, eta, graphs) + graph_reasons(unet, graphs)
         raise_if(reasons, "Cannot draw the fusion")
         self._unet, self._plan, self._capacity = unet, plan, capacity
         self._pictures = plan.variants if pictures is None else pictures
@@ -193,6 +196,8 @@ class FusionSampler:
     def _take(self, plan: FusionPlan) -> None:
         raise_if(plan_reasons(plan), "Cannot draw the fusion")
         reasons = [] if (plan.guidance > 1) == self._guided else ["one has a negative row, the other has none"]
+        if self._graphs is not None and (plan.own_projections or self._plan.own_projections):
+            reasons.append("a concept changes to_q or to_out, which graphs hold: take a sampler for each such plan")
         raise_if(self._state.load_reasons(plan) + reasons, "Cannot draw this plan with the sampler of another")
         self._state.load(plan)
         self._plan = plan

@@ -27,7 +27,9 @@ class FusionState:
     a bare U-Net both are told: `rows` to `attach`, the step to `set_step`.
     """
 
-    def __init__(self, plan: FusionPlan, pipe=None, rows: Sequence[str | tuple[str, int]] | None = None):
+    def __init__(
+        self, plan: FusionPlan, pipe=None, rows: Sequence[str | tuple[str, int]] | None = None, held: bool = False
+    ):
         self.plan = plan
         self._pipe = pipe
         self._declared = read_rows(rows) if rows is not None else None
@@ -39,7 +41,8 @@ class FusionState:
         self._routes: dict[tuple, Routes] = {}
         self._injection = Injection(plan.features)
         self._features: Mapping[str, torch.Tensor] = {}
-        self._led = self._held = False
+        self._led, self._held = False, held
+        self._layouts = 0  # how often the routes were made, not written over
         self._buffers: dict[str, torch.Tensor] = {}
         self._capacity: int | None = None
         self._keys_values_are_the_plan_s = True
@@ -62,11 +65,17 @@ class FusionState:
         if held or room > len(self.plan.text):
             self._own_keys_values(max(room, len(self.plan.text)))
 
-    def settle(self, unet, step: int, timesteps: torch.Tensor) -> tuple[str, ...]:
-        """Make ready for the forward number `step`; returns the paths of the modules that it injects into."""
+    def settle(self, unet, step: int, timesteps: torch.Tensor) -> tuple:
+        """Make ready for the forward number `step`; returns its `kind`."""
         self.set_step(step, timesteps)
         self._settle(unet, self._declared, step, len(timesteps))
-        return tuple(sorted(self._features))
+        return self.kind
+
+    @property
+    def kind(self) -> tuple:
+        """What a captured forward depends on besides tensors that stay where they are: routes, and paths of modules
+        that are injected into."""
+        return self._layouts, tuple(sorted(self._features))
 
     def load_reasons(self, plan: FusionPlan) -> list[str]:
         """Why another plan can't take the place of this one; empty when it can."""
@@ -229,6 +238,7 @@ class FusionState:
             if route in known:
                 known[route].update(weights, index, self.plan.same_as)
             routes[route] = known.get(route) or Routes(weights, index, self.plan.same_as, which, self._capacity)
+        self._layouts += routes != self._routes
         self._routes, self._weighed = routes, (rows, phase)
         for path, reads in self.context_reads.items():
             reads.routes = routes[self._kinds[path]]

@@ -1,0 +1,112 @@
+"""Calls by value through captured graphs: what goes in and out, and what a U-Net's forward becomes meanwhile.
+
+There is no GPU: in the place of a graph stands a call of the function with the tensors that a capture would hold.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from weaver import WeaverError, weave
+from weaver.fusion import FusionPlan, attach
+from weaver.graphs import CapturedForward, Graphs, captured, uncaptured
+from weaver.replay import forward_until
+
+PATH = "up_blocks.1.resnets.0.conv2"
+
+
+class Held(Graphs):
+    """Calls instead of graphs, with the same tensors each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = {}
+
+    def run(self, kind, call, written):
+        self.held.setdefault(kind, call)()
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+
+
+def test_arguments_and_results_are_copied():
+    graphs, seen = Held(), []
+
+    def add(x, more, *, twice):
+        seen.append((x.data_ptr(), more["y"][0].data_ptr()))
+        return {"sum": (x + more["y"][0]) * (2 if twice else 1)}, None
+
+    results = []
+    for value in (1.0, 2.0, 3.0):
+        x = torch.full((2, 3), value)
+        results.append(graphs.call("add", add, x, {"y": [x.half()]}, twice=False))
+        x.zero_()
+    assert [found["sum"][0, 0].item() for found, _ in results] == [2.0, 4.0, 6.0]
+    assert len(set(seen)) == 1 and all(nothing is None for _, nothing in results)
+
+
+def test_kinds_shapes_types_and_numbers_have_graphs_of_their_own():
+    graphs, x = Held(), torch.ones(2)
+
+    def times(x, number=1):
+        return x * number
+
+    assert torch.equal(graphs.call(0, times, x, number=3), torch.full((2,), 3.0))
+    for kind, argument, number in ((1, x, 3), (0, torch.ones(3), 3), (0, x.double(), 3), (0, x, 4)):
+        before = len(graphs.held)
+        assert torch.equal(graphs.call(kind, times, argument, number=number), argument * number)
+        assert len(graphs.held) == before + 1
+    graphs.call(0, times, torch.zeros(2), number=3)
+    assert len(graphs.held) == 5
+
+
+@torch.no_grad()
+def test_a_forward_is_captured_within_the_block_and_only_by_itself(tiny_pipe):
+    unet, text = tiny_pipe.unet, torch.randn(2, 12, tiny_pipe.unet.config.cross_attention_dim).double()
+    z = torch.randn(2, 4, 16, 16).double()
+    expected = unet(z, 7, text).sample
+    graphs = Held()
+    with captured(unet, graphs):
+        assert isinstance(unet.forward, CapturedForward)
+        for t in (7, torch.tensor(7)):  # a number of the host's is no graph of its own
+            assert torch.equal(unet(z, t, text, return_dict=False)[0], expected)
+        assert torch.equal(unet(z, 7, text).sample, expected)  # another result, another graph
+        assert len(graphs.held) == 2
+        with uncaptured(unet):
+            unet(z, 7, text)
+        found, _ = forward_until(unet, [PATH], z, torch.tensor(7), {"encoder_hidden_states": text})
+        with torch.enable_grad():
+            assert unet(z, 7, text).sample.requires_grad
+        assert len(graphs.held) == 2 and set(found) == {PATH}
+    assert "forward" not in vars(unet)
+    with captured(unet, None):
+        assert "forward" not in vars(unet)
+
+
+@torch.no_grad()
+def test_features_by_graphs_are_those_of_the_forward(tiny_pipe):
+    unet, graphs = tiny_pipe.unet, Held()
+    arguments = {"encoder_hidden_states": torch.randn(1, 12, unet.config.cross_attention_dim).double()}
+    for whole in (False, True):
+        for seed in range(2):
+            z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)).double()
+            given = (unet, [PATH], z, torch.tensor(7), arguments)
+            found, output = forward_until(*given, whole=whole, graphs=graphs)
+            expected, expected_output = forward_until(*given, whole=whole)
+            assert torch.equal(found[PATH], expected[PATH])
+            assert torch.equal(output, expected_output) if whole else output is None
+    assert len(graphs.held) == 2
+    kept = forward_until(*given, graphs=graphs, keep=lambda x: x[:, :1])[0]
+    assert kept[PATH].shape[1] == 1
+
+
+def test_graphs_need_a_gpu(tiny_pipe, concepts):
+    plan = FusionPlan.build(tiny_pipe, concepts[:1], torch.ones(1, 32, 32), prompt="a dog")
+    with pytest.raises(WeaverError, match="graphs need a CUDA device, the U-Net is on cpu"):
+        with attach(tiny_pipe, plan, graphs=True):
+            pass
+    with pytest.raises(WeaverError, match="graphs need a CUDA device, the U-Net is on cpu"):
+        weave(tiny_pipe, "a dog", concepts[:1], graphs=True)
