@@ -75,16 +75,16 @@ def measure(args, pipe, model: str, device, dtype, matrix: float) -> Iterator[li
         for n in args.concepts:
             yield steps(with_concepts(case, n), device, args.rounds)
     case = with_concepts(case, N)
-    if "variants" in args.parts:
-        yield variants(case, args.variants, device, few)
-    if "changes" in args.parts:
-        yield changes(case, device, few)
     if "parts" in args.parts:
         found = parts_of_a_step(case, device, few, matrix)
         yield [_part_row(case, kind, seconds, shares, device) for kind, (seconds, shares) in found.items()]
+    if "changes" in args.parts:
+        yield changes(case, device, few)
+    if "variants" in args.parts:
+        yield variants(case, args.variants, device, few)
     if "process" in args.parts:
         template = load("sdxl", device, dtype) if model == "sd21" else pipe
-        yield process(case, model, template, args.process_steps, few, matrix)
+        yield process(case, model, template, args.process_steps, few, matrix, device.type == "cuda")
 
 
 def _part_row(case: Case, kind: str, seconds: float, shares: dict, device: torch.device) -> dict:

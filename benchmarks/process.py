@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.draws import Marks
-from benchmarks.samplers import Ours
+from benchmarks.samplers import Ours, compile_blocks, twin
 from benchmarks.shapes import blob_masks
 from benchmarks.timing import quantiles
 from benchmarks.work import KINDS, autoencoder_flops, kind_of, unet_flops
@@ -21,6 +22,7 @@ from weaver import weave
 from weaver.cache import Cache
 from weaver.concepts.concept import Concept
 from weaver.embedded import concept_path
+from weaver.graphs import Graphs, captured
 from weaver.template import template_picture
 
 __all__ = ["STAGES", "parts_of_a_step", "process"]
@@ -30,13 +32,19 @@ SHIPPED = ("tuxedo-cat", "blue-panda")
 PROMPT, SEED = "a cat and a panda, mountain background", 1  # a template in which the segmenter finds both
 
 
-def process(case: Case, model: str, template_pipe, steps: int, rounds: int, matrix: float) -> list[dict]:
+def process(
+    case: Case, model: str, template_pipe, steps: int, rounds: int, matrix: float, on_gpu: bool = False
+) -> list[dict]:
     """`weave` by wall clock: cold, warm, and warm with other masks, and with these and another concept.
 
     The embedded model draws its shipped concepts and finds their words; the others have N random concepts and are told
-    where they stand. The template comes from `template_pipe`, by itself where that is not the case's.
+    where they stand. The template comes from `template_pipe`, by itself where that is not the case's. On a GPU blocks
+    are compiled and forwards captured before anything is timed.
     """
-    pipe, side = case.pipe, case.plan.pixels[0]
+    side, apart = case.plan.pixels[0], template_pipe is not case.pipe
+    pipe = _compiled(case.pipe) if on_gpu else case.pipe
+    template_pipe = pipe if not apart else _compiled(template_pipe) if on_gpu else template_pipe
+    graphs, of_template = (Graphs() if on_gpu else None for _ in range(2))
     if model == "embedded":
         prompt, given = PROMPT, {}
         concepts = [Concept.load(concept_path(name)) for name in SHIPPED]
@@ -48,12 +56,12 @@ def process(case: Case, model: str, template_pipe, steps: int, rounds: int, matr
         concepts, others = [use.concept for use in uses], [use.concept for use in reversed(uses)]
         given = {"masks": blob_masks(len(uses), side)}
     found: dict[tuple[str, str], list[float]] = {}
-    apart = template_pipe is not pipe
-    for _ in range(rounds):
+    for number in range(-1 if on_gpu else 0, rounds):
         with TemporaryDirectory() as folder:
-            cache = Cache(Path(folder), features=True)
-            template, seconds = _template(template_pipe, prompt, (side, side), steps)
+            cache = Cache(Path(folder), features=not on_gpu)  # from the disk they take longer than a GPU draws them
+            template, seconds = _template(template_pipe, of_template, prompt, (side, side), steps)
             shared = {"template": template, "size": (side, side), "steps": steps, "cache": cache, "seed": SEED}
+            shared["graphs"] = graphs or False
             runs = {"cold": {}, "warm": {}}
             moved = {"masks": blob_masks(len(concepts), side).roll(side // 16, -1)}
             runs["warm, changed mask"] = moved
@@ -66,7 +74,7 @@ def process(case: Case, model: str, template_pipe, steps: int, rounds: int, matr
                 whole = time.perf_counter() - start
                 stages = {"template": seconds if state == "cold" else 0.0, **result.seconds}
                 stages["whole"] = whole + stages["template"]
-                for stage in STAGES:
+                for stage in STAGES if number >= 0 else ():
                     found.setdefault((stage, state), []).append(stages.get(stage, 0.0))
     work = _work(pipe, template_pipe, case.features.sites, steps)
     rows = []
@@ -81,9 +89,20 @@ def process(case: Case, model: str, template_pipe, steps: int, rounds: int, matr
     return rows
 
 
-def _template(pipe, prompt: str, size: tuple[int, int], steps: int):
+def _compiled(pipe):
+    """The same pipeline with a U-Net whose blocks are compiled."""
+    parts = {name: part for name, part in pipe.components.items() if name in inspect.signature(type(pipe)).parameters}
+    options = {"add_watermarker": False} if hasattr(pipe, "text_encoder_2") else {"requires_safety_checker": False}
+    own = type(pipe)(**parts | {"unet": twin(pipe.unet)}, **options)
+    own.set_progress_bar_config(disable=True)
+    compile_blocks(own.unet)
+    return own
+
+
+def _template(pipe, graphs: Graphs | None, prompt: str, size: tuple[int, int], steps: int):
     start = time.perf_counter()
-    image = template_picture(pipe, prompt, size=size, seed=SEED, steps=steps)
+    with captured(pipe.unet, graphs):
+        image = template_picture(pipe, prompt, size=size, seed=SEED, steps=steps)
     return image, time.perf_counter() - start
 
 

@@ -43,7 +43,7 @@ __all__ = [
 TABLE = Path(str(files("weaver_kernels") / "configs" / f"{OP}.json"))
 # Tiles, warps and stages by bits. A float32 product has no matrix instruction to fill: tiles of 32 spill 456 bytes at
 # D = 64 and more above.
-GRID = {16: ((16, 32, 64, 128), (4, 8), (1, 2, 3)), 32: ((16,), (4, 8), (1, 2))}
+GRID = {16: ((16, 32, 64, 128, 256), (4, 8, 16), (1, 2, 3)), 32: ((16,), (4, 8), (1, 2))}
 VARIANTS_KIB = 1  # of shared memory that longer and ragged texts may take beyond 77 keys; 0.13 is the most seen
 HEAD_DIMS = (64, 40, 80, 160)
 UNFINISHED = 3  # exit status: time ran out
