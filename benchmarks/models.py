@@ -145,6 +145,9 @@ def _pipeline(size: Size, device: torch.device, dtype: torch.dtype):
     if size.xl:
         parts["text_encoder_2"] = encoders[1]
     parts = {name: module.to(device, dtype).eval() for name, module in parts.items()}
+    if device.type == "cuda":  # as cuDNN's convolutions of 16 bits have it; otherwise they are turned at every call
+        for name in ("unet", "vae"):
+            parts[name].to(memory_format=torch.channels_last)
     if size.xl:
         pipe = StableDiffusionXLPipeline(
             **parts, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler, add_watermarker=False

@@ -20,7 +20,7 @@ def controlnet_of(unet):
         for parameter in net.parameters():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
-    return net.to(unet.dtype)
+    return net.to(unet.device, unet.dtype)
 
 
 def make(kind, pipe, controlnet=None, **options):

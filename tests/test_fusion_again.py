@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import make_concept
 
-from weaver import WeaverError
+from weaver import WeaverError, compile_parts
+from weaver.compiled import is_compiled
 from weaver.features import collect_features
 from weaver.fusion import ConceptUse, FusionPlan, FusionSampler, sample_fusion, stack_plans
 from weaver.inversion import invert
@@ -192,10 +193,15 @@ def test_graphs_need_a_gpu(tiny_pipe, plans):
 
 
 @torch._dynamo.config.patch(recompile_limit=32)  # sizes of layers, times whether they are injected into
-def test_repeated_blocks_compile_in_one_graph_and_not_again_for_other_plans(tiny_pipe, plans):
+@pytest.mark.parametrize("parts", [False, True], ids=["repeated-blocks", "parts"])
+def test_what_may_be_compiled_compiles_in_one_graph_and_not_again_for_other_plans(tiny_pipe, plans, parts):
     """Steps in and past the windows, other contexts and other masks; recompiling fails."""
     compiled = copy.deepcopy(tiny_pipe.unet)
-    compiled.compile_repeated_blocks(fullgraph=True, backend="eager")
+    if parts:
+        compile_parts(compiled, SITES, fullgraph=True, backend="eager")
+        assert not is_compiled(compiled.up_blocks[1].resnets[0]) and is_compiled(compiled.up_blocks[1].resnets[2])
+    else:
+        compiled.compile_repeated_blocks(fullgraph=True, backend="eager")
 
     def draw(unet, plan):
         return sample_fusion(unet, plan.features.z_T, ddim_scheduler(tiny_pipe.scheduler), plan)

@@ -13,7 +13,7 @@ from diffusers import (
 )
 from pipeline_forms import controlnet_of, draw, make
 
-from weaver import attach, weave
+from weaver import attach, compile_parts, weave
 from weaver.features import collect_features
 from weaver.fusion import ConceptUse, FusionPlan, FusionSampler, sample_fusion
 from weaver.graphs import Graphs
@@ -90,9 +90,8 @@ def test_features_from_the_host_s_memory_give_the_same_picture(pipe, plans, kind
     scheduler = ddim_scheduler(pipe.scheduler)
     expected = sample_fusion(pipe.unet, first.features.z_T, scheduler, first)
     features = collect_features(pipe, inversion, SITES, kind=kind, storage="cpu")
-    assert all(x.is_pinned() for step in features.tensors for x in step.values()) and bool(features.tensors) == (
-        kind == "stored"
-    )
+    kept = [x for step in features.tensors for x in step.values()]
+    assert all(x.is_pinned() for x in kept) and bool(kept) == (kind == "stored")
     masks = torch.zeros(1, 32, 32)
     masks[0, 8:, :16] = 1
     concept = make_concept(pipe, 1, "dog")
@@ -212,12 +211,18 @@ def test_weave_by_graphs(pipe, replays):
         assert (ours - theirs).abs().mean() < 1  # of 255
 
 
-def test_compiled_blocks_fuse_in_graphs(pipe, plans, replays):
+@torch._dynamo.config.patch(recompile_limit=64)
+@pytest.mark.parametrize("parts", [False, True], ids=["repeated-blocks", "parts"])
+def test_compiled_fusion_in_graphs(pipe, plans, replays, parts):
     _, (first, _) = plans
     scheduler = ddim_scheduler(pipe.scheduler)
     expected = sample_fusion(pipe.unet, first.features.z_T, scheduler, first)
     compiled = make_pipeline(dtype=torch.float32).to("cuda")
-    compiled.unet.compile_repeated_blocks(fullgraph=True)
+    if parts:
+        compiled.unet.to(memory_format=torch.channels_last)
+        compile_parts(compiled.unet, SITES)
+    else:
+        compiled.unet.compile_repeated_blocks(fullgraph=True)
     for graphs in (False, True):
         close(sample_fusion(compiled.unet, first.features.z_T, scheduler, first, graphs=graphs), expected)
     assert len(replays) == STEPS

@@ -28,6 +28,7 @@ _LAZY = {
     "TrainSettings": "concepts.settings",
     "attach": "fusion.attach",
     "collect_features": "features",
+    "compile_parts": "compiled",
     "compose_masks": "masks.compose",
     "ddim_scheduler": "schedule",
     "invert": "inversion",

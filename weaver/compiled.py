@@ -7,7 +7,29 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-__all__ = ["hooks_run", "is_compiled"]
+from weaver.layers import InjectionSites, sites_for
+
+__all__ = ["compile_parts", "hooks_run", "is_compiled"]
+
+_PARTS = ("Transformer2DModel", "ResnetBlock2D", "Upsample2D", "Downsample2D")
+
+
+def compile_parts(unet: nn.Module, sites: InjectionSites | None = None, **options) -> None:
+    """Compile a U-Net part by part, in place, as far as fusion lets it: what has hooks then stays as it is.
+
+    More of it than `unet.compile_repeated_blocks()` has, since ResNets are among the parts, and in minutes rather than
+    seconds. Each size of layer is a variant: `torch._dynamo.config.recompile_limit` must be as high, 64 is.
+
+    Parameters
+    ----------
+    sites : into which layers features are injected later; None is the model's default
+    options : of `torch.compile`; None are `fullgraph=True, dynamic=False`
+    """
+    sites = sites_for(unet) if sites is None else sites
+    hooked = {path.rpartition(".")[0] for path in sites.resnet_modules()}
+    for path, module in unet.named_modules():
+        if type(module).__name__ in _PARTS and path not in hooked:
+            module.compile(**options or {"fullgraph": True, "dynamic": False})
 
 
 def hooks_run(*modules: nn.Module) -> AbstractContextManager:

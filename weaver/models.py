@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from weaver.concepts.concept import attn2_projections
 from weaver.errors import WeaverError
+from weaver.hashing import remembered
 
 __all__ = [
     "ModelError",
@@ -152,17 +153,22 @@ def weights_hash(pipe, *, exact: bool = False) -> str:
     As in `weaver.concepts.concept.attn2_hash`, float16 and float32 of one checkpoint, on any device, hash alike; not
     when `exact`, which tells any two weights apart.
     """
-    digest = hashlib.sha256()
-    for part, module in sorted(pipe.components.items()):
-        if not isinstance(module, torch.nn.Module):
-            continue
-        for name, value in sorted(module.state_dict().items()):
-            value = value.detach().cpu()
+
+    def compute(weights) -> str:
+        digest = hashlib.sha256()
+        for name, value in weights:
+            value = value.cpu()
             if not exact and value.dtype in (torch.float32, torch.float64):
                 value = value.half()
-            digest.update(f"{part}.{name} {tuple(value.shape)}\n".encode())
+            digest.update(f"{name} {tuple(value.shape)}\n".encode())
             digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        return digest.hexdigest()
+
+    modules = [
+        (part, module) for part, module in sorted(pipe.components.items()) if isinstance(module, torch.nn.Module)
+    ]
+    weights = ((f"{part}.{name}", x) for part, module in modules for name, x in sorted(module.state_dict().items()))
+    return remembered(("all weights", exact), weights, compute)
 
 
 def quiet_libraries() -> None:

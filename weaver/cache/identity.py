@@ -28,7 +28,7 @@ def inversion_identity(
     SDXL's pooled embedding follows from the prompt's tokens and the second encoder's weights, configuration and dtype;
     its time ids [1, 6] are given.
 
-    The weights are hashed bit by bit each time: they may have been changed in place. Of a model of 2.6 GB that takes
+    The weights are read bit by bit each time: they may have been changed in place. On the CPU a model of 2.6 GB takes
     two seconds.
     """
     if uncacheable_reasons(pipe):

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError
+from weaver.hashing import remembered
 from weaver.layers import cross_attention_paths
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "Concept", "ConceptError", "attn2_hash", "attn2_projections"]
@@ -53,12 +54,17 @@ def attn2_hash(unet: torch.nn.Module) -> str:
 
     Returns the SHA-256 of names, shapes and values as 64 hex digits.
     """
-    digest = hashlib.sha256()
-    for name, linear in sorted(attn2_projections(unet).items()):
-        weight = linear.weight.detach().to("cpu").to(torch.float16).contiguous()
-        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.numpy().astype("<f2", copy=False).tobytes())
-    return digest.hexdigest()
+
+    def compute(weights) -> str:
+        digest = hashlib.sha256()
+        for name, weight in weights:
+            weight = weight.cpu().to(torch.float16).contiguous()
+            digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+            digest.update(weight.numpy().astype("<f2", copy=False).tobytes())
+        return digest.hexdigest()
+
+    weights = ((name, linear.weight) for name, linear in sorted(attn2_projections(unet).items()))
+    return remembered("keys and values", weights, compute)
 
 
 @dataclass(frozen=True, eq=False)

@@ -161,7 +161,7 @@ def _compile_reasons(unet: nn.Module, plan: FusionPlan) -> list[str]:
         parts += [".".join(names[:i]) for i in range(1, len(names) + 1)]
     return [
         f"{part or 'the U-Net'} is compiled, which leaves out what a plan adds: compile no more than its "
-        "repeated blocks, by unet.compile_repeated_blocks()"
+        "repeated blocks, by unet.compile_repeated_blocks(), or parts, by weaver.compile_parts(unet, sites)"
         for part in dict.fromkeys(parts)
         if is_compiled(unet.get_submodule(part))
     ]
