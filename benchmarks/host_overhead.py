@@ -76,12 +76,15 @@ def parts(device: torch.device) -> dict[str, Callable[[], object]]:
     def checks() -> list[str]:
         return shape_reasons(*given, None, None) + gradient_reasons(q=q, k=k, v=v, weights=own.weights)
 
+    def launch() -> torch.Tensor:
+        return kernel.launch(q, k, v, own.weights, None, scale, own.lists, own.tile_sizes, config)
+
     return {
         "whole call": lambda: context_attention(*given, plan=own),
         "of it checks": checks,
         "of it the operation, dispatched": lambda: op._operation(*given, None, own.lists, scale),
         "of that the operation's body": lambda: op._cuda(*given, None, own.lists, scale),
-        "of that arguments and result": lambda: kernel.launch(*given, None, scale, own.lists, own.tile_sizes, config),
+        "of that arguments and result": launch,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.draws import Marks
-from benchmarks.samplers import Ours, compile_blocks, twin
+from benchmarks.samplers import Ours
 from benchmarks.shapes import blob_masks
 from benchmarks.timing import quantiles
 from benchmarks.work import KINDS, autoencoder_flops, kind_of, unet_flops
@@ -38,12 +37,10 @@ def process(
     """`weave` by wall clock: cold, warm, and warm with other masks, and with these and another concept.
 
     The embedded model draws its shipped concepts and finds their words; the others have N random concepts and are told
-    where they stand. The template comes from `template_pipe`, by itself where that is not the case's. On a GPU blocks
-    are compiled and forwards captured before anything is timed.
+    where they stand. The template comes from `template_pipe`, by itself where that is not the case's. On a GPU forwards
+    are captured before anything is timed, those of the fusion every time.
     """
-    side, apart = case.plan.pixels[0], template_pipe is not case.pipe
-    pipe = _compiled(case.pipe) if on_gpu else case.pipe
-    template_pipe = pipe if not apart else _compiled(template_pipe) if on_gpu else template_pipe
+    pipe, side, apart = case.pipe, case.plan.pixels[0], template_pipe is not case.pipe
     graphs, of_template = (Graphs() if on_gpu else None for _ in range(2))
     if model == "embedded":
         prompt, given = PROMPT, {}
@@ -87,16 +84,6 @@ def process(
         note = f"template by {'SDXL' if apart else 'the same model'}" if stage in ("template", "whole") else ""
         rows.append(row | {"note": note})
     return rows
-
-
-def _compiled(pipe):
-    """The same pipeline with a U-Net whose blocks are compiled."""
-    parts = {name: part for name, part in pipe.components.items() if name in inspect.signature(type(pipe)).parameters}
-    options = {"add_watermarker": False} if hasattr(pipe, "text_encoder_2") else {"requires_safety_checker": False}
-    own = type(pipe)(**parts | {"unet": twin(pipe.unet)}, **options)
-    own.set_progress_bar_config(disable=True)
-    compile_blocks(own.unet)
-    return own
 
 
 def _template(pipe, graphs: Graphs | None, prompt: str, size: tuple[int, int], steps: int):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable
 import torch
 
 from benchmarks.cases import WORDS, Case
-from weaver.compiled import compile_parts
 from weaver.conditioning import unet_arguments
 from weaver.fusion import FusionPlan, FusionSampler
 from weaver.fusion.contexts import BASE, NEGATIVE
@@ -28,7 +27,7 @@ VARIANTS = 64  # of a compiled block: sizes of layers, times what is injected, t
 class Ours:
     """`FusionSampler` with the case's plan or another, on a U-Net of its own that stays attached to.
 
-    `graphs` captures its steps on a GPU; `compiled` has its parts compiled before, once for any number of
+    `graphs` captures its steps on a GPU; `compiled` has its blocks compiled before, once for any number of
     concepts.
     """
 
@@ -165,9 +164,9 @@ def guided(negative: torch.Tensor, wanted: torch.Tensor, guidance: float) -> tor
 
 
 def compile_blocks(unet) -> None:
-    """Compile its parts, for the shapes they are called with."""
+    """Compile its repeated blocks, for the shapes they are called with."""
     torch._dynamo.config.recompile_limit = VARIANTS
-    compile_parts(unet)
+    unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
 def twin(unet):

@@ -80,7 +80,7 @@ class Features:
 
     def replay(self, unet, step: int) -> dict[str, torch.Tensor]:
         """The features of a step, computed by the part of the U-Net that they need, on its own processors."""
-        wanted = _wanted(unet, self.sites, step, self.steps)
+        wanted = _wanted(_modules(unet, self.sites), self.sites, step, self.steps)
         if not wanted:  # the path may have been cut before
             return {}
         return forward_until(unet, wanted, self.path[step][None], self.timesteps[step], self.unet_arguments)[0]
@@ -153,6 +153,7 @@ class _Run:
     def __init__(self, pipe, inversion: Inversion, sites: InjectionSites, storage, graphs, progress):
         self.unet, self.inversion, self.sites = pipe.unet, inversion, sites
         self.steps, self.device = inversion.steps, inversion.latents.device
+        self._modules = _modules(self.unet, sites)
         self.injected = max(sites.resnet_steps(self.steps), sites.attention_steps(self.steps))
         self.scheduler = ddim_scheduler(pipe.scheduler)
         self.scheduler.set_timesteps(self.steps, device=self.device)
@@ -188,7 +189,7 @@ class _Run:
             self._tell(self.steps, self.steps)
 
     def _forward(self, step: int, z: torch.Tensor, found: list | None, whole: bool) -> torch.Tensor | None:
-        wanted = [] if found is None else _wanted(self.unet, self.sites, step, self.steps)
+        wanted = [] if found is None else _wanted(self._modules, self.sites, step, self.steps)
         t, arguments = self.scheduler.timesteps[step], self.inversion.unet_arguments
         options = {"keep": self._keep, "whole": whole, "graphs": self._graphs}
         taken, output = forward_until(self.unet, wanted, z, t, arguments, **options)
@@ -212,10 +213,16 @@ class _Run:
             self._progress(done, total)
 
 
-def _wanted(unet, sites: InjectionSites, step: int, steps: int) -> list[str]:
-    """Paths of the modules whose outputs are injected at a step."""
-    resnets = sites.resnet_modules() if step < sites.resnet_steps(steps) else []
-    return resnets + (sites.projection_modules(unet) if step < sites.attention_steps(steps) else [])
+def _modules(unet, sites: InjectionSites) -> tuple[list[str], list[str]]:
+    """Paths of the modules that are ResNet features and attention features."""
+    return sites.resnet_modules(), sites.projection_modules(unet)
+
+
+def _wanted(modules: tuple[list[str], list[str]], sites: InjectionSites, step: int, steps: int) -> list[str]:
+    """Those of them whose outputs are injected at a step."""
+    resnets, projections = modules
+    resnets = resnets if step < sites.resnet_steps(steps) else []
+    return resnets + (projections if step < sites.attention_steps(steps) else [])
 
 
 def reconstruction_psnr(pipe, inversion: Inversion, features: Features) -> float:

@@ -40,27 +40,27 @@ def bit_sums(tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
 
     One word that changes always changes it; others, or words that change places, but for one chance in 2**64.
     """
-    found: dict[torch.device, list] = {}
-    tensors = list(tensors)
+    by_device: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
     for i, tensor in enumerate(tensors):
-        found.setdefault(tensor.device, []).append((i, _bit_sum(tensor)))
-    sums = [0] * len(tensors)
-    for on_device in found.values():
-        numbers, values = zip(*on_device, strict=True)
-        for i, value in zip(numbers, torch.stack(values).tolist(), strict=True):  # one wait for all of a device
-            sums[i] = value
-    return tuple(sums)
+        by_device.setdefault(tensor.device, []).append((i, _words(tensor)))
+    sums: dict[int, int] = {}
+    for device, found in by_device.items():
+        longest = min(_CHUNK, max(len(words) for _, words in found))
+        factors = 2 * (torch.arange(longest, device=device) * _STEP) + 1
+        totals = torch.stack([_weighted(words, factors) for _, words in found])
+        sums |= dict(zip((i for i, _ in found), totals.tolist(), strict=True))  # one wait for all of a device
+    return tuple(sums[i] for i in range(len(sums)))
 
 
-def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """All bits of a tensor, in words as wide as it takes."""
     flat = tensor.contiguous().view(-1)
-    for word in (torch.int32, torch.int16, torch.uint8):
-        if flat.numel() * flat.element_size() % word.itemsize == 0:
-            flat = flat.view(torch.uint8).view(word)
-            break
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, len(flat), _CHUNK):
-        words = flat[start : start + _CHUNK].long()
-        places = torch.arange(start, start + len(words), device=tensor.device)
-        total += (words * (2 * (places * _STEP) + 1)).sum()
+    word = next(w for w in (torch.int32, torch.int16, torch.uint8) if tensor.nbytes % w.itemsize == 0)
+    return flat.view(torch.uint8).view(word)
+
+
+def _weighted(words: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for part in words.split(len(factors)) if len(words) else ():
+        total = total * _STEP + (part.long() * factors[: len(part)]).sum()
     return total

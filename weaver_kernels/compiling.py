@@ -173,7 +173,6 @@ def _arguments(case: Case) -> tuple:
         keys,
         keys,
         empty(rows, n_contexts, n_tokens, dtype=torch.float32),
-        empty(rows, n_contexts),
         empty(n_contexts) if case.variant == "ragged" else None,
         empty(1),
         (case.config.tile,),

@@ -52,7 +52,7 @@ class LayerInputs:
 
         plan = self.plan
         scale = self.q.shape[-1] ** -0.5
-        contexts = (self.k, self.v, plan.weights, plan.context_index, None)
+        contexts = (self.k, self.v, plan.weights, None)
         return launch(self.q, *contexts, scale, plan.lists, plan.tile_sizes, config, self.out)
 
     def again(self) -> LayerInputs:

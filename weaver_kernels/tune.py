@@ -16,13 +16,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
-from itertools import islice, product, starmap
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from weaver_kernels.compiling import OP, SHARED_KIB, Case, compile_each, failures, missing_tools
+from weaver_kernels.context_attention.blocks import split
 from weaver_kernels.devices import triton_version
 from weaver_kernels.measure import time_configs
 from weaver_kernels.tuning import KernelConfig, source_hash, with_row, write_table
@@ -41,9 +42,12 @@ __all__ = [
 ]
 
 TABLE = Path(str(files("weaver_kernels") / "configs" / f"{OP}.json"))
-# Tiles, warps and stages by bits. A float32 product has no matrix instruction to fill: tiles of 32 spill 456 bytes at
-# D = 64 and more above.
-GRID = {16: ((16, 32, 64, 128, 256), (4, 8, 16), (1, 2, 3)), 32: ((16,), (4, 8), (1, 2))}
+# Tiles and warps by bits, then stages. A float32 product has no matrix instruction to fill: tiles of 32 spill 456 bytes
+# at D = 64 and more above.
+GRID = {
+    16: (((32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8)), (1, 2, 3)),
+    32: (((16, 4), (16, 8)), (1, 2)),
+}
 VARIANTS_KIB = 1  # of shared memory that longer and ragged texts may take beyond 77 keys; 0.13 is the most seen
 HEAD_DIMS = (64, 40, 80, 160)
 UNFINISHED = 3  # exit status: time ran out
@@ -73,8 +77,8 @@ class Tuned(NamedTuple):
 def rows(head_dims: Iterable[int] = HEAD_DIMS) -> list[Row]:
     """All that is tuned, what most layers run first."""
     dims = list(head_dims)
-    half = [Row(dim, 16, q_each) for dim in dims for q_each in (False, True)]
-    return half + [Row(dim, 32, False) for dim in dims]
+    kinds = ((16, False), (16, True), (32, False))
+    return [Row(dim, *kind) for kind in kinds for dim in dims]
 
 
 def candidates(row: Row, arch: int) -> dict[KernelConfig, list[Case]]:
@@ -83,11 +87,23 @@ def candidates(row: Row, arch: int) -> dict[KernelConfig, list[Case]]:
     A row for shared queries serves those of each context too, until they have their own.
     """
     variants = ("q-each",) if row.q_each else ("", "q-each")
-    configs = starmap(KernelConfig, product(*GRID[row.bits]))
+    shapes, stages = GRID[row.bits]
+    reload = (False,) if row.q_each or row.bits == 32 else (False, True)
+    configs = (KernelConfig(*shape, n, again) for shape, n, again in product(shapes, stages, reload))
     return {
         config: [Case(row.head_dim, arch, row.bits, variant=variant, chosen=config) for variant in variants]
         for config in configs
+        if not (config.reload and config.stages == 1) and not _reads_outside(row, arch, config)
     }
+
+
+def _reads_outside(row: Row, arch: int, config: KernelConfig) -> bool:
+    """Whether Triton 3.6 makes a binary that reads outside of its shared memory, as compute-sanitizer shows on a GPU.
+
+    It does for heads of two blocks in a loop that is not pipelined, where Hopper's products of 64 rows are used.
+    """
+    wide = config.tile >= 64 and config.warps % 4 == 0
+    return arch == 90 and row.bits == 16 and wide and config.stages == 1 and split(row.head_dim)[1] > 0
 
 
 def kernel_hash() -> str:
@@ -141,7 +157,8 @@ def tune(
             continue
         best = min(times, key=times.__getitem__)
         key = {"arch": [arch], "bits": row.bits, **({"q_each": True} if row.q_each else {}), "head_dim": row.head_dim}
-        table = with_row(table, {**key, **best._asdict(), "measured": {**mark, "us": round(times[best], 1)}})
+        chosen = {name: value for name, value in best._asdict().items() if name != "reload" or value}
+        table = with_row(table, {**key, **chosen, "measured": {**mark, "us": round(times[best], 1)}})
         write(table)
     return Tuned(table, left, failed)
 

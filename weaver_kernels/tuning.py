@@ -24,11 +24,13 @@ __all__ = [
 
 
 class KernelConfig(NamedTuple):
-    """How a kernel is built: tokens of a tile, warps of a program, stages of its software pipeline."""
+    """How a kernel is built: tokens of a tile, warps of a program, stages of its software pipeline, and whether
+    shared queries go through that pipeline too, again for every context, instead of being held."""
 
     tile: int
     warps: int
     stages: int
+    reload: bool = False
 
 
 @cache
@@ -56,7 +58,7 @@ def kernel_config(op: str, head_dim: int, bits: int, arch: int, *, q_each: bool 
         )
         return default_config(op, bits)
     row = min(rows, key=lambda row: (row["head_dim"], "q_each" not in row))
-    return KernelConfig(row["tile"], row["warps"], row["stages"])
+    return KernelConfig(row["tile"], row["warps"], row["stages"], row.get("reload", False))
 
 
 def default_config(op: str, bits: int) -> KernelConfig:

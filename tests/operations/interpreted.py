@@ -50,7 +50,6 @@ def run_interpreted(case: dict, tile: int = 16) -> torch.Tensor:
         k,
         v,
         plan.weights,
-        None if index is None else plan.context_index,
         case.get("key_lengths"),
         case.get("scale", d**-0.5),
         plan.lists,

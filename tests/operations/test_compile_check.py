@@ -69,11 +69,9 @@ def test_sizes_that_follow_the_contexts_and_the_tokens_make_no_other_binary():
         kernel = _kernel()
         for s, t in ((3, 64), (1, 64), (4, 1), (16, 100), (70, 33)):
             q, k = empty(2, t, 2, 16, dtype=torch.float16), empty(s, 16, 2, 16, dtype=torch.float16)
-            weights, index = empty(2, s, t, dtype=torch.float32), empty(2, s)
+            weights = empty(2, s, t, dtype=torch.float32)
             config = KernelConfig(16, 4, 1)
-            _, tensors, others, options = kernel_arguments(
-                q, k, k, weights, index, None, empty(1), (16,), config, q
-            )
+            _, tensors, others, options = kernel_arguments(q, k, k, weights, None, empty(1), (16,), config, q)
             kernel.warmup(*tensors, 1.0, *others, grid=(1, 1, 1), **options)
         print("binaries", sum(len(per_device[0]) for per_device in kernel.device_caches.values()))
     """

@@ -14,7 +14,7 @@ from weaver_kernels.context_attention.lists import (
     live_tokens,
     split_live_tokens,
     tile_layout,
-    tile_lists,
+    tile_list,
 )
 from weaver_kernels.context_attention.plan import merge_equal
 
@@ -46,21 +46,26 @@ def test_tokens_of_one_set_keep_their_order():
 
 @pytest.mark.parametrize("size", [16, 64])
 def test_tile_lists_hold_what_is_alive_on_the_tile_and_nothing_else(size):
+    """A tile that has nothing has the row's first context, whose weights are zero there, by a number that there is."""
     alive = soft_weights(2, 5, 75, rng()) > 1
+    alive[1, :, :40] = False
     order = live_order(alive)
-    counts, contexts = tile_lists(alive, order, size)
-    assert counts.shape == (2, -(-75 // size)) and contexts.shape == (*counts.shape, 5)
+    index = torch.tensor([[7, 6, 5, 4, 3], [99, 2, -1, 2**40, 0]])
+    found = tile_list(alive, order, size, index)
+    assert found.shape == (2, -(-75 // size), 11)
     for b in range(2):
-        for tile in range(counts.shape[1]):
+        for tile in range(found.shape[1]):
             tokens = order[b, tile * size : (tile + 1) * size].long()
             expected = alive[b][:, tokens].any(1).nonzero()[:, 0].tolist()
-            assert contexts[b, tile, : counts[b, tile]].tolist() == expected
+            pairs = found[b, tile, 1 : 1 + 2 * found[b, tile, 0]].view(-1, 2).tolist()
+            assert pairs == ([[s, min(int(index[b, s]), 2**31 - 1)] for s in expected] or [[0, 0]])
+    assert size == 64 or [1, 0, 0] in found[1, :, :3].tolist()
 
 
 def test_hard_masks_leave_about_two_contexts_a_tile():
     """Own concept and base, and a third where a tile lies on the border of two sets."""
     alive = hard_weights(1, 9, 64 * 64, rng()) != 0
-    counts, _ = tile_lists(alive, live_order(alive), 64)
+    counts = tile_list(alive, live_order(alive), 64)[..., 0]
     assert counts.sum() <= 2 * counts.numel() + 7
 
 
@@ -78,10 +83,9 @@ def test_one_buffer_holds_all_lists():
         assert torch.equal(part, expected)
     lists, order = live_lists(alive, (16, 8)), live_order(alive)
     assert torch.equal(lists[:60].view(2, 30), order)
-    for size, (n_tiles, counts_at, contexts_at) in tile_layout(2, 4, 30, (16, 8)).items():
-        counts, contexts = tile_lists(alive, order, size)
-        assert torch.equal(lists[counts_at:contexts_at].view(2, n_tiles), counts)
-        assert torch.equal(lists[contexts_at : contexts_at + contexts.numel()].view(2, n_tiles, 4), contexts)
+    for size, (n_tiles, at) in tile_layout(2, 4, 30, (16, 8)).items():
+        found = tile_list(alive, order, size)
+        assert torch.equal(lists[at : at + found.numel()].view(2, n_tiles, 9), found)
 
 
 @pytest.mark.parametrize("same_as", [None, torch.tensor([0, 1, 1, 3])], ids=["by-number", "by-content"])

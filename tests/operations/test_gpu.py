@@ -105,7 +105,7 @@ def test_every_number_of_the_result_is_written_and_none_beside_it(dtype):
     wide = torch.full((2, 78, 4, 48), torch.nan, dtype=dtype, device="cuda")
     out = wide[:, :77, :3, :40]
     q, k, v = (case[name] for name in ("q", "k", "v"))
-    launch(q, k, v, plan.weights, None, None, 40**-0.5, plan.lists, plan.tile_sizes, KernelConfig(32, 4, 1), out)
+    launch(q, k, v, plan.weights, None, 40**-0.5, plan.lists, plan.tile_sizes, KernelConfig(32, 4, 1), out)
     assert torch.isfinite(out).all() and wide.isnan().sum() == wide.numel() - out.numel()
 
 

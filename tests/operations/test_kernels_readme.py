@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import weaver_kernels
-from weaver_kernels.context_attention.lists import live_order, tile_lists
+from weaver_kernels.context_attention.lists import live_order, tile_list
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "weaver_kernels" / "README.md").read_text(encoding="utf-8")
@@ -25,11 +25,11 @@ def test_the_picture_is_what_the_plan_makes():
     labels = [letter for row in rows for letter in row]
     alive = torch.tensor([[[letter == name for letter in labels] for name in "abc"] + [[True] * 16]])
     order = live_order(alive)
-    counts, contexts = tile_lists(alive, order, 4)
+    found = tile_list(alive, order, 4)[0]
     drawn = re.findall(r"tile (\d) +([abcz ]+)$", README, re.MULTILINE)
     assert [int(tile) for tile, _ in drawn] == [0, 1, 2, 3]
     for tile, names in drawn:
-        made = {"abcz"[s] for s in contexts[0, int(tile), : counts[0, int(tile)]].tolist()}
+        made = {"abcz"[s] for s in found[int(tile), 1 : 1 + 2 * found[int(tile), 0] : 2].tolist()}
         assert made == set(names.split())
     assert order[0, :8].tolist() == [int(n) for n in re.findall(r"\d+", README.split("───►")[1].split("...")[0])][:8]
 

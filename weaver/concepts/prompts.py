@@ -70,7 +70,7 @@ def encode(pipe, prompt: str | None, concept: Concept | None = None) -> Encoding
     texts, pooled = [], None
     encoders = text_encoders(pipe)
     for name, encoder in encoders.items():
-        device = home_of(encoder) or pipe._execution_device
+        device = home_of(encoder) or _device_of(pipe, encoder)
         token, vectors = (None, None) if concept is None else (concept.token, concept.embeddings[name])
         tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
         count = 1 if vectors is None else len(vectors)
@@ -84,6 +84,11 @@ def encode(pipe, prompt: str | None, concept: Concept | None = None) -> Encoding
         texts.append(output.hidden_states[-2])
         pooled = output[0]
     return Encoding(torch.cat(texts, dim=-1).to(pipe.text_encoder_2.dtype), pooled)
+
+
+def _device_of(pipe, encoder) -> torch.device:
+    """Where an encoder runs; where it is, unless hooks move it, for which the pipeline looks through all its parts."""
+    return pipe._execution_device if hasattr(encoder, "_hf_hook") else encoder.get_input_embeddings().weight.device
 
 
 def absent_is_zero(pipe) -> bool:

@@ -23,8 +23,11 @@ class Injection:
         self._coming: dict[int, tuple[Mapping, torch.cuda.Event]] = {}
         self.replaying = False
 
-    def at(self, unet, step: int) -> Mapping[str, torch.Tensor]:
-        """Path of a module -> its output in the template's row at a step; empty past the windows."""
+    def at(self, unet, step: int, device: torch.device) -> Mapping[str, torch.Tensor]:
+        """Path of a module -> its output in the template's row at a step; empty past the windows.
+
+        device : the U-Net's, which asked for it looks through all of its modules
+        """
         features = self._features
         if features is None:
             return {}
@@ -35,8 +38,8 @@ class Injection:
             finally:
                 self.replaying = False
         tensors = features.tensors[step]
-        if unet.device.type == "cuda" and any(not x.is_cuda for x in tensors.values()):
-            return self._fetched(unet.device, step)
+        if device.type == "cuda" and any(not x.is_cuda for x in tensors.values()):
+            return self._fetched(device, step)
         return tensors
 
     def _fetched(self, device: torch.device, step: int) -> Mapping[str, torch.Tensor]:

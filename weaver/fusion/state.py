@@ -165,16 +165,18 @@ class FusionState:
                     "choose attention slicing, xformers and the like before attach()"
                 )
         self._weigh(rows, self.plan.phase_at(step / steps))
-        self._inject(unet, {})  # those of the step before are not injected into the template's own row
-        features = self._injection.at(unet, step)
+        self._inject({})  # those of the step before are not injected into the template's own row
+        keys = next(iter(self.context_reads.values())).kv.keys  # on the U-Net's device, in its dtype
+        features = self._injection.at(unet, step, keys.device)
+        features = {path: x.to(keys.device, keys.dtype, non_blocking=True) for path, x in features.items()}
         if self._held:
             self._buffers |= {path: x.clone() for path, x in features.items() if path not in self._buffers}
             features = {path: self._buffers[path].copy_(x, non_blocking=True) for path, x in features.items()}
-        self._inject(unet, features)
+        self._inject(features)
 
-    def _inject(self, unet, features: Mapping[str, torch.Tensor]) -> None:
+    def _inject(self, features: Mapping[str, torch.Tensor]) -> None:
         """Have these outputs of the template's modules, one row each, put in the place of the U-Net's own."""
-        self._features = {path: x.to(unet.device, unet.dtype, non_blocking=True) for path, x in features.items()}
+        self._features = features
         for path, reads in self._feature_reads.items():
             reads.queries, reads.keys = (self._features.get(f"{path}.{name}") for name in ("to_q", "to_k"))
 

@@ -142,15 +142,15 @@ def _attend_twice(
 # Sizes that follow the number of contexts and tokens are not specialised: one binary serves them all.
 @triton.jit(
     do_not_specialize=[
-        "n_tokens", "n_contexts", "n_all", "n_tiles", "counts_at", "contexts_at", "stride_wb", "stride_ws",
+        "n_tokens", "n_contexts", "n_all", "n_tiles", "tiles_at", "stride_wb", "stride_ws",
     ]
 )  # fmt: skip
 def context_attention_kernel(
     q, k, v, weights, out,  # [B, (S,) T, H, D], [S', L, H, D] twice, [B, S, T], [B, T, H, D]
-    context_index, key_lengths,  # [B, S], [S']
-    lists,  # the order of tokens [B, T], and further on of the tiles' live contexts:
+    key_lengths,  # [S']
+    lists,  # the order of tokens [B, T], and further on of the tiles' live contexts [B, tiles, 1 + 2 S]
     scale,  # positive, times log2(e)
-    counts_at, contexts_at,  # how many, [B, tiles], and which, [B, tiles, S]
+    tiles_at,  # where these begin: how many, and of each its place in the row and in the keys
     n_tokens, n_contexts, n_all, n_tiles,  # T, S, S', tiles of a row
     stride_qb, stride_qs, stride_qt, stride_qh,
     stride_kc, stride_kl, stride_kh,
@@ -162,7 +162,8 @@ def context_attention_kernel(
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,  # the head dimension, as blocks of D1 and D2
     BT: tl.constexpr,  # tokens of a tile
     Q_EACH: tl.constexpr,  # a query for each context
-    INDEXED: tl.constexpr, RAGGED: tl.constexpr,  # there is a context_index, there are key_lengths
+    RELOAD: tl.constexpr,  # queries are read again for every context, ahead as keys and values are; always where Q_EACH
+    RAGGED: tl.constexpr,  # there are key_lengths
     WIDE: tl.constexpr,  # a row of q or out is past 2**31 elements: offsets of tokens are int64
     ALIGN: tl.constexpr,  # every stride and address of q, k, v and out is a multiple of so many elements
     PRECISION: tl.constexpr,
@@ -172,6 +173,9 @@ def context_attention_kernel(
     # has an error of 8 times eager's; times 256 it is not. The accumulators are divided by as much.
     GAIN: tl.constexpr = 256.0 if v.dtype.element_ty == tl.float16 else 1.0
     i_h, i_tile, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    p_tile = lists + tiles_at + (i_b * n_tiles + i_tile).to(tl.int64) * (1 + 2 * n_contexts)
+    n_live = tl.load(p_tile)
+    tl.assume(n_live > 0)  # so the first context is read without waiting for their number
     o_sorted = i_tile * BT + tl.arange(0, BT)
     t_ok = o_sorted < n_tokens
     o_t = tl.load(lists + i_b * n_tokens + o_sorted, mask=t_ok, other=0)  # [BT]
@@ -180,7 +184,7 @@ def context_attention_kernel(
         o_row = o_t.to(tl.int64)
 
     p_q = _base(_base(q, i_b, stride_qb, ALIGN), i_h, stride_qh, ALIGN)
-    if not Q_EACH:
+    if not RELOAD:
         b_q1 = _load(p_q, o_row, stride_qt, t_ok, 0, D1, D)  # [BT, D1]
         b_q2 = b_q1
         if D2 > 0:
@@ -190,24 +194,21 @@ def context_attention_kernel(
 
     # With a query for each context, what the loop could hold is computed again: held, D = 80 takes 255 registers and
     # spills (sm_120), else 184. With shared queries it is the other way round.
-    i_list = i_b * n_tiles + i_tile
-    for j in tl.range(0, tl.load(lists + counts_at + i_list), disable_licm=Q_EACH):
-        i_s = tl.load(lists + contexts_at + i_list.to(tl.int64) * n_contexts + j)
+    for j in tl.range(0, n_live, disable_licm=RELOAD):
+        i_s = tl.load(p_tile + 1 + 2 * j)
+        i_c = tl.load(p_tile + 2 + 2 * j)
         p_w = weights + i_b.to(tl.int64) * stride_wb + i_s.to(tl.int64) * stride_ws
         b_w = tl.load(p_w + o_t, mask=t_ok, other=0.0).to(tl.float32) * GAIN  # [BT]
-        i_c = i_s
-        if INDEXED:
-            i_c = tl.load(context_index + i_b * n_contexts + i_s)
-            there = (i_c >= 0) & (i_c < n_all)  # else its tokens are NaN: other memory is never read, nothing waits
-            tl.device_assert(there, "context_index out of range")
-            i_c, b_w = tl.where(there, i_c, 0), tl.where(there, b_w, float("nan"))
+        there = (i_c >= 0) & (i_c < n_all)  # else its tokens are NaN: other memory is never read, nothing waits
+        tl.device_assert(there, "context_index out of range")
+        i_c, b_w = tl.where(there, i_c, 0), tl.where(there, b_w, float("nan"))
         n_keys = L
         if RAGGED:
             n_keys = tl.load(key_lengths + i_c)
             there = (n_keys >= 0) & (n_keys <= L)
             tl.device_assert(there, "key_lengths out of range")
             n_keys, b_w = tl.where(there, n_keys, 0).to(tl.int32), tl.where(there, b_w, float("nan"))
-        if Q_EACH:
+        if RELOAD:
             p_qs = _base(p_q, i_s, stride_qs, ALIGN)
             b_q1 = _load(p_qs, o_row, stride_qt, t_ok, 0, D1, D)
             b_q2 = b_q1
@@ -227,7 +228,7 @@ def context_attention_kernel(
             )  # fmt: skip
 
     # The order is read again: cheaper than holding it in registers over the loop, and volatile keeps it so.
-    o_row = tl.load(lists + i_b * n_tokens + o_sorted, mask=t_ok, other=0, volatile=True)
+    o_row = tl.load(lists + i_b * n_tokens + o_sorted, mask=t_ok, other=0, cache_modifier=".ca")
     if WIDE:
         o_row = o_row.to(tl.int64)
     p_o = _base(_base(out, i_b, stride_ob, ALIGN), i_h, stride_oh, ALIGN) + o_row[:, None] * stride_ot
@@ -244,7 +245,6 @@ def launch(
     k: torch.Tensor,
     v: torch.Tensor,
     weights: torch.Tensor,
-    context_index: torch.Tensor | None,
     key_lengths: torch.Tensor | None,
     scale: float,
     lists: torch.Tensor,
@@ -260,16 +260,16 @@ def launch(
         rows, _, n_tokens = weights.shape
         _, _, heads, dim = k.shape
         out = q.new_empty(rows, n_tokens, heads, dim)
-    found = kernel_arguments(q, k, v, weights, context_index, key_lengths, lists, tile_sizes, config, out)
+    found = kernel_arguments(q, k, v, weights, key_lengths, lists, tile_sizes, config, out)
     if found is None:
         q, k, v, weights = (x.contiguous() for x in (q, k, v, weights))
-        found = kernel_arguments(q, k, v, weights, context_index, key_lengths, lists, tile_sizes, config, out)
+        found = kernel_arguments(q, k, v, weights, key_lengths, lists, tile_sizes, config, out)
     grid, tensors, others, options = found
     context_attention_kernel[grid](*tensors, scale * LOG2_E, *others, **options)
     return out
 
 
-def kernel_arguments(q, k, v, weights, context_index, key_lengths, lists, tile_sizes, config, out):
+def kernel_arguments(q, k, v, weights, key_lengths, lists, tile_sizes, config, out):
     """The grid, the kernel's tensors, what follows the scale, both in their order, and Triton's options.
 
     None where numbers of a head or of a context's weights do not lie next to each other. Tensors without storage will
@@ -278,20 +278,20 @@ def kernel_arguments(q, k, v, weights, context_index, key_lengths, lists, tile_s
     addresses = q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()
     layout = _layout(
         q.shape, q.stride(), k.shape, k.stride(), v.stride(), weights.shape, weights.stride(), out.stride(),
-        q.dtype, addresses & 255, context_index is not None, key_lengths is not None, tile_sizes, config,
+        q.dtype, addresses & 255, key_lengths is not None, tile_sizes, config,
     )  # fmt: skip
     if layout is None:
         return None
     grid, others, options = layout
     # A tensor that is not there is not read; any pointer stands for it.
-    contexts = (lists if context_index is None else context_index, lists if key_lengths is None else key_lengths)
-    return grid, (q, k, v, weights, out, *contexts, lists), others, options
+    lengths = lists if key_lengths is None else key_lengths
+    return grid, (q, k, v, weights, out, lengths, lists), others, options
 
 
 @lru_cache(maxsize=1024)
 def _layout(
     q_shape, q_stride, k_shape, k_stride, v_stride, w_shape, w_stride, out_stride,
-    dtype, low_address, indexed, ragged, tile_sizes, config,
+    dtype, low_address, ragged, tile_sizes, config,
 ) -> tuple[tuple[int, int, int], tuple, dict] | None:  # fmt: skip
     """All that follows from sizes, strides and the configuration.
 
@@ -308,13 +308,13 @@ def _layout(
     strides = (*q_strides, *k_stride[:3], *v_stride[:3])
     keys_at_a_time, l1, l2 = key_blocks(n_keys, dim * size)
     others = (
-        tiles.counts_at, tiles.contexts_at,
+        tiles.at,
         n_tokens, n_contexts, n_all, tiles.n_tiles,
         *strides, *w_stride[:2], *out_stride[:3],
         n_keys, keys_at_a_time, l1, l2,
         dim, *split(dim),
         config.tile,
-        q_each, indexed, ragged,
+        q_each, q_each or config.reload, ragged,
         n_tokens * max(q_stride[-3], out_stride[1]) >= 2**31,  # WIDE
         math.gcd(16, math.gcd(256, low_address) // size, *strides, *out_stride[:3]),  # ALIGN
         "ieee" if dtype == torch.float32 else "tf32",

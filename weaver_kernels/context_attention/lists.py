@@ -1,8 +1,10 @@
 """Where each context is alive: which tokens a context has, and which contexts a tile of tokens has.
 
 All lists of a plan are in one buffer of int32, so that a call hands over one tensor. For tiles it holds the order of
-the tokens [B, T], and then of each tile size how many contexts a tile has [B, tiles] and which [B, tiles, S]. Without
-tiles it holds the tokens of each context [B, S, T] and how many there are [B, S].
+the tokens [B, T], and then of each tile size what a tile has [B, tiles, 1 + 2 S]: how many contexts, and of each its
+place in the row and in the keys, side by side so that one wait for memory brings them. A tile without any has one,
+whose weights are zero there. Without tiles the buffer holds the tokens of each context [B, S, T] and how many there
+are [B, S].
 """
 
 from __future__ import annotations
@@ -14,17 +16,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-__all__ = ["TileLayout", "live_lists", "live_order", "live_tokens", "split_live_tokens", "tile_layout", "tile_lists"]
+__all__ = ["TileLayout", "live_lists", "live_order", "live_tokens", "split_live_tokens", "tile_layout", "tile_list"]
 
 _BITS = 62  # of a sort key: int64 without its sign, and one to spare
 
 
 class TileLayout(NamedTuple):
-    """Of one tile size: tiles of a row, and where in the buffer its two lists begin."""
+    """Of one tile size: tiles of a row, and where in the buffer its list begins."""
 
     n_tiles: int
-    counts_at: int
-    contexts_at: int
+    at: int
 
 
 @cache
@@ -33,16 +34,21 @@ def tile_layout(rows: int, n_contexts: int, tokens: int, tile_sizes: tuple[int, 
     found, at = {}, rows * tokens
     for size in tile_sizes:
         n_tiles = -(-tokens // size)
-        found[size] = TileLayout(n_tiles, at, at + rows * n_tiles)
-        at += rows * n_tiles * (1 + n_contexts)
+        found[size] = TileLayout(n_tiles, at)
+        at += rows * n_tiles * (1 + 2 * n_contexts)
     return found
 
 
-def live_lists(alive: torch.Tensor, tile_sizes: Sequence[int]) -> torch.Tensor:
-    """All lists of `alive` [B, S, T] in one buffer: those of tiles, or of tokens where there are no tile sizes."""
+def live_lists(
+    alive: torch.Tensor, tile_sizes: Sequence[int], context_index: torch.Tensor | None = None
+) -> torch.Tensor:
+    """All lists of `alive` [B, S, T] in one buffer: those of tiles, or of tokens where there are no tile sizes.
+
+    context_index : [B, S] int32, the places in the keys; None is those in the row.
+    """
     if tile_sizes:
         order = live_order(alive)
-        parts = [order, *(part for size in tile_sizes for part in tile_lists(alive, order, size))]
+        parts = [order, *(tile_list(alive, order, size, context_index) for size in tile_sizes)]
     else:
         parts = live_tokens(alive)
     return torch.cat([part.flatten() for part in parts])
@@ -70,19 +76,26 @@ def live_order(alive: torch.Tensor) -> torch.Tensor:
     return order.to(torch.int32)
 
 
-def tile_lists(alive: torch.Tensor, order: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The contexts alive on each tile of `size` tokens in `order`.
+def tile_list(
+    alive: torch.Tensor, order: torch.Tensor, size: int, context_index: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The contexts alive on each tile of `size` tokens in `order`: [B, tiles, 1 + 2 S] int32.
 
-    alive : [B, S, T] bool, order : [B, T]. Returns how many, [B, tiles] int32, and which, [B, tiles, S] int32 with
-    the live ones first and ascending. Shapes do not depend on what is alive.
+    alive : [B, S, T] bool, order : [B, T]. How many there are, then place in the row and in the keys of each, ascending
+    and the live ones first. The shape does not depend on what is alive.
     """
     rows, n_contexts, tokens = alive.shape
     sorted_alive = alive.gather(2, order.long()[:, None].expand_as(alive))
     tiles = -(-tokens // size)
     padded = F.pad(sorted_alive, (0, tiles * size - tokens))
     on_tile = padded.view(rows, n_contexts, tiles, size).any(-1).transpose(1, 2)  # [B, tiles, S]
-    contexts = (~on_tile).to(torch.uint8).argsort(dim=-1, stable=True)
-    return on_tile.sum(-1, dtype=torch.int32), contexts.to(torch.int32).contiguous()
+    count = on_tile.sum(-1, keepdim=True)
+    places = (~on_tile).to(torch.uint8).argsort(dim=-1, stable=True)
+    in_keys = places if context_index is None else context_index.long()[:, None].expand_as(places).gather(2, places)
+    in_keys = in_keys.clamp(-1, torch.iinfo(torch.int32).max)  # a number out of range must stay out of it
+    in_keys = in_keys.where(count > 0, 0)  # the one that stands for none is one that there is
+    pairs = torch.stack([places, in_keys], -1).flatten(-2)
+    return torch.cat([count.clamp(min=1), pairs], -1).to(torch.int32)
 
 
 def live_tokens(alive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

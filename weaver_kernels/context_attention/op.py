@@ -98,8 +98,8 @@ def _cuda(q, k, v, weights, context_index, key_lengths, lists, scale):
     tile_sizes = tuning.tile_sizes(_OP)
     if lists is None:
         tile_sizes = (config.tile,)
-        lists = live_lists(weights != 0, tile_sizes)
-    return _launch()(q, k, v, weights, context_index, key_lengths, scale, lists, tile_sizes, config)
+        lists = live_lists(weights != 0, tile_sizes, context_index)
+    return _launch()(q, k, v, weights, key_lengths, scale, lists, tile_sizes, config)
 
 
 @cache

@@ -93,7 +93,7 @@ class ContextPlan:
         self.weights.zero_()[:, :n_contexts] = weights
         in_type = context_index.clamp(-1, torch.iinfo(torch.int32).max)  # a number out of range must stay out of it
         self.context_index.zero_()[:, :n_contexts] = in_type
-        lists = live_lists(self.weights != 0, self.tile_sizes)
+        lists = live_lists(self.weights != 0, self.tile_sizes, self.context_index)
         self.lists = lists if self.lists is None else self.lists.copy_(lists)
 
     def _reasons(self, weights, context_index, same_as) -> list[str]:
