@@ -38,4 +38,4 @@ def test_within_twice_the_error_of_attention_written_out(device, dtype, truth):
     latents, true = truth
     ours, theirs = ((draw(device, dtype, kind, latents)[1] - true).norm() for kind in (Ours, OnePass))
     assert 0 < ours <= 2 * theirs
-    assert theirs < 0.1 * true.norm()
+    assert theirs < (0.2 if dtype == torch.bfloat16 else 0.1) * true.norm()  # 0.118 of bfloat16 on an H200

@@ -29,12 +29,14 @@ WHOLE_TEXT = 128  # the most that is held at once, where it fits
 QUICK = (
     Case(40, 86, 16),
     Case(64, 90, 16),
+    Case(40, 90, 16, variant="odd-heads"),
     Case(64, 100, 16),
     Case(80, 80, 16, variant="q-each"),
     Case(160, 120, 16),
     Case(64, 89, 32),
 )
-HEADER = "| sm | bits | D | L | variant | tile | warps | stages | registers | stack | shared KiB (of) | instruction |"
+HEADER = "| sm | bits | D | L | variant | tile | warps | stages | reload | registers | stack | shared KiB (of) "
+HEADER += "| instruction |"
 
 
 def cases(archs=ARCHS) -> list[Case]:
@@ -49,7 +51,8 @@ def cases(archs=ARCHS) -> list[Case]:
             found += [Case(dim, arch, bits, WHOLE_TEXT) for dim in sorted(dims)]
             found += [Case(dim, arch, bits, variant="default") for dim in (NO_SPILLS_TO, LARGEST_DIM)]
         found += [Case(dim, arch, 16, LONG_TEXT) for dim in HEAD_DIMS]
-        found += [Case(dim, arch, 16, variant=variant) for variant in ("q-each", "ragged") for dim in HEAD_DIMS]
+        variants = ("q-each", "ragged", "odd-heads")
+        found += [Case(dim, arch, 16, variant=variant) for variant in variants for dim in HEAD_DIMS]
     return found
 
 
@@ -57,7 +60,8 @@ def table_line(compiled: Compiled) -> str:
     """One line of the table; what must not be shipped says so behind it."""
     case = compiled.case
     shared = f"{compiled.shared / 1024:.1f} ({SHARED_KIB[case.arch]})"
-    cells = (case.arch, case.bits, case.head_dim, case.n_keys, case.variant, *case.config)
+    *config, reload = case.config
+    cells = (case.arch, case.bits, case.head_dim, case.n_keys, case.variant, *config, "yes" if reload else "")
     cells += (compiled.registers, compiled.stack, shared, compiled.instruction)
     return "| " + " | ".join(map(str, cells)) + " |" + "".join(f" FAILS: {reason}" for reason in failures(compiled))
 
@@ -73,7 +77,8 @@ def _page(found: list[Compiled]) -> str:
         f"Written by `make compile-check ARGS='--write FILE'` with Triton {triton.__version__} and the ptxas in it; no",
         "GPU was used. Stack is bytes a thread spills; tile, warps and stages are those the operation looks up in",
         "`weaver_kernels/configs/context_attention.json`. A variant is `q-each` (a query for each context), `ragged`",
-        "(texts of several lengths) or `default` (the configuration of a device that is not in the table).",
+        "(texts of several lengths), `odd-heads` (three, with strides that are no multiples of 16) or `default` (the",
+        "configuration of a device that is not in the table).",
         "",
         "A spill of a row for 16 bits fails the check up to D = 80 at 77 keys. Those of longer and ragged texts, of",
         "float32 and of the default are only listed. Float32 has no matrix instruction, because it would be rounded",
@@ -92,7 +97,7 @@ def _page(found: list[Compiled]) -> str:
 
 
 def _rows(found: list[Compiled]) -> list[str]:
-    return [HEADER, "|" + "---|" * 12, *map(table_line, found)]
+    return [HEADER, "|" + "---|" * 13, *map(table_line, found)]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from weaver_kernels.descriptors import lost_descriptors
 from weaver_kernels.tuning import KernelConfig, default_config, kernel_config
 from weaver_kernels.unets import TEXT
 
@@ -47,7 +48,7 @@ class Case:
     arch: int
     bits: int
     n_keys: int = TEXT
-    variant: str = ""  # "q-each", "ragged", or "default": the configuration of a device that is not in the table
+    variant: str = ""  # "q-each", "ragged", "odd-heads" or "default": the configuration of a device not in the table
     chosen: KernelConfig | None = None  # None: the table's
 
     @property
@@ -60,7 +61,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a case takes: registers a thread, bytes of stack a thread (spills), bytes of shared memory a block."""
+    """What a case takes: registers a thread, bytes of stack a thread (spills), bytes of shared memory a block; and how
+    many matrix instructions read anywhere (`weaver_kernels.descriptors`)."""
 
     case: Case
     registers: int = 0
@@ -68,6 +70,7 @@ class Compiled:
     shared: int = 0
     instruction: str = "none"
     error: str = ""  # why there is no binary
+    lost: int = 0
 
 
 def compile_case(case: Case) -> Compiled:
@@ -83,7 +86,9 @@ def compile_case(case: Case) -> Compiled:
         return Compiled(case, error=f"{type(error).__name__}: {error}".splitlines()[0])
     usage = _resource_usage(binary.asm["cubin"])
     instruction = next((name for name in INSTRUCTIONS if name in binary.asm["ptx"]), "none")
-    return Compiled(case, usage["REG"], usage["STACK"] + usage["LOCAL"], binary.metadata.shared, instruction)
+    lost = len(lost_descriptors(_read(binary.asm["cubin"], "-sass"))) if instruction == "wgmma" else 0
+    stack = usage["STACK"] + usage["LOCAL"]
+    return Compiled(case, usage["REG"], stack, binary.metadata.shared, instruction, lost=lost)
 
 
 def compile_each(cases: Sequence[Case], jobs: int) -> Iterator[Compiled]:
@@ -110,6 +115,8 @@ def failures(compiled: Compiled, shared_kib: int | None = None) -> list[str]:
         reasons.append(f"takes {compiled.shared} bytes of shared memory of {limit} KiB")
     if compiled.instruction == "none" and case.bits == 16:
         reasons.append("has no tensor-core instruction")
+    if compiled.lost:
+        reasons.append(f"reads anywhere in {compiled.lost} matrix instructions: a newer ptxas makes it right")
     return reasons
 
 
@@ -164,7 +171,7 @@ def _arguments(case: Case) -> tuple:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     dtype = torch.float16 if case.bits == 16 else torch.float32
-    rows, n_contexts, n_tokens, heads = 2, 5, 4096, 8
+    rows, n_contexts, n_tokens, heads = 2, 5, 4096, 3 if case.variant == "odd-heads" else 8
     out = empty(rows, n_tokens, heads, case.head_dim, dtype=dtype)
     q = empty(rows, n_contexts, *out.shape[1:], dtype=dtype) if case.variant == "q-each" else out
     keys = empty(n_contexts, case.n_keys, heads, case.head_dim, dtype=dtype)
@@ -182,11 +189,16 @@ def _arguments(case: Case) -> tuple:
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
+    text = _read(cubin, "-res-usage")
+    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def _read(cubin: bytes, option: str) -> str:
+    """What cuobjdump says of a binary."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+        command = [knobs.nvidia.cuobjdump.path, option, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

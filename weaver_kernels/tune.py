@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 
 from weaver_kernels.compiling import OP, SHARED_KIB, Case, compile_each, failures, missing_tools
-from weaver_kernels.context_attention.blocks import split
 from weaver_kernels.devices import triton_version
 from weaver_kernels.measure import time_configs
 from weaver_kernels.tuning import KernelConfig, source_hash, with_row, write_table
@@ -93,17 +92,8 @@ def candidates(row: Row, arch: int) -> dict[KernelConfig, list[Case]]:
     return {
         config: [Case(row.head_dim, arch, row.bits, variant=variant, chosen=config) for variant in variants]
         for config in configs
-        if not (config.reload and config.stages == 1) and not _reads_outside(row, arch, config)
+        if not (config.reload and config.stages == 1)
     }
-
-
-def _reads_outside(row: Row, arch: int, config: KernelConfig) -> bool:
-    """Whether Triton 3.6 makes a binary that reads outside of its shared memory, as compute-sanitizer shows on a GPU.
-
-    It does for heads of two blocks in a loop that is not pipelined, where Hopper's products of 64 rows are used.
-    """
-    wide = config.tile >= 64 and config.warps % 4 == 0
-    return arch == 90 and row.bits == 16 and wide and config.stages == 1 and split(row.head_dim)[1] > 0
 
 
 def kernel_hash() -> str:

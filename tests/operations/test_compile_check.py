@@ -43,7 +43,7 @@ def test_every_row_of_the_table_is_compiled():
     compiled = {(case.arch, case.bits, case.config) for case in cases()}
     whole = {(case.arch, case.bits, case.head_dim, case.config) for case in cases() if case.n_keys == 128}
     for row in config_table("context_attention")["rows"]:
-        config = KernelConfig(row["tile"], row["warps"], row["stages"])
+        config = KernelConfig(row["tile"], row["warps"], row["stages"], row.get("reload", False))
         for arch in row["arch"]:
             assert (arch, row["bits"], config) in compiled
             assert "q_each" in row or (arch, row["bits"], row["head_dim"], config) in whole

@@ -93,16 +93,6 @@ def test_candidates_are_filtered_by_what_compiling_showed(monkeypatch, capsys):
     ] * 2
 
 
-def test_binaries_that_read_outside_of_shared_memory_are_no_candidates():
-    """Heads of two blocks, in a loop that is not pipelined, by Hopper's matrix instruction."""
-    unsafe = KernelConfig(64, 4, 1)
-    assert unsafe in candidates(Row(64, 16, False), 90) and unsafe in candidates(Row(80, 16, False), 80)
-    for dim in (40, 80, 160):
-        for q_each in (False, True):
-            found = candidates(Row(dim, 16, q_each), 90)
-            assert unsafe not in found and KernelConfig(64, 2, 1) in found and KernelConfig(64, 4, 2) in found
-
-
 def test_what_the_table_has_is_among_the_candidates():
     for row in rows():
         for arch in (80, 86, 89, 90, 100, 120):

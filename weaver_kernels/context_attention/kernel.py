@@ -30,26 +30,35 @@ def _base(pointer, i, stride, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _load(p_x, o_row, stride_row, row_ok, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+def _rows(o_row, stride, ALIGN: tl.constexpr):
+    """Where rows begin. Without the hint an odd number of heads of 40 has no wide copies: 120 is no multiple of 16."""
+    return tl.multiple_of(o_row * stride, ALIGN)[:, None]
+
+
+@triton.jit
+def _load(
+    p_x, o_row, stride_row, row_ok, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, ALIGN: tl.constexpr
+):
     """Columns FIRST .. FIRST + WIDTH of the rows `o_row`, zero where a row is not ok and past column D."""
     o_d = FIRST + tl.arange(0, WIDTH)
     ok = row_ok[:, None]
     if FIRST + WIDTH > D:
         ok = ok & (o_d < D)[None, :]
-    return tl.load(p_x + o_row[:, None] * stride_row + o_d[None, :], mask=ok, other=0.0)  # [rows, WIDTH]
+    return tl.load(p_x + _rows(o_row, stride_row, ALIGN) + o_d[None, :], mask=ok, other=0.0)  # [rows, WIDTH]
 
 
 @triton.jit
 def _scores(
     b_q1, b_q2, p_k, o_l, n_keys, stride_l,
-    WHOLE: tl.constexpr, L: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, L: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q K^T, not yet scaled, float32 [BT, BL], -inf for keys from n_keys on; WHOLE: there are none."""
     l_ok = o_l < L  # keys past n_keys are there and may be read: a mask known in advance takes fewer registers
-    b_k1 = _load(p_k, o_l, stride_l, l_ok, 0, D1, D)
+    b_k1 = _load(p_k, o_l, stride_l, l_ok, 0, D1, D, ALIGN)
     b_s = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
     if D2 > 0:
-        b_k2 = _load(p_k, o_l, stride_l, l_ok, D1, D2, D)
+        b_k2 = _load(p_k, o_l, stride_l, l_ok, D1, D2, D, ALIGN)
         b_s = tl.dot(b_q2, tl.trans(b_k2), b_s, input_precision=PRECISION)
     if not WHOLE:
         b_s = tl.where((o_l < n_keys)[None, :], b_s, float("-inf"))
@@ -59,15 +68,15 @@ def _scores(
 @triton.jit
 def _add_values(
     b_o1, b_o2, b_p, p_v, o_l, n_keys, stride_l,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O + P V, with P [BT, BL] in V's type."""
     l_ok = o_l < n_keys
-    b_v1 = _load(p_v, o_l, stride_l, l_ok, 0, D1, D)
+    b_v1 = _load(p_v, o_l, stride_l, l_ok, 0, D1, D, ALIGN)
     b_p = b_p.to(b_v1.dtype)
     b_o1 = tl.dot(b_p, b_v1, b_o1, input_precision=PRECISION)
     if D2 > 0:
-        b_v2 = _load(p_v, o_l, stride_l, l_ok, D1, D2, D)
+        b_v2 = _load(p_v, o_l, stride_l, l_ok, D1, D2, D, ALIGN)
         b_o2 = tl.dot(b_p, b_v2, b_o2, input_precision=PRECISION)
     return b_o1, b_o2
 
@@ -76,15 +85,17 @@ def _add_values(
 def _attend_once(
     b_o1, b_o2, b_q1, b_q2, b_w, p_k, p_v, n_keys, stride_kl, stride_vl, scale,
     L: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr, RAGGED: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add a context whose keys fit in registers, as blocks of L1 and L2: their scores are computed once."""
     o_l1 = tl.arange(0, L1)
-    b_s1 = _scores(b_q1, b_q2, p_k, o_l1, n_keys, stride_kl, not RAGGED and L1 <= L, L, D, D1, D2, PRECISION)
+    WHOLE1: tl.constexpr = not RAGGED and L1 <= L
+    b_s1 = _scores(b_q1, b_q2, p_k, o_l1, n_keys, stride_kl, WHOLE1, L, D, D1, D2, ALIGN, PRECISION)
     b_m = tl.max(b_s1, 1)
     if L2 > 0:
         o_l2 = L1 + tl.arange(0, L2)
-        b_s2 = _scores(b_q1, b_q2, p_k, o_l2, n_keys, stride_kl, not RAGGED and L1 + L2 <= L, L, D, D1, D2, PRECISION)
+        WHOLE2: tl.constexpr = not RAGGED and L1 + L2 <= L
+        b_s2 = _scores(b_q1, b_q2, p_k, o_l2, n_keys, stride_kl, WHOLE2, L, D, D1, D2, ALIGN, PRECISION)
         b_m = tl.maximum(b_m, tl.max(b_s2, 1))
     b_m = tl.maximum(b_m * scale, -1e30)  # no key at all: exp2(-inf - m) is then 0, not NaN
     b_p1 = tl.exp2(b_s1 * scale - b_m[:, None])
@@ -93,9 +104,9 @@ def _attend_once(
         b_p2 = tl.exp2(b_s2 * scale - b_m[:, None])
         b_l += tl.sum(b_p2, 1)
     b_g = (b_w / tl.where(b_l > 0, b_l, 1.0))[:, None]
-    b_o1, b_o2 = _add_values(b_o1, b_o2, b_p1 * b_g, p_v, o_l1, n_keys, stride_vl, D, D1, D2, PRECISION)
+    b_o1, b_o2 = _add_values(b_o1, b_o2, b_p1 * b_g, p_v, o_l1, n_keys, stride_vl, D, D1, D2, ALIGN, PRECISION)
     if L2 > 0:
-        b_o1, b_o2 = _add_values(b_o1, b_o2, b_p2 * b_g, p_v, o_l2, n_keys, stride_vl, D, D1, D2, PRECISION)
+        b_o1, b_o2 = _add_values(b_o1, b_o2, b_p2 * b_g, p_v, o_l2, n_keys, stride_vl, D, D1, D2, ALIGN, PRECISION)
     return b_o1, b_o2
 
 
@@ -103,7 +114,7 @@ def _attend_once(
 def _attend_twice(
     b_o1, b_o2, b_q1, b_q2, b_w, p_k, p_v, n_keys, stride_kl, stride_vl, scale,
     L: tl.constexpr, LC: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr, BT: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add a context of many keys, LC at a time: maxima and sums first, then the scores again and the values.
 
@@ -114,11 +125,11 @@ def _attend_twice(
     for i_c in range(tl.cdiv(n_keys, LC)):
         end = tl.minimum(i_c * LC + LC, n_keys)
         o_l1 = i_c * LC + tl.arange(0, L1)
-        b_s1 = _scores(b_q1, b_q2, p_k, o_l1, end, stride_kl, False, L, D, D1, D2, PRECISION)
+        b_s1 = _scores(b_q1, b_q2, p_k, o_l1, end, stride_kl, False, L, D, D1, D2, ALIGN, PRECISION)
         b_new = tl.maximum(b_m, tl.max(b_s1, 1) * scale)
         if L2 > 0:
             o_l2 = i_c * LC + L1 + tl.arange(0, L2)
-            b_s2 = _scores(b_q1, b_q2, p_k, o_l2, end, stride_kl, False, L, D, D1, D2, PRECISION)
+            b_s2 = _scores(b_q1, b_q2, p_k, o_l2, end, stride_kl, False, L, D, D1, D2, ALIGN, PRECISION)
             b_new = tl.maximum(b_new, tl.max(b_s2, 1) * scale)
         b_l = b_l * tl.exp2(b_m - b_new) + tl.sum(tl.exp2(b_s1 * scale - b_new[:, None]), 1)
         if L2 > 0:
@@ -128,14 +139,14 @@ def _attend_twice(
     for i_c in range(tl.cdiv(n_keys, LC)):
         end = tl.minimum(i_c * LC + LC, n_keys)
         o_l1 = i_c * LC + tl.arange(0, L1)
-        b_s1 = _scores(b_q1, b_q2, p_k, o_l1, end, stride_kl, False, L, D, D1, D2, PRECISION)
+        b_s1 = _scores(b_q1, b_q2, p_k, o_l1, end, stride_kl, False, L, D, D1, D2, ALIGN, PRECISION)
         b_p1 = tl.exp2(b_s1 * scale - b_m[:, None]) * b_g
-        b_o1, b_o2 = _add_values(b_o1, b_o2, b_p1, p_v, o_l1, end, stride_vl, D, D1, D2, PRECISION)
+        b_o1, b_o2 = _add_values(b_o1, b_o2, b_p1, p_v, o_l1, end, stride_vl, D, D1, D2, ALIGN, PRECISION)
         if L2 > 0:
             o_l2 = i_c * LC + L1 + tl.arange(0, L2)
-            b_s2 = _scores(b_q1, b_q2, p_k, o_l2, end, stride_kl, False, L, D, D1, D2, PRECISION)
+            b_s2 = _scores(b_q1, b_q2, p_k, o_l2, end, stride_kl, False, L, D, D1, D2, ALIGN, PRECISION)
             b_p2 = tl.exp2(b_s2 * scale - b_m[:, None]) * b_g
-            b_o1, b_o2 = _add_values(b_o1, b_o2, b_p2, p_v, o_l2, end, stride_vl, D, D1, D2, PRECISION)
+            b_o1, b_o2 = _add_values(b_o1, b_o2, b_p2, p_v, o_l2, end, stride_vl, D, D1, D2, ALIGN, PRECISION)
     return b_o1, b_o2
 
 
@@ -185,10 +196,10 @@ def context_attention_kernel(
 
     p_q = _base(_base(q, i_b, stride_qb, ALIGN), i_h, stride_qh, ALIGN)
     if not RELOAD:
-        b_q1 = _load(p_q, o_row, stride_qt, t_ok, 0, D1, D)  # [BT, D1]
+        b_q1 = _load(p_q, o_row, stride_qt, t_ok, 0, D1, D, ALIGN)  # [BT, D1]
         b_q2 = b_q1
         if D2 > 0:
-            b_q2 = _load(p_q, o_row, stride_qt, t_ok, D1, D2, D)  # [BT, D2]
+            b_q2 = _load(p_q, o_row, stride_qt, t_ok, D1, D2, D, ALIGN)  # [BT, D2]
     b_o1 = tl.full([BT, D1], 0.0, tl.float32)
     b_o2 = tl.full([BT, D2 if D2 > 0 else D1], 0.0, tl.float32)
 
@@ -210,28 +221,28 @@ def context_attention_kernel(
             n_keys, b_w = tl.where(there, n_keys, 0).to(tl.int32), tl.where(there, b_w, float("nan"))
         if RELOAD:
             p_qs = _base(p_q, i_s, stride_qs, ALIGN)
-            b_q1 = _load(p_qs, o_row, stride_qt, t_ok, 0, D1, D)
+            b_q1 = _load(p_qs, o_row, stride_qt, t_ok, 0, D1, D, ALIGN)
             b_q2 = b_q1
             if D2 > 0:
-                b_q2 = _load(p_qs, o_row, stride_qt, t_ok, D1, D2, D)
+                b_q2 = _load(p_qs, o_row, stride_qt, t_ok, D1, D2, D, ALIGN)
         p_k = _base(_base(k, i_c, stride_kc, ALIGN), i_h, stride_kh, ALIGN)
         p_v = _base(_base(v, i_c, stride_vc, ALIGN), i_h, stride_vh, ALIGN)
         if L <= LC:
             b_o1, b_o2 = _attend_once(
                 b_o1, b_o2, b_q1, b_q2, b_w, p_k, p_v, n_keys, stride_kl, stride_vl, scale,
-                L, L1, L2, RAGGED, D, D1, D2, PRECISION,
+                L, L1, L2, RAGGED, D, D1, D2, ALIGN, PRECISION,
             )  # fmt: skip
         else:
             b_o1, b_o2 = _attend_twice(
                 b_o1, b_o2, b_q1, b_q2, b_w, p_k, p_v, n_keys, stride_kl, stride_vl, scale,
-                L, LC, L1, L2, BT, D, D1, D2, PRECISION,
+                L, LC, L1, L2, BT, D, D1, D2, ALIGN, PRECISION,
             )  # fmt: skip
 
     # The order is read again: cheaper than holding it in registers over the loop, and volatile keeps it so.
     o_row = tl.load(lists + i_b * n_tokens + o_sorted, mask=t_ok, other=0, cache_modifier=".ca")
     if WIDE:
         o_row = o_row.to(tl.int64)
-    p_o = _base(_base(out, i_b, stride_ob, ALIGN), i_h, stride_oh, ALIGN) + o_row[:, None] * stride_ot
+    p_o = _base(_base(out, i_b, stride_ob, ALIGN), i_h, stride_oh, ALIGN) + _rows(o_row, stride_ot, ALIGN)
     b_o1, b_o2 = b_o1 * (1 / GAIN), b_o2 * (1 / GAIN)
     o_d1 = tl.arange(0, D1)
     tl.store(p_o + o_d1[None, :], b_o1.to(out.dtype.element_ty), mask=t_ok[:, None] & (o_d1 < D)[None, :])
@@ -307,6 +318,7 @@ def _layout(
     q_strides = (q_stride[0], q_stride[1] if q_each else 0, *q_stride[-3:-1])
     strides = (*q_strides, *k_stride[:3], *v_stride[:3])
     keys_at_a_time, l1, l2 = key_blocks(n_keys, dim * size)
+    align = math.gcd(16, math.gcd(256, low_address) // size, *strides, *out_stride[:3])
     others = (
         tiles.at,
         n_tokens, n_contexts, n_all, tiles.n_tiles,
@@ -316,7 +328,7 @@ def _layout(
         config.tile,
         q_each, q_each or config.reload, ragged,
         n_tokens * max(q_stride[-3], out_stride[1]) >= 2**31,  # WIDE
-        math.gcd(16, math.gcd(256, low_address) // size, *strides, *out_stride[:3]),  # ALIGN
+        align,
         "ieee" if dtype == torch.float32 else "tf32",
     )  # fmt: skip
     # Multiplications fuse with additions in every version of Triton.
