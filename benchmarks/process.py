@@ -21,7 +21,7 @@ from weaver import weave
 from weaver.cache import Cache
 from weaver.concepts.concept import Concept
 from weaver.embedded import concept_path
-from weaver.graphs import Graphs, captured
+from weaver.graphs import Graphs
 from weaver.template import template_picture
 
 __all__ = ["STAGES", "parts_of_a_step", "process"]
@@ -88,8 +88,7 @@ def process(
 
 def _template(pipe, graphs: Graphs | None, prompt: str, size: tuple[int, int], steps: int):
     start = time.perf_counter()
-    with captured(pipe.unet, graphs):
-        image = template_picture(pipe, prompt, size=size, seed=SEED, steps=steps)
+    image = template_picture(pipe, prompt, size=size, seed=SEED, steps=steps, graphs=graphs)
     return image, time.perf_counter() - start
 
 

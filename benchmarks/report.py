@@ -72,15 +72,26 @@ def _unet(setting: Setting, found: Sequence[Mapping]) -> str:
 
 
 def _layers(of_model: Mapping[Setting, Sequence[Mapping]]) -> str:
-    """Live contexts of a token and the share of the floor, by layer."""
+    """Live contexts of a token, our time, its share of the floor and how many times that the best other takes."""
     lines = []
     for setting, found in of_model.items():
-        ours = {(row["layer"], int(row["N"])): row for row in found if row["provider"] == "ours"}
+        times: dict[tuple[str, int], dict[str, Mapping]] = {}
+        for row in found:
+            times.setdefault((row["layer"], int(row["N"])), {})[row["provider"]] = row
         for geometry in MODELS[setting.model].layers:
-            of_layer = [ours.get((str(geometry), n)) for n in SHOWN]
-            cells = [f"{row['live']}, {float(row['share']):.0%}" if row else MISSING for row in of_layer]
+            cells = [_layer(times.get((str(geometry), n), {})) for n in SHOWN]
             lines.append((f"{geometry.side} x {geometry.side}, {setting.masks}", *cells))
-    return table(("live contexts a token, ours' share of the floor", *(f"N = {n}" for n in SHOWN)), lines)
+    head = "a layer: live contexts a token, us, share of the floor (the best other, times ours)"
+    return table((head, *(f"N = {n}" for n in SHOWN)), lines)
+
+
+def _layer(by_provider: Mapping[str, Mapping]) -> str:
+    ours, others = by_provider.get("ours"), [row for name, row in by_provider.items() if name != "ours"]
+    if ours is None:
+        return MISSING
+    took = float(ours["p50_us"])
+    best = f" ({min(float(row['p50_us']) for row in others) / took:.2f})" if others else ""
+    return f"{ours['live']}, {took:.4g}, {float(ours['share']):.0%}{best}"
 
 
 def _host(found: Sequence[Mapping]) -> list[str]:

@@ -15,6 +15,7 @@ from benchmarks.targets import CPU, GPU, targets
 from benchmarks.timing import HostCall, buffer_sets, interleave, quantiles
 from benchmarks.whole_targets import WHOLE_CPU, WHOLE_GPU
 from weaver_kernels import ContextPlan, context_attention, context_attention_reference
+from weaver_kernels.tuning import kernel_config
 
 CPU_DEVICE = torch.device("cpu")
 UNCOMPILED = ("ours", "eager", "sdpa + einsum", "sorted varlen")
@@ -224,7 +225,9 @@ def test_on_a_gpu_ours_is_the_kernel_with_its_configuration(monkeypatch):
     for arch in (0, 86, 90):
         monkeypatch.setattr(benchmark, "kernel_arch", lambda device, arch=arch: arch)
         found[arch] = benchmark.implementation(layer, torch.float16, CPU_DEVICE)
-    assert found[90].split() == [found[86].split()[0], "128-8-2"] and found[86].split()[1] == "64-4-2"
+    chosen = {arch: "-".join(map(str, kernel_config("context_attention", 64, 16, arch))) for arch in (86, 90)}
+    assert [found[arch].split()[1] for arch in (86, 90)] == list(chosen.values()) and len(set(chosen.values())) == 2
+    assert found[86].split()[0] == found[90].split()[0]
     assert found[0] not in found[90]
 
 

@@ -6,6 +6,7 @@ import json
 import signal
 
 import pytest
+import torch
 import yaml
 
 from weaver import cli, run
@@ -236,6 +237,13 @@ def test_a_run_that_can_not_fit_is_refused_in_one_line(capsys, tmp_path, job_fil
     code, out, err = run_cli(capsys, "run", job_file, "--max-memory", "800 kB", "--out", tmp_path / "out")
     assert code == 2 and out == "" and err.count("\n") == 1 and not (tmp_path / "out").exists()
     assert f"{job_file}: a run takes" in err and "in its stage 'fusion'" in err and "raise --max-memory to" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_graphs_without_a_gpu_are_refused_in_one_line(capsys, tmp_path, job_file):
+    code, out, err = run_cli(capsys, "run", job_file, "--graphs", "--out", tmp_path / "out")
+    assert code == 2 and out == "" and not (tmp_path / "out").exists()
+    assert err == f"weaver: {job_file}: device: graphs need a CUDA device, the U-Net is on cpu\n"
 
 
 def test_max_memory_is_handed_on_as_a_plan(capsys, monkeypatch, job_file):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_a_manifest_tells_what_has_changed_since(changed):
     manifest, job = changed
     with pytest.raises(WeaverError, match=r"^m.json: concepts\[1\].file: rex.safetensors is not what it was"):
         check_inputs(manifest, read_inputs(job), "m.json")
-    assert changed_versions(manifest) == [f"torch {torch.__version__} (was 0.1)"]
+    assert changed_versions(manifest) == [f"torch {version('torch')} (was 0.1)"]
 
 
 @pytest.mark.parametrize("name", ["9.png", "0.txt"], ids=["picture", "caption"])

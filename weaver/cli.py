@@ -145,6 +145,7 @@ def _common(parser: argparse.ArgumentParser, out: str | None, *, cache: str) -> 
         "--cache", choices=CHOICES, default=cache, help=f"what to keep of a template for later runs ({cache})"
     )
     add_max_memory(parser)
+    parser.add_argument("--graphs", action="store_true", help="on a GPU: replay steps from CUDA graphs")
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
 
 
@@ -193,6 +194,7 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
         processes=None,
         cache=chosen_cache(args.cache),
         memory=memory,
+        graphs=args.graphs,
         stages=args.stages,
         manifest=manifest,
     )

@@ -25,7 +25,7 @@ from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
 from weaver.fusion.support import model_reasons
-from weaver.graphs import Graphs, captured
+from weaver.graphs import Graphs
 from weaver.inversion import invert
 from weaver.job import MaskSpec
 from weaver.latents import decode_latents, tensor_to_images
@@ -188,17 +188,17 @@ def weave(
 
     graphs = Graphs() if graphs is True else graphs or None
     if not isinstance(template, Image.Image):
-        with captured(pipe.unet, graphs):
-            template = template_picture(
-                pipe,
-                prompt if template is None else Path(template),
-                size=size,
-                seed=seed,
-                steps=template_steps,
-                guidance=template_guidance,
-                negative_prompt=negative_prompt,
-                stages=stages,
-            )
+        template = template_picture(
+            pipe,
+            prompt if template is None else Path(template),
+            size=size,
+            seed=seed,
+            steps=template_steps,
+            guidance=template_guidance,
+            negative_prompt=negative_prompt,
+            graphs=graphs,
+            stages=stages,
+        )
     if template.size != (size[1], size[0]):
         raise WeaverError(f"the template is {template.width}x{template.height}, expected {size[1]}x{size[0]}")
     template = template.convert("RGB")

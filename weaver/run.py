@@ -13,7 +13,9 @@ import torch
 from weaver.cache import Cache
 from weaver.concepts.bank import read_concept, resolve_prompts, train_bank, worker_count
 from weaver.concepts.concept import Concept
+from weaver.errors import raise_if
 from weaver.folder import check_folder, clashes
+from weaver.fusion.checks import graph_reasons
 from weaver.fusion.contexts import ConceptUse
 from weaver.job import SAME_MODEL, Job, JobError
 from weaver.job.choose import choose_template
@@ -51,6 +53,7 @@ def run_job(
     processes: int | None = 1,
     cache: Cache | None = None,
     memory: MemoryPlan | None = None,
+    graphs: bool = False,
     stages: Stages | None = None,
     manifest: Mapping | None = None,
 ) -> Run:
@@ -66,6 +69,7 @@ def run_job(
     cache : where the template's inversion is looked for, and kept; None keeps nothing
     memory : what is kept off the device to save its memory (`weaver.memory.estimate` tells which plans fit); None keeps
         everything there
+    graphs : replay the steps of every stage from CUDA graphs, which take the memory of a step's activations
     stages : shows progress; None shows nothing
     manifest : of the run that this one repeats, as `read_job` gives it: files and models must be the same
 
@@ -92,6 +96,7 @@ def run_job(
         return pipe
 
     pipe = load("model", job.model, "loading the model")
+    raise_if(graph_reasons(pipe.unet, graphs), f"{source}: device")
     with threads_for(pipe):
         processes = worker_count(pipe, processes)
         job = resolve_job(job, pipe, prompts)
@@ -107,14 +112,14 @@ def run_job(
                 maker = load("template.model", job.template.model, label, fuses=False, **options)
             if offload:
                 away.enter_context(resting(modules_of(maker), torch.device(job.device)))
-            job, template, places = choose_template(job, pipe, maker, places, stages, source)
+            job, template, places = choose_template(job, pipe, maker, places, stages, source, graphs=graphs)
         del maker  # its memory is free for what follows
         with stages.stage("bank"):
             known |= train_bank(
                 job, pipe, stages, processes=processes, at_once=memory and memory.at_once, source=source
             )
         concepts = [known[spec.name] for spec in job.everyone]
-        result = _weave(job, pipe, concepts, template, places, cache, memory, stages)
+        result = _weave(job, pipe, concepts, template, places, cache, memory, graphs, stages)
         record = picture_record(job, pipe, concepts, result.settings, inputs, weights)
         report = make_report(job, result, stages.seconds)
         write_outputs(folder, job, result, concepts, record, report, inputs, stages.elapsed)
@@ -137,6 +142,7 @@ def _weave(
     places: Places,
     cache: Cache | None,
     memory: MemoryPlan | None,
+    graphs: bool,
     stages: Stages,
 ) -> WeaveResult:
     """Inversion and fusion as the job, with its defaults resolved, has them."""
@@ -175,5 +181,6 @@ def _weave(
         size=job.size,
         cache=cache,
         memory=memory,
+        graphs=graphs,
         stages=stages,
     )

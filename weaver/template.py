@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 
 from weaver.defaults import defaults_for
 from weaver.errors import WeaverError
+from weaver.graphs import Graphs, captured
 from weaver.memory.resting import lent, modules_of
 from weaver.pictures import fit, open_picture, open_rgb
 from weaver.progress import Stages
@@ -89,11 +91,13 @@ def template_picture(
     steps: int = 50,
     guidance: float | None = None,
     negative_prompt: str | None = None,
+    graphs: Graphs | None = None,
     stages: Stages | None = None,
 ) -> Image.Image:
     """The template at `size` (height, width): read from a `Path`, or made by `pipe` from a prompt.
 
-    `guidance` None is the model's default for Stable Diffusion 1.x and 2.x, any other pipeline's own.
+    `guidance` None is the model's default for Stable Diffusion 1.x and 2.x, any other pipeline's own. `graphs` replay
+    the forwards of a pipeline that has a U-Net.
     """
     stages = stages or Stages(bars=False)
     with stages.stage("template"):
@@ -101,7 +105,9 @@ def template_picture(
             return load_template(source, size)
         if guidance is None and type(pipe).__name__ == "StableDiffusionPipeline":
             guidance = defaults_for(pipe).guidance
-        with stages.pipeline_bar(pipe, "template"), lent(*modules_of(pipe)):
+        unet = getattr(pipe, "unet", None)
+        replays = captured(unet, graphs) if unet is not None else nullcontext()
+        with stages.pipeline_bar(pipe, "template"), lent(*modules_of(pipe)), replays:
             return make_template(
                 pipe,
                 source,

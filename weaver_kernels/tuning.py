@@ -58,7 +58,7 @@ def kernel_config(op: str, head_dim: int, bits: int, arch: int, *, q_each: bool 
         )
         return default_config(op, bits)
     row = min(rows, key=lambda row: (row["head_dim"], "q_each" not in row))
-    return KernelConfig(row["tile"], row["warps"], row["stages"], row.get("reload", False))
+    return KernelConfig(row["tile"], row["warps"], row["stages"], row.get("reload", False) and not q_each)
 
 
 def default_config(op: str, bits: int) -> KernelConfig:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from PIL import Image
 
+from weaver.graphs import Graphs
 from weaver.job import Job, JobError
 from weaver.job.inputs import shipped_name
 from weaver.job.resolve import final_masks, mask_fields
@@ -23,7 +24,7 @@ SEED_STRIDE = 1_000_003  # between the seeds of several templates, so that neigh
 
 
 def choose_template(
-    job: Job, pipe, maker, places: Places, stages: Stages, source: str
+    job: Job, pipe, maker, places: Places, stages: Stages, source: str, *, graphs: bool = False
 ) -> tuple[Job, Image.Image, Places]:
     """Make or read the template, up to `TemplateSpec.tries` times, and find where everything stands in it.
 
@@ -34,6 +35,7 @@ def choose_template(
     maker : the pipeline that makes the template; it is given the negative prompt if it takes one
     places : what is known of the concepts' masks
     source : what to call the job in errors
+    graphs : replay the maker's forwards from CUDA graphs
 
     Returns the job, which names the seed that was taken, the template and the places, every mask found.
     Raises `JobError` naming the fields whose masks can't be found in any of the templates, or leave a concept nothing.
@@ -51,6 +53,7 @@ def choose_template(
             steps=spec.steps,
             guidance=spec.guidance,
             negative_prompt=job.negative_prompt if takes_negative else "",
+            graphs=Graphs() if graphs else None,  # a maker that rests on the host comes back to another place
             stages=stages,
         )
         try:
