@@ -240,10 +240,10 @@ def test_a_run_that_can_not_fit_is_refused_in_one_line(capsys, tmp_path, job_fil
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_graphs_without_a_gpu_are_refused_in_one_line(capsys, tmp_path, job_file):
-    code, out, err = run_cli(capsys, "run", job_file, "--graphs", "--out", tmp_path / "out")
+def test_graphs_without_a_gpu_are_refused_in_one_line(capsys, tmp_path):
+    code, out, err = run_cli(capsys, "demo", "--quick", "--graphs", "--out", tmp_path / "out")
     assert code == 2 and out == "" and not (tmp_path / "out").exists()
-    assert err == f"weaver: {job_file}: device: graphs need a CUDA device, the U-Net is on cpu\n"
+    assert err == "weaver: demo: device: graphs need a CUDA device, the U-Net is on cpu\n"
 
 
 def test_max_memory_is_handed_on_as_a_plan(capsys, monkeypatch, job_file):
