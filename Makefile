@@ -89,6 +89,8 @@ train-embedded: $(READY_TRAIN)
 	@$(PY) -m weaver.embedded.training all $(ARGS)
 	@$(PY) -m benchmarks.embedded_sites --record
 	@$(PY) -m benchmarks.embedded_seeds --record
+	@$(PY) -m weaver demo --out outputs/demo
+	@$(PY) -m benchmarks.embedded_demo outputs/demo
 
 $(VENV)/.ready: $(SETUP_FILES)
 	@for candidate in python3 python3.13 python3.12 python3.11 python; do \

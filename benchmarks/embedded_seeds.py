@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from weaver.demo import demo_job, with_shipped_concepts
-from weaver.embedded import CONCEPTS, model_hash
+from weaver.embedded import CONCEPTS, concept_hashes, model_hash
 from weaver.models import quiet_libraries
 from weaver.run import run_job
 
@@ -62,7 +62,12 @@ def main() -> None:
     hits = sum(row["shows"] for row in rows)
     print(f"every concept nearest to its own pictures in {hits} of {len(rows)}")
     for folder in [args.out] + [RESULTS] * args.record:
-        told = {"model": model_hash(), "shows": f"{hits} of {len(rows)}", "rows": rows}
+        told = {
+            "model": model_hash(),
+            "concepts": concept_hashes(CONCEPTS),
+            "shows": f"{hits} of {len(rows)}",
+            "rows": rows,
+        }
         (folder / "embedded_seeds.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     side = 192
     sheet = Image.new("RGB", (side * 2 * 5, side * -(-len(rows) // 5)), "white")

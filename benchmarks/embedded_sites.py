@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from weaver import Concept, ConceptUse, collect_features, compose_masks, invert
 from weaver.defaults import embedded_defaults
-from weaver.embedded import CONCEPTS, concept_path, load_pipeline, model_hash
+from weaver.embedded import CONCEPTS, concept_hashes, concept_path, load_pipeline, model_hash
 from weaver.embedded.identity import score
 from weaver.embedded.world import draw_scene
 from weaver.fusion.plan import FusionPlan
@@ -102,9 +102,14 @@ def measure(pipe, arm: Arm, templates: list, steps: int) -> tuple[dict, list[Ima
     return {key: round(float(value), 3) for key, value in figures.items()}, pictures
 
 
+def animals() -> list[str]:
+    """Names of the concepts that are swept with."""
+    return [card.name for card in CONCEPTS.values() if card.kind == "animal"]
+
+
 def make_templates(pipe, count: int, steps: int) -> list:
     """Drawn pairs of animals whose concepts ship, inverted, with their true masks."""
-    names = [card.name for card in CONCEPTS.values() if card.kind == "animal"]
+    names = animals()
     concepts = {name: Concept.load(concept_path(name)) for name in names}
     pairs = list(itertools.permutations(names, 2))
     random.Random(1).shuffle(pairs)
@@ -136,7 +141,13 @@ def main() -> None:
         strips.append(pictures)
         print(f"{arm.label:28} {figures}", flush=True)
     for folder in [args.out] + [RESULTS] * args.record:
-        told = {"model": model_hash(), "templates": args.templates, "steps": args.steps, "rows": rows}
+        told = {
+            "model": model_hash(),
+            "concepts": concept_hashes(animals()),
+            "templates": args.templates,
+            "steps": args.steps,
+            "rows": rows,
+        }
         (folder / "embedded_sites.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     side = 128
     sheet = Image.new("RGB", (side * len(templates), side * (len(strips) + 1)))

@@ -9,7 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from weaver.embedded import CONCEPTS, MODEL_DIR, concept_path, load_pipeline, load_segmenter, model_hash
+from weaver.embedded import (
+    CONCEPTS,
+    MODEL_DIR,
+    concept_hashes,
+    concept_path,
+    load_pipeline,
+    load_segmenter,
+    model_hash,
+)
 from weaver.embedded.catalog import concept_scenes
 from weaver.embedded.drawings import ANIMALS
 from weaver.embedded.identity import IDENTITY_FILE, classify_animal, score
@@ -58,11 +66,17 @@ def test_everything_derived_is_of_this_model():
         assert record["sha256"] == hashlib.sha256((root / name).read_bytes()).hexdigest(), f"{name} was changed"
 
 
-@pytest.mark.parametrize("figures", ["embedded_sites.json", "embedded_seeds.json"])
-def test_recorded_figures_are_of_this_model(figures):
-    record = json.loads((DERIVED_FILE.parents[2] / "benchmarks" / "results" / figures).read_text(encoding="utf-8"))
-    assert record["model"] == model_hash(), "measured on another model: run it with --record"
-    assert record["rows"]
+@pytest.mark.parametrize("figures", ["embedded_sites.json", "embedded_seeds.json", "embedded_demo.json"])
+def test_recorded_figures_are_of_this_model_and_these_concepts(figures):
+    root = DERIVED_FILE.parents[2]
+    record = json.loads((root / "benchmarks" / "results" / figures).read_text(encoding="utf-8"))
+    assert record["model"] == model_hash(), "made with another model: record it again"
+    assert len(record["concepts"]) >= 3
+    assert record["concepts"] == concept_hashes(record["concepts"]), "made with other concepts: record it again"
+    if "docs/demo.png" in record:
+        assert record["docs/demo.png"] == hashlib.sha256((root / "docs" / "demo.png").read_bytes()).hexdigest()
+    else:
+        assert record["rows"]
 
 
 @pytest.mark.parametrize("gate", json.loads(GATES_FILE.read_text()), ids=lambda gate: gate["name"])

@@ -100,8 +100,10 @@ def _card(sheet, draw, card: Card, corner: tuple[int, int], width: int, side: in
 
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour, width: int) -> None:
-    """One line of text, cut with dots where it is wider than `width`."""
+    """One line of text; where it is wider than `width` without its last parts, and still then cut with dots."""
     font = ImageFont.load_default(size=size)
+    while draw.textlength(text, font=font) > width and ", " in text:
+        text = text.rpartition(", ")[0]
     if draw.textlength(text, font=font) > width:
         while text and draw.textlength(f"{text}...", font=font) > width:
             text = text[:-1]

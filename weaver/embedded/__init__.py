@@ -8,6 +8,7 @@ _LAZY = {
     "CONCEPTS": "catalog",
     "MODEL_DIR": "model",
     "card_of": "catalog",
+    "concept_hashes": "catalog",
     "concept_images": "catalog",
     "concept_path": "catalog",
     "load_pipeline": "model",

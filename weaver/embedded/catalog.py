@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +66,11 @@ def concept_path(name: str) -> Path:
     return _ROOT / f"{card_of(name).name}.safetensors"
 
 
+def concept_hashes(names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of each of these concepts' shipped files: what figures made with them record."""
+    return {name: hashlib.sha256(concept_path(name).read_bytes()).hexdigest() for name in sorted(names)}
+
+
 def concept_images(name: str) -> Path:
     """The folder with the pictures (and captions) of the shipped concept `name`."""
     return _ROOT / "pictures" / card_of(name).name
@@ -87,6 +94,6 @@ def concept_scenes(name: str, count: int = PICTURES_PER_CONCEPT, seed: int = 0) 
             for index in range(count)
         ]
     return [
-        draw_scene(rng, animals=rng.sample(ANIMALS, 1 + index % 2), background=card.source, varied=False)
+        draw_scene(rng, animals=rng.sample(ANIMALS, 1 + index % 4), background=card.source, varied=False)
         for index in range(count)
     ]
