@@ -58,7 +58,7 @@ def process(
             cache = Cache(Path(folder), features=not on_gpu)  # from the disk they take longer than a GPU draws them
             template, seconds = _template(template_pipe, of_template, prompt, (side, side), steps)
             shared = {"template": template, "size": (side, side), "steps": steps, "cache": cache, "seed": SEED}
-            shared["graphs"] = graphs or False
+            shared["graphs"] = False if graphs is None else graphs
             runs = {"cold": {}, "warm": {}}
             moved = {"masks": blob_masks(len(concepts), side).roll(side // 16, -1)}
             runs["warm, changed mask"] = moved

@@ -40,8 +40,8 @@ def _about() -> str:
         "rounding: three rows, the template's among them, a loop over contexts with keys and values projected in "
         "every step. `score mix` is one U-Net pass a concept, without features: another result. `guided` is the model "
         "without concepts. Models of random weights draw noise; their steps take what those of any weights do. When "
-        "warm, the template is given as a picture, and inversion, reconstruction and features come from the cache on "
-        "disk."
+        "warm, the template is given as a picture, and inversion and reconstruction come from the cache on disk, and "
+        "on a CPU features too. On a GPU `ours` is compiled and captured."
     )
 
 

@@ -5,11 +5,14 @@ There is no GPU: in the place of a graph stands a call of the function with the 
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+from pipeline_forms import make
 
-from weaver import WeaverError, weave
-from weaver.fusion import FusionPlan, attach
+from weaver import InjectionSites, WeaverError, collect_features, ddim_scheduler, invert, weave
+from weaver.fusion import ConceptUse, FusionPlan, attach
 from weaver.graphs import CapturedForward, Graphs, captured, uncaptured
 from weaver.replay import forward_until
 
@@ -86,6 +89,101 @@ def test_a_forward_is_captured_within_the_block_and_only_by_itself(tiny_pipe):
         assert "forward" not in vars(unet)
 
 
+def test_graphs_are_there_before_anything_is_captured():
+    assert Graphs() and not len(Graphs())
+
+
+def test_numbers_of_other_types_and_what_can_not_be_compared():
+    graphs, x = Held(), torch.ones(2)
+
+    def keep(x, option):
+        return x * 1, option
+
+    for option in (1, True, 1.0):
+        assert type(graphs.call(0, keep, x, option)[1]) is type(option)
+    assert len(graphs.held) == 3
+    assert graphs.call(0, keep, x, {1, 2})[1] == {1, 2} and len(graphs.held) == 3
+
+
+def test_graphs_follow_one_unet_as_it_is(tiny_pipe, tiny_pipe_v):
+    graphs, unet = Graphs(), tiny_pipe.unet
+    for change, forgets in {
+        "none": (lambda: None, False),
+        "another": (lambda: tiny_pipe_v.unet, True),
+        "hooks": (lambda: unet.register_forward_hook(lambda *_: None), True),
+        "free-u": (lambda: unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6), True),
+    }.values():
+        graphs.follow(unet)
+        graphs._graphs["kind"] = None
+        changed = change()
+        graphs.follow(changed if isinstance(changed, torch.nn.Module) else unet)
+        assert (len(graphs) == 0) == forgets
+        if hasattr(changed, "remove"):
+            changed.remove()
+    unet.disable_freeu()
+    graphs.follow(unet)
+    graphs._graphs["kind"] = None
+    weight = unet.conv_in.weight
+    before, weight.data = weight.data, weight.data.clone()  # as by a way to the host and back
+    graphs.follow(unet)
+    weight.data = before
+    assert len(graphs) == 0
+
+
+def test_a_forward_is_captured_once(tiny_pipe):
+    with captured(tiny_pipe.unet, Held()), pytest.raises(WeaverError, match="captured already"):
+        with captured(tiny_pipe.unet, Held()):
+            pass
+    assert "forward" not in vars(tiny_pipe.unet)
+
+
+@pytest.fixture
+def attached(monkeypatch, tiny_pipe):
+    """`attach` as it is on a GPU, with the graphs that it makes."""
+    made = []
+    module = sys.modules["weaver.fusion.attach"]
+    monkeypatch.setattr(module, "graph_reasons", lambda *_: [])
+    monkeypatch.setattr(module, "Graphs", lambda: made.append(Held()) or made[-1])
+    return made
+
+
+def test_numbers_of_pictures_take_turns_in_as_many_graphs(tiny_pipe, concepts, attached):
+    masks = torch.zeros(1, 32, 32)
+    masks[0, 8:, :16] = 1
+    late = ConceptUse(concepts[0], window=(0.3, 1.0))
+    plan = FusionPlan.build(tiny_pipe, [late], masks, prompt="a dog", steps=3)
+
+    def draw(number, **options):
+        generator = torch.Generator().manual_seed(0)
+        given = {"num_images_per_prompt": number, "generator": generator, "output_type": "latent"} | options
+        return tiny_pipe(**plan.pipeline_arguments(), **given).images
+
+    with attach(tiny_pipe, plan):
+        expected = [draw(number) for number in (1, 2)]
+    with attach(tiny_pipe, plan, graphs=True):
+        for i in (0, 1, 0, 1, 0):
+            torch.testing.assert_close(draw(i + 1), expected[i], rtol=1e-9, atol=1e-9)
+    assert len(attached[0].held) == 2
+
+
+@pytest.mark.parametrize("kind", ["stored", "replayed"])
+def test_features_under_attached_graphs_in_inference_mode_and_out_of_it(tiny_pipe, attached, kind):
+    sites = InjectionSites("some", resnets=(4,), attentions=(4, 7), resnet_window=0.8, attention_window=0.4)
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    features = collect_features(tiny_pipe, invert(tiny_pipe, z, "a dog", 5), sites, kind=kind)
+    plan = FusionPlan.build(tiny_pipe, prompt="a dog", features=features)
+    pipe = make(type(tiny_pipe), tiny_pipe, requires_safety_checker=False)
+    pipe.scheduler = ddim_scheduler(tiny_pipe.scheduler)
+    with attach(pipe, plan):
+        expected = pipe(**plan.pipeline_arguments(), output_type="latent").images
+    with attach(pipe, plan, graphs=True):
+        for inference in (True, False):
+            with torch.inference_mode(inference):
+                found = pipe(**plan.pipeline_arguments(), output_type="latent").images
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert len(attached[0].held) == 3
+
+
 @torch.no_grad()
 def test_features_by_graphs_are_those_of_the_forward(tiny_pipe):
     unet, graphs = tiny_pipe.unet, Held()
@@ -108,5 +206,10 @@ def test_graphs_need_a_gpu(tiny_pipe, concepts):
     with pytest.raises(WeaverError, match="graphs need a CUDA device, the U-Net is on cpu"):
         with attach(tiny_pipe, plan, graphs=True):
             pass
+    for graphs in (True, Graphs()):
+        with pytest.raises(WeaverError, match="graphs need a CUDA device, the U-Net is on cpu"):
+            weave(tiny_pipe, "a dog", concepts[:1], graphs=graphs)
+    with pytest.raises(WeaverError, match="graphs is a str, expected True or a weaver.graphs.Graphs"):
+        weave(tiny_pipe, "a dog", concepts[:1], graphs="yes")
     with pytest.raises(WeaverError, match="graphs need a CUDA device, the U-Net is on cpu"):
-        weave(tiny_pipe, "a dog", concepts[:1], graphs=True)
+        invert(tiny_pipe, torch.zeros(1, 4, 16, 16), "a dog", 2, graphs=Graphs())

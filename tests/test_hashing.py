@@ -31,6 +31,17 @@ def test_places_count():
     torch.testing.assert_close(bit_sums([torch.zeros(5)]), (0,))
 
 
+def test_changes_that_even_out_count():
+    """Whose sum is zero, and whose sum weighted by their places is zero too."""
+    a, b = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    assert bit_sums([torch.tensor([0.0, 1, 1, 0])]) != bit_sums([torch.tensor([1.0, 0, 0, 1])])
+    assert bit_sums([torch.stack([a, b, b, a])]) != bit_sums([torch.stack([b, a, a, b])])
+    bits = torch.randint(0, 2**20, (16,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    changed = bits.clone()
+    changed[4:7] += torch.tensor([1, -2, 1], dtype=torch.int32)
+    assert bit_sums([bits]) != bit_sums([changed])
+
+
 def test_what_has_changed_is_computed_again(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(hashing, "_KNOWN", type(hashing._KNOWN)())

@@ -145,7 +145,11 @@ def _common(parser: argparse.ArgumentParser, out: str | None, *, cache: str) -> 
         "--cache", choices=CHOICES, default=cache, help=f"what to keep of a template for later runs ({cache})"
     )
     add_max_memory(parser)
-    parser.add_argument("--graphs", action="store_true", help="on a GPU: replay steps from CUDA graphs")
+    parser.add_argument(
+        "--graphs",
+        action="store_true",
+        help="on a GPU: replay steps from CUDA graphs, whose memory --max-memory does not count",
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
 
 

@@ -23,13 +23,15 @@ def compile_parts(unet: nn.Module, sites: InjectionSites | None = None, **option
     Parameters
     ----------
     sites : into which layers features are injected later; None is the model's default
-    options : of `torch.compile`; None are `fullgraph=True, dynamic=False`
+    options : of `torch.compile`, besides `fullgraph=True, dynamic=False`
+
+    Raises `WeaverError` where no sites are known for such a U-Net and none are given.
     """
     sites = sites_for(unet) if sites is None else sites
     hooked = {path.rpartition(".")[0] for path in sites.resnet_modules()}
     for path, module in unet.named_modules():
         if type(module).__name__ in _PARTS and path not in hooked:
-            module.compile(**options or {"fullgraph": True, "dynamic": False})
+            module.compile(**{"fullgraph": True, "dynamic": False} | options)
 
 
 def hooks_run(*modules: nn.Module) -> AbstractContextManager:

@@ -18,7 +18,7 @@ import torch
 from weaver.cache import Cache, features_identity, reverse_identity
 from weaver.choices import FEATURES
 from weaver.errors import raise_if
-from weaver.graphs import Graphs
+from weaver.graphs import Graphs, graph_reasons
 from weaver.inversion import Inversion
 from weaver.latents import decode_latents, psnr
 from weaver.layers import InjectionSites, site_reasons
@@ -118,6 +118,7 @@ def collect_features(
     Raises `WeaverError` when the U-Net lacks a site.
     """
     reasons = site_reasons(pipe.unet, sites)
+    reasons += graph_reasons(pipe.unet, graphs)
     reasons += [] if kind in FEATURES else [f"the kind is {kind!r}, expected one of {', '.join(FEATURES)}"]
     raise_if(reasons, "Cannot collect features")
     run = _Run(pipe, inversion, sites, storage, graphs, progress)
@@ -154,6 +155,8 @@ class _Run:
         self.unet, self.inversion, self.sites = pipe.unet, inversion, sites
         self.steps, self.device = inversion.steps, inversion.latents.device
         self._modules = _modules(self.unet, sites)
+        if graphs is not None:
+            graphs.follow(self.unet)
         self.injected = max(sites.resnet_steps(self.steps), sites.attention_steps(self.steps))
         self.scheduler = ddim_scheduler(pipe.scheduler)
         self.scheduler.set_timesteps(self.steps, device=self.device)

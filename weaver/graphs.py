@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-__all__ = ["CapturedForward", "Graphs", "captured", "uncaptured"]
+from weaver.errors import WeaverError
+
+__all__ = ["CapturedForward", "Graphs", "captured", "graph_reasons", "lasting", "uncaptured"]
+
+# What of a module its forward depends on besides its weights: PEFT's adapters and diffusers' FreeU.
+_SWITCHES = ("scaling", "active_adapters", "disable_adapters", "merged", "s1", "s2", "b1", "b2")
+_PLAIN = (bool, int, float, str, list, tuple, dict)
+
+
+def graph_reasons(unet, graphs) -> list[str]:
+    """Why a U-Net's forwards can't be captured, where that is asked for: `graphs` is neither None nor False."""
+    if graphs is None or graphs is False or not isinstance(unet, nn.Module):
+        return []
+    if not isinstance(graphs, Graphs | bool):
+        return [f"graphs is a {type(graphs).__name__}, expected True or a weaver.graphs.Graphs"]
+    if unet.device.type != "cuda":
+        return [f"graphs need a CUDA device, the U-Net is on {unet.device}"]
+    if any(hasattr(module, name) for module in unet.modules() for name in ("_hf_hook", "_diffusers_hook")):
+        return ["graphs can't be had of a U-Net whose modules are hooked into (offload, caching): remove the hooks"]
+    return []
 
 
 class Graphs:
     """One graph for each kind of call; all of them share their memory.
 
-    What a call reads besides the tensors it is given, weights above all, must stay where it is: a model whose weights
-    are moved, or whose adapters, processors or hooks change, needs other graphs. What is on the host is settled when
-    a call is captured.
+    What a call reads besides the tensors it is given, weights above all, must stay where it is. What is on the host is
+    settled when a call is captured. Under autocast, which makes tensors that go with it, nothing is replayed.
     """
 
     def __init__(self):
+        self._follows: tuple = (lambda: None, None)
+        self._device: torch.device | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._calls: dict[Hashable, tuple[list[torch.Tensor], list]] = {}
         self._pool = None
@@ -28,28 +53,48 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def __bool__(self) -> bool:
+        return True  # also without a graph yet
+
+    def follow(self, unet: nn.Module) -> None:
+        """Say that the calls from now on are this U-Net's: all graphs are forgotten where it is another than before, or
+        its weights were moved, or adapters, processors or hooks have changed."""
+        mark = _mark(unet)
+        if self._follows[0]() is not unet or self._follows[1] != mark:
+            self._forget()
+            self._follows = (weakref.ref(unet), mark)
+
     def run(self, kind: Hashable, call: Callable[[], None], written: Sequence[torch.Tensor]) -> None:
         """Replay the graph of this kind of call, captured at its first one; `written` are the tensors it writes to.
 
-        The call reads and writes tensors that stay where they are.
+        The call reads and writes tensors that stay where they are (`lasting`).
         """
-        if kind not in self._graphs:
-            self._graphs[kind] = self._capture(call, written)
-        self._graphs[kind].replay()
+        if torch.is_autocast_enabled("cuda"):
+            call()
+            return
+        with torch.cuda.device(written[0].device if written else self._device):
+            if kind not in self._graphs:
+                self._graphs[kind] = self._capture(call, written)
+            self._graphs[kind].replay()
 
     def call(self, kind: Hashable, function: Callable, *args, **kwargs) -> Any:
         """What the function returns, by the graph of this kind, of such shapes and of these numbers.
 
-        Arguments and results are tensors in any nesting, copied in and out: results stay as they are at the next call.
+        Arguments and results are tensors in any nesting, at least one on a GPU, copied in and out: results stay as they
+        are at the next call. Arguments that are no tensors are the same where they are equal and of one type; with one
+        that can't be compared so, the function is just called.
         """
         leaves, spec = tree_flatten((args, kwargs))
-        numbers = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        others = tuple((type(leaf), leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        kind = (kind, str(spec), numbers, *((x.shape, x.dtype) for x in tensors))
-        if kind not in self._calls:
-            device = next(x.device for x in tensors if x.is_cuda)
-            with torch.inference_mode(False):  # whose tensors could not be written over outside of it
-                self._calls[kind] = [torch.empty_like(x, device=device) for x in tensors], []
+        kind = (kind, str(spec), others, *((x.shape, x.dtype) for x in tensors))
+        try:
+            known = kind in self._calls
+        except TypeError:  # of a leaf without a hash
+            return function(*args, **kwargs)
+        if not known:
+            self._device = next(x.device for x in tensors if x.is_cuda)
+            self._calls[kind] = [lasting(x, self._device) for x in tensors], []
         inputs, results = self._calls[kind]
         for place, tensor in zip(inputs, tensors, strict=True):
             place.copy_(tensor, non_blocking=True)
@@ -73,7 +118,7 @@ class Graphs:
         for tensor, value in zip(written, before, strict=True):
             tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side):
             call()
         self._pool = self._pool or graph.pool()
         return graph
@@ -87,7 +132,7 @@ class CapturedForward:
         self.aside = False
 
     def __call__(self, sample: torch.Tensor, timestep, *args, **kwargs):
-        if self.aside or torch.is_grad_enabled() or not sample.is_cuda:
+        if self.aside or torch.is_grad_enabled() or not sample.is_cuda or torch.is_autocast_enabled("cuda"):
             return self._forward(sample, timestep, *args, **kwargs)
         timestep = torch.as_tensor(timestep, device=sample.device)  # a number would be one graph for each
         return self._graphs.call(self._kind(), self._forward, sample, timestep, *args, **kwargs)
@@ -97,12 +142,16 @@ class CapturedForward:
 def captured(unet, graphs: Graphs | None, kind: Callable[[], Hashable] = lambda: None) -> Iterator[None]:
     """Within the block the U-Net's forwards, whoever calls it, are replayed from graphs; None changes nothing.
 
-    Only under `torch.no_grad()`, on a GPU, and where nothing hooks into its modules.
+    Only under `torch.no_grad()` and on a GPU. Adapters, processors and hooks must stay as they are within the block.
+    Raises `WeaverError` in a block of the same U-Net.
     """
     if graphs is None:
         yield
         return
     own = vars(unet).get("forward")
+    if isinstance(own, CapturedForward):
+        raise WeaverError("The U-Net's forwards are captured already: leave that block first, or ask for graphs once")
+    graphs.follow(unet)
     unet.forward = CapturedForward(unet.forward, graphs, kind)
     try:
         yield
@@ -124,3 +173,20 @@ def uncaptured(unet) -> Iterator[None]:
         yield
     finally:
         forward.aside = before
+
+
+def lasting(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """Memory like a tensor's, on its device or another, that can be written over in inference mode and out of it."""
+    with torch.inference_mode(False):
+        return torch.empty_like(tensor, device=device, requires_grad=False)
+
+
+def _mark(unet: nn.Module) -> tuple:
+    """What a captured forward of the U-Net holds: where its weights are, and what the host decides by."""
+    found = [tuple(tensor.data_ptr() for tensor in (*unet.parameters(), *unet.buffers()))]
+    for module in unet.modules():
+        switches = (getattr(module, name, None) for name in _SWITCHES)
+        hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
+        told = (repr(value) if isinstance(value, _PLAIN) else "" for value in switches)
+        found.append((type(module), type(getattr(module, "processor", None)), *hooks, *told))
+    return tuple(found)

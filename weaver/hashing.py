@@ -15,7 +15,7 @@ __all__ = ["bit_sums", "remembered"]
 
 _MOST = 32  # hashes that are kept
 _CHUNK = 2**22  # words at a time: they are widened to 64 bits
-_STEP = -7046029254386353131  # 2**64 / the golden ratio, odd: places of words get factors that have nothing in common
+_STEP, _MIX = -7046029254386353131, -4658895280553007687  # odd, and half of their bits are set
 _KNOWN: OrderedDict[Hashable, str] = OrderedDict()
 Named = tuple[str, torch.Tensor]
 
@@ -46,10 +46,17 @@ def bit_sums(tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
     sums: dict[int, int] = {}
     for device, found in by_device.items():
         longest = min(_CHUNK, max(len(words) for _, words in found))
-        factors = 2 * (torch.arange(longest, device=device) * _STEP) + 1
+        factors = _factors(longest, device)
         totals = torch.stack([_weighted(words, factors) for _, words in found])
         sums |= dict(zip((i for i, _ in found), totals.tolist(), strict=True))  # one wait for all of a device
     return tuple(sums[i] for i in range(len(sums)))
+
+
+def _factors(count: int, device: torch.device) -> torch.Tensor:
+    """An odd number for each place, [count] int64, mixed as splitmix64 does: no sum of some is that of others."""
+    mixed = torch.arange(count, device=device) * _STEP
+    mixed = (mixed ^ (mixed >> 29)) * _MIX
+    return (mixed ^ (mixed >> 32)) | 1
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:

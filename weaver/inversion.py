@@ -13,7 +13,7 @@ from weaver.cache import Cache, inversion_identity
 from weaver.concepts.prompts import encode
 from weaver.conditioning import added_reasons, make_time_ids, time_id_reasons, unet_arguments
 from weaver.errors import raise_if
-from weaver.graphs import Graphs
+from weaver.graphs import Graphs, graph_reasons
 from weaver.latents import encode_image, vae_scale_factor
 from weaver.limits import size_reasons, step_reasons
 from weaver.replay import forward_until
@@ -101,7 +101,8 @@ def invert(
 
     Raises `WeaverError` with every reason, when picture or steps can't be used.
     """
-    raise_if(_reasons(pipe, image, steps) + time_id_reasons(time_ids), "Cannot invert the picture")
+    reasons = _reasons(pipe, image, steps) + time_id_reasons(time_ids) + graph_reasons(pipe.unet, graphs)
+    raise_if(reasons, "Cannot invert the picture")
     unet, (text, pooled) = pipe.unet, encode(pipe, prompt)
     added = (pooled, make_time_ids(pipe, _pixels(pipe, image), text, time_ids))
     text = text.to(unet.dtype)
@@ -116,6 +117,8 @@ def invert(
     z = encode_image(pipe.vae, image) if isinstance(image, Image.Image) else image
     z = z.to(device=text.device, dtype=unet.dtype)
     path, arguments = [z], unet_arguments(text, *added)
+    if graphs is not None:
+        graphs.follow(unet)
     for done, t in enumerate(scheduler.timesteps, start=1):
         output = forward_until(unet, (), z, t, arguments, whole=True, graphs=graphs)[1]
         z = scheduler.step(output, t, z, return_dict=False)[0]

@@ -19,13 +19,12 @@ from weaver.concepts.own_prompts import token_reasons
 from weaver.defaults import default_dilation, defaults_for, model_size
 from weaver.errors import WeaverError, raise_if, told
 from weaver.features import collect_features, reconstruction_psnr
-from weaver.fusion.checks import graph_reasons
 from weaver.fusion.contexts import ConceptUse, as_use, encode_contexts
 from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
 from weaver.fusion.support import model_reasons
-from weaver.graphs import Graphs
+from weaver.graphs import Graphs, graph_reasons
 from weaver.inversion import invert
 from weaver.job import MaskSpec
 from weaver.latents import decode_latents, tensor_to_images
@@ -186,7 +185,8 @@ def weave(
         reasons.append(str(error))
     raise_if(reasons, "Cannot weave")
 
-    graphs = Graphs() if graphs is True else graphs or None
+    replays, kept = graphs is not False, isinstance(graphs, Graphs)
+    graphs = graphs if kept else Graphs() if replays else None
     if not isinstance(template, Image.Image):
         template = template_picture(
             pipe,
@@ -222,6 +222,7 @@ def weave(
                 progress=move,
             )
         quality = reconstruction_psnr(pipe, inversion, found) if again else None
+    graphs = graphs if kept else None  # their memory is free for those of the fusion
     with stages.stage("fusion"), stages.bar("fusion", steps) as move:
         plan = FusionPlan.build(
             pipe,
@@ -236,7 +237,7 @@ def weave(
         )
         scheduler = ddim_scheduler(pipe.scheduler)
         noise = torch.Generator().manual_seed((seed + _OTHER_NOISE) % 2**63)  # on the CPU: the same on every device
-        options = {"eta": eta, "generator": noise, "graphs": graphs is not None}
+        options = {"eta": eta, "generator": noise, "graphs": replays}
         z = sample_fusion(pipe.unet, found.z_T, scheduler, plan, **options, progress=move)
         image = tensor_to_images(decode_latents(pipe.vae, z))[0]
     settings = {

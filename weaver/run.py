@@ -15,8 +15,8 @@ from weaver.concepts.bank import read_concept, resolve_prompts, train_bank, work
 from weaver.concepts.concept import Concept
 from weaver.errors import raise_if
 from weaver.folder import check_folder, clashes
-from weaver.fusion.checks import graph_reasons
 from weaver.fusion.contexts import ConceptUse
+from weaver.graphs import graph_reasons
 from weaver.job import SAME_MODEL, Job, JobError
 from weaver.job.choose import choose_template
 from weaver.job.inputs import InputFile, read_inputs, training_folders

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 import os
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from weaver.defaults import defaults_for
-from weaver.errors import WeaverError
-from weaver.graphs import Graphs, captured
+from weaver.errors import WeaverError, raise_if
+from weaver.graphs import Graphs, captured, graph_reasons
 from weaver.memory.resting import lent, modules_of
 from weaver.pictures import fit, open_picture, open_rgb
 from weaver.progress import Stages
@@ -106,8 +106,9 @@ def template_picture(
         if guidance is None and type(pipe).__name__ == "StableDiffusionPipeline":
             guidance = defaults_for(pipe).guidance
         unet = getattr(pipe, "unet", None)
-        replays = captured(unet, graphs) if unet is not None else nullcontext()
-        with stages.pipeline_bar(pipe, "template"), lent(*modules_of(pipe)), replays:
+        with stages.pipeline_bar(pipe, "template"), lent(*modules_of(pipe)), ExitStack() as replays:
+            raise_if(graph_reasons(unet, graphs), "Cannot make the template")
+            replays.enter_context(captured(unet, graphs) if unet is not None else nullcontext())
             return make_template(
                 pipe,
                 source,

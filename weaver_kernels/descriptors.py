@@ -2,7 +2,8 @@
 
 A wgmma takes the place of an operand from a pair of uniform registers, whose lower one has an address, cut to 14 or 15
 bits. ptxas 12.8, which Triton 3.6 brings, sometimes makes it of a register that no address went into: the kernel then
-reads anywhere, as compute-sanitizer saw on an H200. ptxas 12.9 makes the same PTX right. Here it is seen without a GPU.
+reads anywhere, as compute-sanitizer saw on an H200. ptxas 12.9 makes the same PTX right. Here it is seen without a GPU,
+though not in every case: what comes from a thread's register is taken for an address.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def lost_descriptors(sass: str) -> list[str]:
         lost = []
         for name, operands in instructions:
             if name.startswith("HGMMA"):
-                if not _registers(operands) <= addresses:
+                if not (registers := _registers(operands)) or not registers <= addresses:
                     lost.append(f"{name} {operands}".strip())
             elif written := re.match(r"(?:U?P\w+, )*UR(\d+)", operands):
                 _follow(name, operands, int(written[1]), addresses)
@@ -35,8 +36,12 @@ def lost_descriptors(sass: str) -> list[str]:
 
 
 def _registers(operands: str) -> set[int]:
-    """The lower uniform registers of the operands in shared memory: of both, or of the second behind a register."""
-    first = int(re.search(r"gdesc\[UR(\d+)\]", operands)[1])
+    """The lower uniform registers of the operands in shared memory: of both, or of the second behind a register; none
+    where the text is of another form."""
+    found = re.search(r"gdesc\[UR(\d+)\]", operands)
+    if found is None:
+        return set()
+    first = int(found[1])
     return {first + 2} if re.match(r"R\d+, R\d+", operands) else {first, first + 2}
 
 

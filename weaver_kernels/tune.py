@@ -86,6 +86,7 @@ def candidates(row: Row, arch: int) -> dict[KernelConfig, list[Case]]:
     A row for shared queries serves those of each context too, until they have their own.
     """
     variants = ("q-each",) if row.q_each else ("", "q-each")
+    variants += ("odd-heads",) if row.head_dim % 16 and row.bits == 16 and not row.q_each else ()
     shapes, stages = GRID[row.bits]
     reload = (False,) if row.q_each or row.bits == 32 else (False, True)
     configs = (KernelConfig(*shape, n, again) for shape, n, again in product(shapes, stages, reload))

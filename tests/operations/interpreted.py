@@ -30,7 +30,7 @@ def needs_interpreter() -> None:
         pytest.skip(fault)
 
 
-def run_interpreted(case: dict, tile: int = 16) -> torch.Tensor:
+def run_interpreted(case: dict, tile: int = 16, reload: bool = False) -> torch.Tensor:
     """The kernel's result for a case, written over NaN in every token and head but the last of a wider tensor.
 
     What lies beside the result must still be NaN afterwards; what is not written is NaN in the result.
@@ -54,7 +54,7 @@ def run_interpreted(case: dict, tile: int = 16) -> torch.Tensor:
         case.get("scale", d**-0.5),
         plan.lists,
         plan.tile_sizes,
-        KernelConfig(tile, warps=4, stages=1),
+        KernelConfig(tile, warps=4, stages=1, reload=reload),
         out,
     )
     result = out.clone()

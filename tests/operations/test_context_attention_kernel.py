@@ -22,6 +22,14 @@ def check(tile=16, **shape):
 
 
 @DTYPES
+@pytest.mark.parametrize("d", [40, 64])
+def test_queries_that_are_read_again_for_every_context(d, dtype):
+    """Shared ones, which a configuration may send through the pipeline with keys and values."""
+    case = make_case(b=2, t=40, h=2, d=d, length=77, s=3, dtype=dtype, weights=soft_weights)
+    assert_within_twice_eager(run_interpreted(case, reload=True), case)
+
+
+@DTYPES
 @pytest.mark.parametrize("d", [8, 24, 40, 64, 80, 160, 256])
 def test_head_dims(d, dtype):
     check(d=d, t=19, length=77, dtype=dtype)

@@ -49,6 +49,10 @@ def test_what_a_loop_carries_counts():
     assert not lost_descriptors(listing(PRODUCT, *ADDRESS, *RIGHT, "@P4 BRA 0x0"))
 
 
+def test_a_product_of_another_form_is_not_taken_for_right():
+    assert lost_descriptors(listing("HGMMA.64x8x16.F32 R24, R4, R8, R24")) == ["HGMMA.64x8x16.F32 R24, R4, R8, R24"]
+
+
 def test_such_a_binary_must_not_be_shipped():
     case = Case(40, 90, 16)
     assert not failures(Compiled(case, 141, 0, 16384, "wgmma"))

@@ -11,14 +11,14 @@ from torch import nn
 
 from weaver.compiled import is_compiled
 from weaver.errors import raise_if
-from weaver.fusion.checks import graph_reasons, plan_reasons
+from weaver.fusion.checks import plan_reasons
 from weaver.fusion.contexts import acting_weight
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.processors import FusedCrossAttnProcessor, InjectedSelfAttnProcessor
 from weaver.fusion.rows import FUSED, row_reasons
 from weaver.fusion.state import FusionState
 from weaver.fusion.support import processor_reasons, unet_reasons
-from weaver.graphs import Graphs, captured
+from weaver.graphs import Graphs, captured, graph_reasons
 from weaver.layers import InjectionSites, cross_attention_paths
 
 __all__ = ["attach", "installable_reasons"]
@@ -57,7 +57,7 @@ def attach(
         the number of its own, as ("fused", 2). A loop of one's own also calls `set_step(step, timesteps)` on what this
         yields, before each forward, and runs under `torch.no_grad()`
     graphs : replay the U-Net's forwards from CUDA graphs, one for each shape of batch and set of injected sites,
-        captured when first met
+        captured when first met. Meanwhile the U-Net's adapters, processors and place must stay as they are
 
     Guidance is the pipeline's: `eps = omega eps_fused + (1 - omega) eps_negative` (Concept Weaver, section 3.5), and
     without guidance there is no negative row. Several images a prompt each get the plan, and a plan of several variants

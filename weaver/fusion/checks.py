@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 
 import torch
-from torch import nn
 
 from weaver.fusion.ddim import DDIMSteps
 from weaver.fusion.plan import FusionPlan
 from weaver.values import is_whole
 
-__all__ = ["count_reasons", "graph_reasons", "noise_reasons", "plan_reasons", "schedule_reasons"]
+__all__ = ["count_reasons", "noise_reasons", "plan_reasons", "schedule_reasons"]
 
 
 def plan_reasons(plan) -> list[str]:
@@ -35,13 +34,6 @@ def schedule_reasons(scheduler, eta: float, graphs: bool) -> list[str]:
     if eta and not ours and "eta" not in inspect.signature(scheduler.step).parameters:
         return [f"eta is {eta}, which a {name} has not: leave it out or use ddim_scheduler(pipe.scheduler)"]
     return []
-
-
-def graph_reasons(unet, graphs) -> list[str]:
-    """Why nothing can be captured, where that is asked for."""
-    if not graphs or not isinstance(unet, nn.Module) or unet.device.type == "cuda":
-        return []
-    return [f"graphs need a CUDA device, the U-Net is on {unet.device}"]
 
 
 def noise_reasons(z, unet, plan: FusionPlan, pictures: int) -> list[str]:

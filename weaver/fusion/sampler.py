@@ -14,7 +14,6 @@ from weaver.errors import WeaverError, raise_if
 from weaver.fusion.attach import attach
 from weaver.fusion.checks import (
     count_reasons,
-    graph_reasons,
     noise_reasons,
     plan_reasons,
     schedule_reasons,
@@ -24,7 +23,7 @@ from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.rows import KINDS, picture_rows
 from weaver.fusion.state import FusionState
-from weaver.graphs import Graphs
+from weaver.graphs import Graphs, graph_reasons, lasting
 
 __all__ = ["FusionSampler", "sample_fusion"]
 
@@ -219,4 +218,4 @@ class FusionSampler:
         if self._graphs is None:
             return value
         known = getattr(self, name, None)
-        return value.clone() if known is None else known.copy_(value)
+        return (lasting(value) if known is None else known).copy_(value)

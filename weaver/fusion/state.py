@@ -13,6 +13,7 @@ from weaver.fusion.plan import FusionPlan
 from weaver.fusion.processors import ContextReads, FeatureReads
 from weaver.fusion.routes import Routes
 from weaver.fusion.rows import Row, picture_rows, read_rows
+from weaver.graphs import lasting
 from weaver_kernels import ContextKV
 
 __all__ = ["FusionState"]
@@ -38,11 +39,10 @@ class FusionState:
         self._step: tuple[int, int] | None = None
         self._weighed: tuple = (None, None)
         self._kinds = {path: plan.route(path) for path in plan.keys_values}
-        self._routes: dict[tuple, Routes] = {}
+        self._routes: dict[tuple, dict[tuple, Routes]] = {}  # by rows, and by kind of layer
         self._injection = Injection(plan.features)
         self._features: Mapping[str, torch.Tensor] = {}
         self._led, self._held = False, held
-        self._layouts = 0  # how often the routes were made, not written over
         self._buffers: dict[str, torch.Tensor] = {}
         self._capacity: int | None = None
         self._keys_values_are_the_plan_s = True
@@ -73,9 +73,9 @@ class FusionState:
 
     @property
     def kind(self) -> tuple:
-        """What a captured forward depends on besides tensors that stay where they are: routes, and paths of modules
-        that are injected into."""
-        return self._layouts, tuple(sorted(self._features))
+        """What a captured forward depends on besides tensors that stay where they are: rows, and paths of modules that
+        are injected into."""
+        return self._weighed[0], tuple(sorted(self._features))
 
     def load_reasons(self, plan: FusionPlan) -> list[str]:
         """Why another plan can't take the place of this one; empty when it can."""
@@ -110,7 +110,7 @@ class FusionState:
     def _own_keys_values(self, room: int) -> None:
         """Memory for the keys and values of `room` contexts, so that the plan's own are not written over."""
         for path, kv in self.plan.keys_values.items():
-            empty = (kv.keys.new_zeros(room, *kv.keys.shape[1:]) for _ in range(2))
+            empty = (lasting(kv.keys[:1].expand(room, -1, -1, -1)).zero_() for _ in range(2))
             self.context_reads[path].kv = ContextKV(*empty)
         self._keys_values_are_the_plan_s = False
         self._write_keys_values(self.plan)
@@ -170,7 +170,7 @@ class FusionState:
         features = self._injection.at(unet, step, keys.device)
         features = {path: x.to(keys.device, keys.dtype, non_blocking=True) for path, x in features.items()}
         if self._held:
-            self._buffers |= {path: x.clone() for path, x in features.items() if path not in self._buffers}
+            self._buffers |= {path: lasting(x) for path, x in features.items() if path not in self._buffers}
             features = {path: self._buffers[path].copy_(x, non_blocking=True) for path, x in features.items()}
         self._inject(features)
 
@@ -228,20 +228,20 @@ class FusionState:
 
     @torch.inference_mode(False)  # whose tensors could not be written over outside of it
     def _weigh(self, rows: tuple[Row, ...], phase: int) -> None:
-        """Write the phase's weights into the `Routes` of each kind of layer; for other rows make these anew."""
+        """Write the phase's weights into the `Routes` of each kind of layer, which are kept for rows seen again."""
         if (rows, phase) == self._weighed:
             return
-        known = self._routes if rows == self._weighed[0] else {}
+        routes = self._routes.setdefault(rows, {})
         kinds, variants = map(list, zip(*rows, strict=True))
-        index, routes = self.plan.index[kinds, variants], {}
+        index = self.plan.index[kinds, variants]
         for route in set(self._kinds.values()):
             size, *which = route
             weights = self.plan.weights[phase, size][kinds, variants]
-            if route in known:
-                known[route].update(weights, index, self.plan.same_as)
-            routes[route] = known.get(route) or Routes(weights, index, self.plan.same_as, which, self._capacity)
-        self._layouts += routes != self._routes
-        self._routes, self._weighed = routes, (rows, phase)
+            if route in routes:
+                routes[route].update(weights, index, self.plan.same_as)
+            else:
+                routes[route] = Routes(weights, index, self.plan.same_as, which, self._capacity)
+        self._weighed = rows, phase
         for path, reads in self.context_reads.items():
             reads.routes = routes[self._kinds[path]]
 

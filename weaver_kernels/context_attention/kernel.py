@@ -238,7 +238,8 @@ def context_attention_kernel(
                 L, LC, L1, L2, BT, D, D1, D2, ALIGN, PRECISION,
             )  # fmt: skip
 
-    # The order is read again: cheaper than holding it in registers over the loop, and volatile keeps it so.
+    # The order is read again: cheaper than holding it in registers over the loop. Reads that are cached in another way
+    # are not joined to one.
     o_row = tl.load(lists + i_b * n_tokens + o_sorted, mask=t_ok, other=0, cache_modifier=".ca")
     if WIDE:
         o_row = o_row.to(tl.int64)
