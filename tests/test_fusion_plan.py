@@ -284,10 +284,13 @@ def test_contexts_that_are_equal_are_computed_once(tiny_pipe, concepts, masks):
     assert plan.same_as.tolist() == [0, 1, 1, 3, 3, 5, 6]
     seen = []
     with attach(tiny_pipe, plan) as state:
-        largest = (16, 16), (), ()
-        hook = tiny_pipe.unet.register_forward_hook(lambda *_: seen.append(state._routes[largest].plan.weights[1]))
-        tiny_pipe(**plan.pipeline_arguments(), output_type="latent")
-        hook.remove()
+        largest = next(path for path, size in plan.sizes.items() if size == (16, 16))
+        reads = state.context_reads[largest]
+        hook = tiny_pipe.unet.register_forward_hook(lambda *_: seen.append(reads.routes.plan.weights[1]))
+        try:
+            tiny_pipe(**plan.pipeline_arguments(), output_type="latent")
+        finally:
+            hook.remove()
     assert (seen[0] != 0).any(-1).tolist() == [True, False, True, False, True, True]
     torch.testing.assert_close(seen[0].sum(0), torch.ones(256, dtype=torch.float64))
 
