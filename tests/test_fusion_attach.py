@@ -303,7 +303,7 @@ def test_weights_are_written_over_where_a_window_ends(tiny_pipe, plan_from_noise
     with attach(tiny_pipe, plan_from_noise) as state:
 
         def look(*_):
-            contexts = {size: routes.plan for (size, *_), routes in state._routes.items()}
+            contexts = {plan_from_noise.sizes[path]: reads.routes.plan for path, reads in state.context_reads.items()}
             seen.append((contexts, {size: made.weights[-1].clone() for size, made in contexts.items()}))
 
         hook = tiny_pipe.unet.register_forward_hook(look)
