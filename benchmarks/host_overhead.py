@@ -27,7 +27,7 @@ from benchmarks.shapes import MODELS, blob_masks, make_plan, make_texts
 from benchmarks.timing import quantiles
 from weaver_kernels import context_attention, tuning
 from weaver_kernels.checks import gradient_reasons
-from weaver_kernels.context_attention import kernel, op, plan
+from weaver_kernels.context_attention import launch, op, plan
 from weaver_kernels.context_attention.checks import shape_reasons
 
 N, ARCH = 3, 90
@@ -44,7 +44,7 @@ class SilentKernel:
 @contextmanager
 def silent(device: torch.device) -> Iterator[None]:
     """Within, calls end where Triton's launcher would begin; on the CPU they take the GPU's path."""
-    with mock.patch.object(kernel, "context_attention_kernel", SilentKernel()):
+    with mock.patch.object(launch, "context_attention_kernel", SilentKernel()):
         if device.type == "cuda":
             yield
             return
@@ -76,15 +76,15 @@ def parts(device: torch.device) -> dict[str, Callable[[], object]]:
     def checks() -> list[str]:
         return shape_reasons(*given, None, None) + gradient_reasons(q=q, k=k, v=v, weights=own.weights)
 
-    def launch() -> torch.Tensor:
-        return kernel.launch(q, k, v, own.weights, None, scale, own.lists, own.tile_sizes, config)
+    def launched() -> torch.Tensor:
+        return launch.launch(q, k, v, own.weights, None, scale, own.lists, own.tile_sizes, config)
 
     return {
         "whole call": lambda: context_attention(*given, plan=own),
         "of it checks": checks,
         "of it the operation, dispatched": lambda: op._operation(*given, None, own.lists, scale),
         "of that the operation's body": lambda: op._cuda(*given, None, own.lists, scale),
-        "of that arguments and result": launch,
+        "of that arguments and result": launched,
     }
 
 

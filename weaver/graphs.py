@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from weaver.errors import WeaverError
+from weaver.memory.resting import hooked
 
 __all__ = ["CapturedForward", "Graphs", "captured", "graph_reasons", "lasting", "uncaptured"]
 
@@ -28,7 +29,7 @@ def graph_reasons(unet, graphs) -> list[str]:
         return [f"graphs is a {type(graphs).__name__}, expected True or a weaver.graphs.Graphs"]
     if unet.device.type != "cuda":
         return [f"graphs need a CUDA device, the U-Net is on {unet.device}"]
-    if any(hasattr(module, name) for module in unet.modules() for name in ("_hf_hook", "_diffusers_hook")):
+    if hooked(unet):
         return ["graphs can't be had of a U-Net whose modules are hooked into (offload, caching): remove the hooks"]
     return []
 

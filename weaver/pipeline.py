@@ -185,8 +185,7 @@ def weave(
         reasons.append(str(error))
     raise_if(reasons, "Cannot weave")
 
-    replays, kept = graphs is not False, isinstance(graphs, Graphs)
-    graphs = graphs if kept else Graphs() if replays else None
+    of_stages = Graphs() if graphs is True else graphs or None
     if not isinstance(template, Image.Image):
         template = template_picture(
             pipe,
@@ -196,7 +195,7 @@ def weave(
             steps=template_steps,
             guidance=template_guidance,
             negative_prompt=negative_prompt,
-            graphs=graphs,
+            graphs=of_stages,
             stages=stages,
         )
     if template.size != (size[1], size[0]):
@@ -207,7 +206,7 @@ def weave(
         final = places.compose(size, dilation=dilation, overlap=overlap, names=names)
     with stages.stage("inversion"):
         with stages.bar("inversion", steps) as move:
-            inversion = invert(pipe, template, source_prompt, steps, cache=cache, graphs=graphs, progress=move)
+            inversion = invert(pipe, template, source_prompt, steps, cache=cache, graphs=of_stages, progress=move)
         with stages.bar("features", steps) as move:
             again = features != "inversion"
             found = collect_features(
@@ -218,11 +217,11 @@ def weave(
                 reconstruct=again,
                 storage=memory.storage,
                 cache=cache,
-                graphs=graphs,
+                graphs=of_stages,
                 progress=move,
             )
         quality = reconstruction_psnr(pipe, inversion, found) if again else None
-    graphs = graphs if kept else None  # their memory is free for those of the fusion
+    of_stages = None  # unless the caller keeps them, their memory is free for those of the fusion
     with stages.stage("fusion"), stages.bar("fusion", steps) as move:
         plan = FusionPlan.build(
             pipe,
@@ -237,7 +236,7 @@ def weave(
         )
         scheduler = ddim_scheduler(pipe.scheduler)
         noise = torch.Generator().manual_seed((seed + _OTHER_NOISE) % 2**63)  # on the CPU: the same on every device
-        options = {"eta": eta, "generator": noise, "graphs": replays}
+        options = {"eta": eta, "generator": noise, "graphs": graphs is not False}
         z = sample_fusion(pipe.unet, found.z_T, scheduler, plan, **options, progress=move)
         image = tensor_to_images(decode_latents(pipe.vae, z))[0]
     settings = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -106,18 +105,19 @@ def template_picture(
         if guidance is None and type(pipe).__name__ == "StableDiffusionPipeline":
             guidance = defaults_for(pipe).guidance
         unet = getattr(pipe, "unet", None)
-        with stages.pipeline_bar(pipe, "template"), lent(*modules_of(pipe)), ExitStack() as replays:
+        graphs = None if unet is None else graphs
+        with stages.pipeline_bar(pipe, "template"), lent(*modules_of(pipe)):
             raise_if(graph_reasons(unet, graphs), "Cannot make the template")
-            replays.enter_context(captured(unet, graphs) if unet is not None else nullcontext())
-            return make_template(
-                pipe,
-                source,
-                seed=seed,
-                steps=steps,
-                guidance=guidance,
-                negative_prompt=negative_prompt or None,
-                size=size,
-            )
+            with captured(unet, graphs):
+                return make_template(
+                    pipe,
+                    source,
+                    seed=seed,
+                    steps=steps,
+                    guidance=guidance,
+                    negative_prompt=negative_prompt or None,
+                    size=size,
+                )
 
 
 def _size_reasons(size: tuple[int, int] | None) -> list[str]:

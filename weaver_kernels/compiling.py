@@ -165,7 +165,7 @@ def _kernel():
 
 def _arguments(case: Case) -> tuple:
     """Arguments as a U-Net of 8 heads hands them over, in tensors without storage."""
-    from weaver_kernels.context_attention.kernel import kernel_arguments
+    from weaver_kernels.context_attention.launch import kernel_arguments
 
     def empty(*shape, dtype=torch.int32):
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -48,7 +48,7 @@ class LayerInputs:
 
     def launch(self, config: KernelConfig) -> torch.Tensor:
         """The kernel as the operation launches it, with this configuration."""
-        from weaver_kernels.context_attention.kernel import launch
+        from weaver_kernels.context_attention.launch import launch
 
         plan = self.plan
         scale = self.q.shape[-1] ** -0.5

@@ -99,7 +99,7 @@ def candidates(row: Row, arch: int) -> dict[KernelConfig, list[Case]]:
 
 def kernel_hash() -> str:
     """Of the sources that decide what a launch runs, the configuration apart."""
-    return source_hash(f"{OP}.blocks", f"{OP}.kernel")
+    return source_hash(f"{OP}.blocks", f"{OP}.kernel", f"{OP}.launch")
 
 
 def stamp(device: str) -> dict[str, str]:

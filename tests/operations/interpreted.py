@@ -36,7 +36,7 @@ def run_interpreted(case: dict, tile: int = 16, reload: bool = False) -> torch.T
     What lies beside the result must still be NaN afterwards; what is not written is NaN in the result.
     """
     needs_interpreter()
-    from weaver_kernels.context_attention.kernel import launch  # needs Triton, so not before a test asks for it
+    from weaver_kernels.context_attention.launch import launch  # needs Triton, so not before a test asks for it
 
     q, k, v, weights = (case[name] for name in ("q", "k", "v", "weights"))
     index = case.get("context_index")

@@ -59,7 +59,7 @@ def test_sizes_that_follow_the_contexts_and_the_tokens_make_no_other_binary():
         import torch
         from triton.runtime import driver
         from weaver_kernels.compiling import _kernel, _Target
-        from weaver_kernels.context_attention.kernel import kernel_arguments
+        from weaver_kernels.context_attention.launch import kernel_arguments
         from weaver_kernels.tuning import KernelConfig
 
         def empty(*shape, dtype=torch.int32):

@@ -142,16 +142,16 @@ def test_scale(scale):
 
 def test_offsets_of_tokens_as_64_bits(monkeypatch):
     """The variant for rows past 2**31 elements, on a small row."""
-    from weaver_kernels.context_attention import kernel
+    from weaver_kernels.context_attention import launch
 
-    layout = kernel._layout
+    layout = launch._layout
 
     def wide(*arguments):
         grid, others, options = layout(*arguments)
         assert others[-3] is False
         return grid, (*others[:-3], True, *others[-2:]), options
 
-    monkeypatch.setattr(kernel, "_layout", wide)
+    monkeypatch.setattr(launch, "_layout", wide)
     check(b=2, d=40)
 
 

@@ -97,7 +97,7 @@ def test_float64_and_large_heads_are_gathered():
 
 @DTYPES
 def test_every_number_of_the_result_is_written_and_none_beside_it(dtype):
-    from weaver_kernels.context_attention.kernel import launch
+    from weaver_kernels.context_attention.launch import launch
     from weaver_kernels.tuning import KernelConfig
 
     case = on_gpu(make_case(b=2, t=77, h=3, d=40, dtype=dtype))

@@ -14,7 +14,7 @@ from weaver.compiled import hooks_run
 from weaver.concepts.concept import Concept
 from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError
-from weaver.memory.resting import home_of, lent
+from weaver.memory.resting import home_of, hooked, lent
 
 __all__ = [
     "Encoding",
@@ -88,7 +88,7 @@ def encode(pipe, prompt: str | None, concept: Concept | None = None) -> Encoding
 
 def _device_of(pipe, encoder) -> torch.device:
     """Where an encoder runs; where it is, unless hooks move it, for which the pipeline looks through all its parts."""
-    return pipe._execution_device if hasattr(encoder, "_hf_hook") else encoder.get_input_embeddings().weight.device
+    return pipe._execution_device if hooked(encoder) else encoder.get_input_embeddings().weight.device
 
 
 def absent_is_zero(pipe) -> bool:

@@ -107,10 +107,11 @@ class FusionState:
         self._injection = Injection(plan.features)
         self._weighed = (self._weighed[0], None)
 
+    @torch.inference_mode(False)  # whose tensors could not be written over outside of it
     def _own_keys_values(self, room: int) -> None:
         """Memory for the keys and values of `room` contexts, so that the plan's own are not written over."""
         for path, kv in self.plan.keys_values.items():
-            empty = (lasting(kv.keys[:1].expand(room, -1, -1, -1)).zero_() for _ in range(2))
+            empty = (kv.keys.new_zeros(room, *kv.keys.shape[1:]) for _ in range(2))
             self.context_reads[path].kv = ContextKV(*empty)
         self._keys_values_are_the_plan_s = False
         self._write_keys_values(self.plan)

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-__all__ = ["home_of", "lent", "modules_of", "resting"]
+__all__ = ["home_of", "hooked", "lent", "modules_of", "resting"]
 
 _HOMES: WeakKeyDictionary[nn.Module, torch.device] = WeakKeyDictionary()
 
@@ -59,6 +59,11 @@ def lent(*modules: nn.Module) -> Iterator[None]:
 def home_of(module: nn.Module) -> torch.device | None:
     """The device of a module that rests, or is lent just now; None for all others."""
     return _HOMES.get(module)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether accelerate's or diffusers' hooks move its weights or skip its parts: offload of any kind, caches."""
+    return any(hasattr(part, name) for part in module.modules() for name in ("_hf_hook", "_diffusers_hook"))
 
 
 def _device(module: nn.Module) -> torch.device:

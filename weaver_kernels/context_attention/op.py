@@ -105,7 +105,7 @@ def _cuda(q, k, v, weights, context_index, key_lengths, lists, scale):
 @cache
 def _launch():
     """Imported where it runs: Triton decides at that moment whether its interpreter takes the kernel."""
-    from weaver_kernels.context_attention.kernel import launch
+    from weaver_kernels.context_attention.launch import launch
 
     return launch
 
