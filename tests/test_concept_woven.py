@@ -9,6 +9,8 @@ from PIL import Image
 
 from weaver import WeaverError
 from weaver.concepts.prompts import encode
+from weaver.concepts.settings import TrainSettings
+from weaver.concepts.train import train_concept
 from weaver.concepts.training_state import added
 from weaver.concepts.woven import WovenSet, prepare_woven, woven
 from weaver.features import Features
@@ -90,3 +92,10 @@ def test_parts_that_do_not_belong_together(scenes):
         WovenSet(scenes.images, scenes.captions, scenes.base_captions[:1], scenes.masks, scenes.templates)
     with pytest.raises(WeaverError, match="a mask is empty"):
         WovenSet(scenes.images, scenes.captions, scenes.base_captions, scenes.masks * False, scenes.templates)
+    with pytest.raises(WeaverError, match=r"\(32, 32\) pixels beside masks of \(30, 32\)"):
+        WovenSet(scenes.images, scenes.captions, scenes.base_captions, scenes.masks[:, :, :30], scenes.templates)
+
+
+def test_scenes_that_no_step_would_show(tiny_pipe, scenes):
+    with pytest.raises(WeaverError, match="set woven_batch, or leave them out"):
+        train_concept(tiny_pipe, [], token="<v1>", word="dog", woven=scenes, settings=TrainSettings())

@@ -101,16 +101,24 @@ def test_segmenter_finds_animals():
     assert segmentation_iou(load_segmenter(), scenes) >= 0.9
 
 
-def test_segmenter_told_the_words_gives_the_animals_out_among_them():
+def test_segmenter_believes_what_a_picture_is_said_to_show():
     scenes = held_out_scenes(60)
-    alone, told = (segmentation_iou(load_segmenter(), scenes, told=told) for told in (False, True))
-    assert told >= alone and told >= 0.8
+    alone, described = (segmentation_iou(load_segmenter(), scenes, described=told) for told in (False, True))
+    assert described > alone + 0.05 and described >= 0.8
     scene = draw_scene(random.Random(3), animals=["cat", "dog"], varied=False)
-    masks = load_segmenter().segment(scene.image, ["frog", "pig"], told=True)
     shown = load_segmenter().segment(scene.image, list(ANIMALS)).sum(0)
+    masks = load_segmenter().segment(scene.image, ["frog", "pig"], "a frog and a pig")
     assert np.allclose(masks.sum(0), shown, atol=1e-5)  # told so, what is an animal is one of the two
+    one = load_segmenter().segment(scene.image, ["frog"], "a frog and a pig")
+    assert np.allclose(one[0], masks[0])  # the other one has its share, sought or not
     empty = Image.new("RGB", (64, 64), (120, 190, 250))
-    assert (load_segmenter().segment(empty, ["frog", "pig"], told=True) < 0.5).all()
+    assert (load_segmenter().segment(empty, ["frog", "pig"], "a frog and a pig") < 0.5).all()
+
+
+def test_segmenter_does_not_believe_what_is_plainly_missing():
+    scene = draw_scene(random.Random(5), animals=["cat"], vendors=("noto",), varied=False)
+    cat, dog = load_segmenter().segment(scene.image, ["cat", "dog"], "a cat and a dog") > 0.5
+    assert (cat & scene.mask(0)).sum() > 0.8 * scene.mask(0).sum() and not dog.any()
 
 
 def test_segmenter_takes_any_size_and_names_unknown_words():

@@ -112,8 +112,8 @@ class Halves:
     def __init__(self):
         self.asked = []
 
-    def segment(self, image, words):
-        self.asked.append(list(words))
+    def segment(self, image, words, prompt=None):
+        self.asked.append((list(words), prompt))
         sure = np.zeros((len(words), image.height, image.width), dtype=np.float32)
         for k, word in enumerate(words):
             if word == "cat":
@@ -125,8 +125,8 @@ class Halves:
 
 def test_segmenter_is_asked_each_word_once_and_the_surest_wins():
     segmenter = Halves()
-    masks = segmenter_masks(picture(), ["cat", "dog", "cat"], segmenter=segmenter)
-    assert segmenter.asked == [["cat", "dog"]]
+    masks = segmenter_masks(picture(), ["cat", "dog", "cat"], "two cats, a dog", segmenter=segmenter)
+    assert segmenter.asked == [(["cat", "dog"], "two cats, a dog")]
     columns = [mask[0].nonzero()[:, 0].tolist() for mask in masks]
     assert columns == [list(range(10)), list(range(10, 20)), list(range(22, 32))]
 

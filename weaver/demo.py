@@ -52,7 +52,7 @@ def _chosen(mapping: dict, concepts: str | None, background: str | None):
 
     animals = [card for card in CONCEPTS.values() if card.kind == "animal"]
     grounds = {card.name: card for card in CONCEPTS.values() if card.kind == "background"}
-    names = concepts or ",".join(entry["name"] for entry in mapping["concepts"])
+    names = ",".join(entry["name"] for entry in mapping["concepts"]) if concepts is None else concepts
     if names.strip().isdigit():
         count = int(names)
         if not 1 <= count <= len(animals):
@@ -66,7 +66,7 @@ def _chosen(mapping: dict, concepts: str | None, background: str | None):
         if len(set(asked)) < len(asked):
             raise WeaverError("--concepts: the same concept twice; name different ones")
         chosen = [known[name] for name in asked]
-    name = background or mapping["background"]["name"]
+    name = mapping["background"]["name"] if background is None else background
     if name != "none" and name not in grounds:
         raise WeaverError(f"--background: no background {name!r} ships; choose of {', '.join(grounds)}, or none")
     return chosen, grounds.get(name)

@@ -134,7 +134,7 @@ class Places:
             return self
         with (stages or Stages(bars=False)).bar("masks", 1) as move:
             if self.source == "segmenter":
-                found = iter(segmenter_masks(template, words))
+                found = iter(segmenter_masks(template, words, prompt))
                 move(1, 1)
             else:
                 with lent(*modules_of(pipe)):

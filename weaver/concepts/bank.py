@@ -130,14 +130,15 @@ def training_settings(wishes: TrainSpec, pipe) -> TrainSettings:
 
 def _train(task: _Task, pipe, move: Callable[[int, int], None]) -> Concept:
     spec, wishes = task.spec, task.spec.train
-    prior = woven = None
+    settings, prior, woven = training_settings(wishes, pipe), None, None
     try:
         pictures = load_images(training_pictures(spec), wishes.token, spec.word, template=wishes.caption)
         if is_embedded(pipe):
             from weaver.embedded.prior import prior_scenes
             from weaver.embedded.woven import woven_scenes
 
-            prior, woven = prior_scenes(), woven_scenes(pictures, wishes.token, spec.word)
+            prior = prior_scenes()
+            woven = woven_scenes(pictures, wishes.token, spec.word) if settings.woven_batch else None
         return train_concept(
             pipe,
             pictures,
@@ -146,7 +147,7 @@ def _train(task: _Task, pipe, move: Callable[[int, int], None]) -> Concept:
             word=spec.word,
             prior=prior,
             woven=woven,
-            settings=training_settings(wishes, pipe),
+            settings=settings,
             at_once=task.at_once,
             progress=move,
         )

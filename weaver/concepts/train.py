@@ -69,6 +69,8 @@ def train_concept(
     Raises `WeaverError` for settings, captions and pictures that can't be used, `ConceptError` if training diverges.
     """
     settings = settings or TrainSettings()
+    if woven is not None and not settings.woven_batch:
+        raise WeaverError("woven scenes are given, but none is in a step: set woven_batch, or leave them out")
     if not isinstance(images, TrainingSet):
         captions = [f"a {token} {word}"] * len(images) if captions is None else captions
         images = TrainingSet(tuple(images), tuple(captions))
@@ -81,7 +83,7 @@ def train_concept(
             prior = class_pictures(pipe, word, settings, report, at_once=at_once)
         other = prepare(pipe, prior, at_once=at_once) if settings.prior_batch else None
         scenes = None
-        if settings.woven_batch and woven:
+        if woven is not None:
             scenes = prepare_woven(pipe, woven, token, settings.vectors, at_once=at_once)
         with (
             frozen(pipe.unet, pipe.text_encoder),

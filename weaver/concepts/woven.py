@@ -53,6 +53,9 @@ class WovenSet:
             raise WeaverError(f"woven pictures: {sorted(counts)} of their parts, expected as many of each")
         if not self.masks.reshape(len(self.masks), -1).any(-1).all():
             raise WeaverError("woven pictures: a mask is empty")
+        size = self.masks.shape[:0:-1]  # (width, height)
+        if other := {image.size for image in (*self.images, *self.templates)} - {size}:
+            raise WeaverError(f"woven pictures: {min(other)} pixels beside masks of {size}, expected one size of all")
 
 
 @dataclass(frozen=True)

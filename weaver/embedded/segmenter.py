@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,10 +17,13 @@ from torch import Tensor, nn
 from weaver.embedded.drawings import ANIMALS
 from weaver.embedded.world import IMAGE_SIZE
 from weaver.errors import WeaverError
+from weaver.masks.components import connected_components
 
 __all__ = ["Segmenter", "load_segmenter", "word_probabilities"]
 
 SEGMENTER_FILE = Path(__file__).parent / "helpers" / "segmenter.safetensors"
+_LEAST_PIXELS = 40  # of 64x64, for an animal to be seen
+_FEW_OTHERS = 0.02  # of the animals' pixels
 
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -64,16 +69,16 @@ class Segmenter(nn.Module):
         return torch.einsum("bchw,nc->bnhw", features, self.words.weight) + self.bias
 
     @torch.no_grad()
-    def segment(self, image: Image.Image, words: list[str], *, told: bool = False) -> np.ndarray:
+    def segment(self, image: Image.Image, words: Sequence[str], prompt: str | None = None) -> np.ndarray:
         """Soft masks of `words` in `image`.
 
         Parameters
         ----------
-        image : RGB picture of any size; it is looked at in 64x64 pixels.
+        image : RGB picture of any size; it is looked at in 64x64 pixels, as it is and mirrored.
         words : class words; objects of one class share one mask.
-        told : whether `words` are all the animals of the picture, none missing. Otherwise every word is sought by
-            itself, and may be nowhere. With it, what is an animal at all is given out among `words`, each a like
-            share: a drawing of a new style, which may look more like a third animal, is still told from its neighbour.
+        prompt : what the picture shows, with every animal in it. A drawing of a new style may look more like another
+            animal than like itself; so what is an animal at all is given out among those of the prompt, a share each,
+            unless one of them is plainly missing. None seeks every word by itself.
 
         Returns
         -------
@@ -92,16 +97,15 @@ class Segmenter(nn.Module):
                 f"it knows {', '.join(ANIMALS)}; give other concepts a mask file, a box or an attention mask"
             )
         small = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
-        chosen = [ANIMALS.index(word) for word in words]
-        logits = self(pixels)
-        probabilities = word_probabilities(logits)
-        if told:
-            masks = probabilities.sum(1, keepdim=True) * _give_out(
-                logits[:, chosen], probabilities.sum(1, keepdim=True)
-            )
-        else:
-            masks = probabilities[:, chosen]
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).float().div(127.5).sub(1)
+        logits, mirrored = self(torch.stack([pixels, pixels.flip(2)]))
+        logits = (logits + mirrored.flip(2)) / 2
+        probabilities = word_probabilities(logits[None])[0]
+        if prompt is not None:
+            told = [word for word in re.findall("[a-z]+", prompt.lower()) if word in ANIMALS]
+            told += [word for word in words if word not in told]
+            probabilities = _believe(logits, probabilities, [ANIMALS.index(word) for word in told])
+        masks = probabilities[None, [ANIMALS.index(word) for word in words]]
         if image.size != small.size:
             masks = F.interpolate(masks, (image.height, image.width), mode="bilinear", align_corners=False)
         return masks[0].numpy()
@@ -112,21 +116,45 @@ def word_probabilities(logits: Tensor) -> Tensor:
     return F.pad(logits, (0, 0, 0, 0, 1, 0)).softmax(1)[:, 1:]
 
 
-def _give_out(logits: Tensor, animal: Tensor, softness: float = 8.0, reach: int = 4, rounds: int = 50) -> Tensor:
-    """How animals' pixels [1, 1, h, w] are divided among words [1, K, h, w]: each gets about a like share.
+def _believe(logits: Tensor, probabilities: Tensor, told: list[int]) -> Tensor:
+    """Probabilities [words, h, w] when the animals `told` (indices of words, one for each animal) are all that stand
+    there, from those of words sought by themselves and their logits.
+
+    Nothing changes where one of them is missing: no pixels look like it, none like an animal that was not told, and
+    what looks like an animal falls into fewer parts than were told.
+    """
+    animal = probabilities.sum(0)
+    seen = torch.where(animal > 0.5, probabilities.argmax(0), -1)
+    areas = torch.bincount(seen.flatten() + 1, minlength=len(ANIMALS) + 1)[1:]
+    others = areas.sum() - areas[sorted(set(told))].sum()
+    if any(areas[word] < _LEAST_PIXELS for word in told) and others <= _FEW_OTHERS * areas.sum():
+        parts = np.bincount(connected_components(animal > 0.5).ravel())[1:]
+        if (parts >= _LEAST_PIXELS).sum() < len(set(told)):
+            return probabilities
+    words = sorted(set(told))
+    believed = torch.zeros_like(probabilities)
+    believed[words] = animal * _give_out(logits[words], animal > 0.5, [told.count(word) for word in words])
+    return believed
+
+
+def _give_out(
+    logits: Tensor, animal: Tensor, counts: Sequence[int], softness: float = 8.0, reach: int = 4, rounds: int = 50
+) -> Tensor:
+    """How the pixels `animal` [h, w] bool are divided among words [K, h, w]: each gets about a share for each animal.
 
     Logits are averaged over a pixel's neighbours that are animals too. A bias a word is found so that, softly
-    assigned, all words hold the same area (one side of Sinkhorn's balancing).
+    assigned, all words hold an area in proportion to their `counts` (one side of Sinkhorn's balancing).
     """
-    animal = (animal > 0.5).to(logits)
+    animal = animal[None].to(logits)
     window = {"kernel_size": 2 * reach + 1, "stride": 1, "padding": reach}
     around = F.avg_pool2d(logits * animal, **window) / F.avg_pool2d(animal, **window).clamp(min=1e-3)
-    inside = around[0, :, animal[0, 0] > 0]
+    inside = around[:, animal[0] > 0]
+    wanted = torch.tensor(counts).to(logits).view(-1, 1) / sum(counts)
     bias = torch.zeros(len(inside), 1)
     for _ in range(rounds if inside.numel() else 0):
         share = ((inside + bias) / softness).softmax(0).mean(1, keepdim=True)
-        bias -= 0.5 * softness * (share.clamp(min=1e-6) * len(inside)).log()
-    return (around + bias.view(1, -1, 1, 1)).softmax(1)
+        bias -= 0.5 * softness * (share.clamp(min=1e-6) / wanted).log()
+    return (around + bias.view(-1, 1, 1)).softmax(0)
 
 
 @lru_cache(maxsize=1)

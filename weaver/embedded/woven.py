@@ -51,7 +51,7 @@ def woven_scenes(pictures: TrainingSet, token: str, word: str, count: int = 64, 
 
 def _cut(image: Image.Image, word: str) -> Image.Image | None:
     """The animal of a picture with what is around it transparent, cropped to it; None where none is found."""
-    found = load_segmenter().segment(image, [word], told=True)[0] > _SURE
+    found = load_segmenter().segment(image, [word], word)[0] > _SURE
     if not found.any():
         return None
     cut = image.convert("RGB")

@@ -141,7 +141,7 @@ def write_card(gates: list[Gate], segmenter: Segmenter) -> None:
             samples=points[-1][0],
             loss=points[-1][1],
             gates=gate_rows,
-            alone=segmentation_iou(segmenter, held_out_scenes()),
+            alone=segmentation_iou(segmenter, held_out_scenes(), described=False),
             own=segmentation_iou(segmenter, held_out_scenes(vendors=TRAINING_VENDORS)),
             sources=source_rows,
             concepts=concept_rows,
@@ -202,9 +202,9 @@ These trainings, each from where the one before ended, made the weights:
 ## Helpers
 
 - `segmenter.py`: a word-conditioned U-Net trained on the generator's masks, with drawings mixed, bent and marked anew,
-  and line drawings painted. Its gate is measured on scenes in the held-out vendors' drawings and told which animals
-  stand in each (`segment(..., told=True)`); sought one word at a time, as masks for a template are, it reaches
-  {alone:.3f} there and {own:.3f} in the drawings the model paints.
+  and line drawings painted. Its gate is measured on scenes in the held-out vendors' drawings, described by their
+  captions as templates are by their prompts; without a description it reaches {alone:.3f} there, and with one
+  {own:.3f} in the drawings the model paints.
 - `identity.py`: a classifier of drawings, the one measure of identity; similarities are cosines.
 
 ## Concepts held out

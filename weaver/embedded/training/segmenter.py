@@ -17,6 +17,7 @@ from weaver.embedded.training.bank import HELD_OUT_SCENES, Bank, to_pixels
 from weaver.embedded.training.degrade import degrade
 from weaver.embedded.training.loop import LoopSettings, autocast, device_from_environment, train
 from weaver.embedded.world import Scene, draw_scene
+from weaver.masks.components import tidy
 
 __all__ = ["held_out_scenes", "segmentation_iou", "train_segmenter"]
 
@@ -27,16 +28,17 @@ def held_out_scenes(count: int = 200, seed: int = 77, vendors: tuple[str, ...] =
     return [draw_scene(rng, vendors=vendors, varied=False) for _ in range(count)]
 
 
-def segmentation_iou(segmenter: Segmenter, scenes: list[Scene], *, told: bool = False) -> float:
-    """Mean intersection over union over every word that stands in each scene, masks taken at one half.
+def segmentation_iou(segmenter: Segmenter, scenes: list[Scene], *, described: bool = True) -> float:
+    """Mean intersection over union over every word that stands in each scene, in masks as `segmenter_masks` makes them.
 
-    `told` as in `Segmenter.segment`: whether the words are known to be all there are.
+    `described` tells the scene's caption, as a template's prompt is told; otherwise every word is sought by itself.
     """
     values = []
     for scene in scenes:
         words = sorted({animal.word for animal in scene.objects})
-        masks = segmenter.segment(scene.image, words, told=told) > 0.5
-        for word, mask in zip(words, masks, strict=True):
+        sure = segmenter.segment(scene.image, words, scene.caption if described else None)
+        for index, word in enumerate(words):
+            mask = tidy(torch.from_numpy((sure[index] > 0.5) & (sure.argmax(0) == index))).numpy()
             truth = np.isin(scene.labels, [i + 1 for i, animal in enumerate(scene.objects) if animal.word == word])
             values.append((mask & truth).sum() / (mask | truth).sum())
     return float(np.mean(values))
@@ -86,7 +88,7 @@ def train_segmenter(
         LoopSettings(minutes, 3e-3, batch, ema_decay=0.995, report_every=200),
         save=save,
         evaluate=lambda: {
-            "held_out_iou": segmentation_iou(segmenter, scenes),
-            "told_iou": segmentation_iou(segmenter, scenes, told=True),
+            "held_out_iou": segmentation_iou(segmenter, scenes, described=False),
+            "described_iou": segmentation_iou(segmenter, scenes),
         },
     )
