@@ -30,7 +30,7 @@ EXTRAS = {
     # Named so that instructions stay the same; neither needs more than the base packages so far.
     "bench": [],
     "eval": [],
-    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"],
+    "test": ["peft>=0.17", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"],
 }
 
 PACKAGE_DATA = {

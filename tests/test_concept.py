@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from weaver.concepts import concept as concept_module
+from weaver.concepts import concept_file
 from weaver.concepts.concept import Concept, ConceptError, attn2_hash, attn2_projections
 from weaver.errors import WeaverError
 
@@ -87,7 +87,7 @@ def test_save_is_whole_or_not_at_all(tiny_pipe, saved, monkeypatch):
             file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(concept_module, "save_file", half_way)
+    monkeypatch.setattr(concept_file, "save_file", half_way)
     with pytest.raises(OSError, match="disk full"):
         make_concept(tiny_pipe).save(saved)
     assert saved.read_bytes() == before
@@ -131,12 +131,15 @@ KEY = "deltas/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     [
         ({"format": None}, {}, "not a concept file"),
         ({"format": "pt"}, {}, "format 'pt'"),
-        ({"format_version": "2"}, {}, "version 2, this release reads 1"),
+        ({"format_version": "3"}, {}, "version 3, this release reads up to 2"),
         ({"token": None, "base_hash": None}, {}, "metadata lacks token, base_hash"),
         ({"settings": "{"}, {}, "not a readable"),
         ({"settings": "[]"}, {}, "settings is not a JSON object"),
         ({"token": "<v 1>"}, {}, "white space"),
-        ({}, {"embeddings/text_encoder": None}, "embeddings is missing"),
+        ({"token": ""}, {}, "token is empty, and there are embeddings for it"),
+        ({}, {"deltas/a.attn2.to_k/down": torch.zeros(2, 16)}, "deltas/a.attn2.to_k lacks its factor 'up'"),
+        ({}, {"deltas/a.attn2.to_k/down": torch.ones(2, 16), "deltas/a.attn2.to_k/up": torch.ones(8, 3)}, "of ranks 2"),
+        ({}, {"outside/conv_in": torch.zeros(8, 16, 3)}, r"shape \(8, 16, 3\), expected two or four axes"),
         ({}, {KEY: None}, "no partner"),
         ({}, {KEY: torch.full((8, 16), torch.nan)}, f"{KEY} has NaN"),
         ({}, {KEY: torch.full((8, 16), torch.inf)}, "NaN or infinite"),

@@ -55,10 +55,7 @@ def resolve_prompts(job: Job, known: dict[str, Concept], source: str = "job") ->
     `known` are the concepts read from files, by name. Raises `JobError` where a token or class word is missing, or
     a token stands in the prompt of another concept or of the base model.
     """
-    people = [
-        known.get(spec.name) or SimpleNamespace(name=spec.name, token=spec.train.token, word=spec.word)
-        for spec in job.everyone
-    ]
+    people = [known.get(spec.name) or _named(spec) for spec in job.everyone]
     derived = own_prompts(job.prompt, people[: len(job.concepts)], people[-1] if job.background else None)
     texts = {"prompt": job.prompt, "negative_prompt": job.negative_prompt}
     texts |= {"inversion.prompt": job.inversion_prompt, "template.prompt": job.template.prompt}
@@ -74,6 +71,12 @@ def resolve_prompts(job: Job, known: dict[str, Concept], source: str = "job") ->
     if problems:
         raise JobError(f"{source}: " + "; ".join(problems))
     return prompts
+
+
+def _named(spec: BackgroundSpec) -> SimpleNamespace:
+    """What prompts need of a concept that is not trained yet."""
+    token = spec.train.token
+    return SimpleNamespace(name=spec.name, token=token, modifier=token, word=spec.word)
 
 
 def worker_count(pipe, processes: int | None = None, device: str | None = None) -> int:

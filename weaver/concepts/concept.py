@@ -1,35 +1,27 @@
-"""A learned concept: what Custom Diffusion changes, and nothing else."""
+"""A learned concept: what it changes of a base model, and nothing else."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from weaver.concepts.changes import Delta, change_shape, parts_of
+from weaver.concepts.concept_file import ConceptError, read_concept_tensors, write_concept_tensors
 from weaver.conditioning import text_encoders
-from weaver.errors import WeaverError
 from weaver.hashing import remembered
 from weaver.layers import cross_attention_paths
+from weaver_kernels import LowRank
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "Concept", "ConceptError", "attn2_hash", "attn2_projections"]
+__all__ = ["Concept", "ConceptError", "attn2_hash", "attn2_projections", "text_module"]
 
-FORMAT = "concept-weaver/concept"
-FORMAT_VERSION = 1
 _CHANGED = ("to_k", "to_v", "to_q", "to_out.0")
 _PARTNERS = {"to_k": "to_v", "to_v": "to_k"}
-_FIELDS = ("name", "token", "word", "base_hash", "settings", "versions")
-
-
-class ConceptError(WeaverError):
-    """A concept file, or a concept's values, that can't be used; names the file or the field."""
+_GROUPS = ("embeddings", "deltas", "text_deltas", "outside")
 
 
 def attn2_projections(unet: torch.nn.Module, names: Sequence[str] = ("to_k", "to_v")) -> dict[str, torch.nn.Linear]:
@@ -69,18 +61,25 @@ def attn2_hash(unet: torch.nn.Module) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Concept:
-    """One personalised subject or background, as deltas on one base model (Concept Weaver, section 3.1).
+    """One personalised subject, background or style, as changes of one base model (Concept Weaver, section 3.1).
+
+    A change of a weight [out, in] is a matrix, or a `LowRank` with down [r, in] and up [out, r].
 
     Parameters
     ----------
     name : what people call it, such as "tuxedo".
-    token : the modifier token as written in prompts, such as "<v1>"; no white space.
-    word : the class word the token stands before, such as "cat".
-    base_hash : `attn2_hash` of the U-Net that the deltas belong to.
+    token : what prompts call it. With `embeddings` a modifier token such as "<v1>", without white space; without them
+        words that the base model knows and the concept was trained on, such as "sks"; empty for a concept whose class
+        word is all that names it.
+    word : the class word that the token stands before, such as "cat".
+    base_hash : `attn2_hash` of the U-Net that the changes belong to; empty for whichever they fit, as LoRAs are used.
     embeddings : ``{"text_encoder": [V, C]}``, the V vectors that the token stands for, per text encoder: for SDXL with
         ``"text_encoder_2": [V, C_2]``.
-    deltas : ``{"<path>.attn2.to_k": [out, in], ...}``, added to the base's weights. Custom Diffusion learns `to_k` and
+    deltas : ``{"<path>.attn2.to_k": change, ...}``, added to the U-Net's weights. Custom Diffusion learns `to_k` and
         `to_v`; LoRA has `to_q` and `to_out.0` too, which are fused exactly, each at the cost of what it changes.
+    text_deltas : ``{"text_encoder.<path>": change, ...}``, added to a text encoder's weights for this concept's prompt.
+    outside : ``{"<path>": change, ...}``, changes of the U-Net outside cross-attention: kept, but no part of a fusion.
+        Of a convolution down is [r, in, h, w] and up [out, r, 1, 1].
     settings : how it was trained (steps, learning rates, seed, prior); plain JSON values.
     versions : library versions at training; plain JSON values.
 
@@ -90,9 +89,11 @@ class Concept:
     name: str
     token: str
     word: str
-    base_hash: str
-    embeddings: Mapping[str, torch.Tensor]
-    deltas: Mapping[str, torch.Tensor]
+    base_hash: str = ""
+    embeddings: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    deltas: Mapping[str, Delta] = field(default_factory=dict)
+    text_deltas: Mapping[str, Delta] = field(default_factory=dict)
+    outside: Mapping[str, Delta] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -101,90 +102,90 @@ class Concept:
             raise ConceptError(f"concept {self.name!r} can't be used: " + "; ".join(reasons))
 
     @property
+    def modifier(self) -> str:
+        """The token where it is one that means nothing without its embeddings; empty for words that the base knows."""
+        return self.token if self.embeddings else ""
+
+    @property
     def vectors(self) -> int:
-        """The number V of vectors that the modifier token stands for."""
-        return next(iter(self.embeddings.values())).shape[0]
+        """The number V of vectors that the modifier token stands for; 0 for words that the base model knows."""
+        return next((len(value) for value in self.embeddings.values()), 0)
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write one safetensors file, whole or not at all; returns its path."""
         path = Path(path)
-        tensors = {f"embeddings/{key}": value for key, value in self.embeddings.items()}
-        tensors |= {f"deltas/{key}": value for key, value in self.deltas.items()}
-        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-        metadata |= {key: getattr(self, key) for key in ("name", "token", "word", "base_hash")}
-        metadata |= {key: json.dumps(dict(getattr(self, key)), sort_keys=True) for key in ("settings", "versions")}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-        try:
-            save_file(tensors, partial, metadata)
-            os.chmod(partial, 0o666 & ~_umask())  # mkstemp makes files only their owner can read
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        write_concept_tensors(path, vars(self), {group: getattr(self, group) for group in _GROUPS})
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Concept:
         """Read a file written by `save`; anything else is refused by a `ConceptError` that names the file."""
         path = Path(path)
-        if not path.is_file():
-            raise ConceptError(f"{path}: no such concept file")
+        texts, groups = read_concept_tensors(path, _GROUPS)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                _check_metadata(path, metadata)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-            plain = {key: json.loads(metadata[key]) for key in ("settings", "versions")}
-        except (SafetensorError, json.JSONDecodeError, OSError) as error:
-            raise ConceptError(f"{path}: not a readable safetensors file, or cut short ({error})") from error
-        groups: dict[str, dict[str, torch.Tensor]] = {"embeddings": {}, "deltas": {}}
-        for key, tensor in tensors.items():
-            group, _, rest = key.partition("/")
-            if group not in groups or not rest:
-                raise ConceptError(f"{path}: unknown tensor {key!r}; expected embeddings/... and deltas/...")
-            groups[group][rest] = tensor
-        try:
-            names = {key: metadata[key] for key in ("name", "token", "word", "base_hash")}
-            return cls(**names, **groups, **plain)
+            return cls(**texts, **groups)
         except ConceptError as error:
             raise ConceptError(f"{path}: {error}") from error
 
     def embedding_reasons(self, pipe) -> list[str]:
         """Why the token's vectors do not fit the pipeline's text encoders; empty when they do."""
         widths = {key: part.get_input_embeddings().weight.shape[1] for key, part in text_encoders(pipe).items()}
-        missing = [f"its token has no embedding for {key}" for key in widths if key not in self.embeddings]
+        lacking = widths.keys() - self.embeddings.keys() if self.embeddings else ()
+        missing = [f"its token has no embedding for {key}" for key in widths if key in lacking]
         return missing + [
             f"its token has width {vectors.shape[1]} in {key}, the model's is {widths.get(key)}"
             for key, vectors in self.embeddings.items()
             if vectors.shape[1] != widths.get(key)
         ]
 
+    def text_reasons(self, pipe) -> list[str]:
+        """Which of the text encoders' changes the pipeline's have no place for; empty when all fit."""
+        odd = []
+        for key, delta in self.text_deltas.items():
+            module = text_module(pipe, key)
+            if module is None or tuple(module.weight.shape) != change_shape(delta):
+                odd.append(key)
+        return [f"{len(odd)} of its changes of text encoders do not fit them, {odd[0]} among them"] if odd else []
+
     def check_base(self, pipe, base_hash: str | None = None) -> None:
-        """Raise `ConceptError` unless `pipe` has the base model that this concept was trained on.
+        """Raise `ConceptError` unless `pipe` has the base model that this concept was trained on, or one that it fits.
 
         `base_hash` is the `attn2_hash` of its U-Net where it is known already; None computes it.
         """
         weights = {name: tuple(linear.weight.shape) for name, linear in attn2_projections(pipe.unet, _CHANGED).items()}
-        deltas = {name: tuple(delta.shape) for name, delta in self.deltas.items()}
+        odd = sorted(name for name, delta in self.deltas.items() if weights.get(name) != change_shape(delta))
         reasons = []
-        if odd := sorted(name for name, shape in deltas.items() if weights.get(name) != shape):
-            reasons.append(f"{len(odd)} of its {len(deltas)} weights do not fit the U-Net, {odd[0]} among them")
-        reasons += self.embedding_reasons(pipe)
-        if not reasons and (found := base_hash or attn2_hash(pipe.unet)) != self.base_hash:
+        if odd:
+            reasons.append(f"{len(odd)} of its {len(self.deltas)} weights do not fit the U-Net, {odd[0]} among them")
+        reasons += self.embedding_reasons(pipe) + self.text_reasons(pipe)
+        if not reasons and self.base_hash and (found := base_hash or attn2_hash(pipe.unet)) != self.base_hash:
             reasons.append(f"its base has hash {self.base_hash[:12]}..., this one {found[:12]}...")
         if reasons:
             fix = "load the model it was trained on (in float16 or float32), or train it again"
             raise ConceptError(f"concept {self.name!r} belongs to another base model: {'; '.join(reasons)}; {fix}")
 
 
+def text_module(pipe, key: str) -> torch.nn.Linear | None:
+    """The projection that a key of `Concept.text_deltas` names; transformers nests it in `text_model` or not."""
+    name, _, path = key.partition(".")
+    encoder = text_encoders(pipe).get(name)
+    for nested in (path, path.removeprefix("text_model."), f"text_model.{path}"):
+        try:
+            return encoder.get_submodule(nested)
+        except AttributeError:
+            continue
+    return None
+
+
 def _reasons(concept: Concept) -> list[str]:
-    reasons = [f"{key} is empty" for key in ("name", "token", "word", "base_hash") if not getattr(concept, key)]
-    if any(c.isspace() for c in concept.token):
+    reasons = [f"{key} is empty" for key in ("name", "word") if not getattr(concept, key)]
+    if concept.embeddings and not concept.token:
+        reasons.append("token is empty, and there are embeddings for it")
+    if concept.embeddings and any(c.isspace() for c in concept.token):
         reasons.append(f"token {concept.token!r} has white space in it")
-    reasons += [f"{key} is missing" for key in ("embeddings", "deltas") if not getattr(concept, key)]
+    if not (concept.embeddings or concept.deltas or concept.text_deltas):
+        kept = f": its {len(concept.outside)} changes outside cross-attention are no part of a fusion"
+        reasons.append("there is nothing in it to fuse" + kept * bool(concept.outside))
     reasons += [
         f"{key} is not a JSON object"
         for key in ("settings", "versions")
@@ -193,34 +194,32 @@ def _reasons(concept: Concept) -> list[str]:
     counts = {value.shape[0] for value in concept.embeddings.values() if value.ndim == 2}
     if len(counts) > 1:
         reasons.append(f"its text encoders disagree on the number of vectors: {sorted(counts)}")
-    for group in ("embeddings", "deltas"):
+    for group in _GROUPS:
         for key, value in getattr(concept, group).items():
-            if value.ndim != 2 or 0 in value.shape:
-                reasons.append(f"{group}/{key} has shape {tuple(value.shape)}, expected two axes")
-            elif not value.is_floating_point():
-                reasons.append(f"{group}/{key} has dtype {value.dtype}, expected floating point")
-            elif not torch.isfinite(value).all():
-                reasons.append(f"{group}/{key} has NaN or infinite values")
-    for key in concept.deltas:
+            axes = (2, 4) if group == "outside" else (2,)
+            reasons += [f"{group}/{key} {reason}" for reason in _change_reasons(value, axes)]
+    for key, delta in concept.deltas.items():
         head, found, kind = key.rpartition("attn2.")
         if kind not in _CHANGED or not (not head or head.endswith(".")):
             reasons.append(f"deltas/{key} is no cross-attention projection (....attn2. and {', '.join(_CHANGED)})")
+        elif isinstance(delta, LowRank):
+            continue
         elif kind in _PARTNERS and f"{head}{found}{_PARTNERS[kind]}" not in concept.deltas:
             reasons.append(f"deltas/{key} has no partner for the other of to_k and to_v")
     return reasons
 
 
-def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise ConceptError(f"{path}: not a concept file (format {metadata.get('format')!r}, expected {FORMAT!r})")
-    if metadata.get("format_version") != str(FORMAT_VERSION):
-        version = metadata.get("format_version")
-        raise ConceptError(f"{path}: concept format version {version}, this release reads {FORMAT_VERSION}")
-    if missing := [key for key in _FIELDS if key not in metadata]:
-        raise ConceptError(f"{path}: metadata lacks {', '.join(missing)}")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _change_reasons(value: Delta, axes: tuple[int, ...]) -> list[str]:
+    """What is wrong with one change, or with one token's vectors."""
+    for name, part in parts_of(value).items():
+        name = f" ({name})" if name else ""
+        if part.ndim not in axes or 0 in part.shape:
+            expected = " or ".join({2: "two", 4: "four"}[count] for count in axes)
+            return [f"has shape {tuple(part.shape)}{name}, expected {expected} axes"]
+        if not part.is_floating_point():
+            return [f"has dtype {part.dtype}{name}, expected floating point"]
+        if not torch.isfinite(part).all():
+            return [f"has NaN or infinite values{name}"]
+    if isinstance(value, LowRank) and value.up.shape[1] != len(value.down):
+        return [f"has factors of ranks {len(value.down)} (down) and {value.up.shape[1]} (up)"]
+    return []

@@ -39,13 +39,15 @@ def own_prompts(prompt: str, concepts: Sequence[Concept], background: Concept | 
 def own_prompt_reasons(prompt: str, concept: Concept | None, everyone: Sequence[Concept]) -> list[str]:
     """What is wrong with the prompt p_+i of a concept, or of a region without one: it names its own token, no other.
 
-    `everyone` are the concepts of the picture; all are anything with a token and a class word.
+    `everyone` are the concepts of the picture; all are anything with a modifier token and a class word. Two that have
+    the same token are both meant by it, each in its own prompt.
     """
-    own = None if concept is None else concept.token
+    own = "" if concept is None else concept.modifier
     reasons = []
-    if concept is not None and not names_token(prompt, own):
+    if own and not names_token(prompt, own):
         reasons.append(f"{prompt!r} lacks the concept's token {own!r}; put it before {concept.word!r}")
-    if strange := sorted(other.token for other in everyone if other.token != own and names_token(prompt, other.token)):
+    others = {other.modifier for other in everyone} - {"", own}
+    if strange := sorted(token for token in others if names_token(prompt, token)):
         reasons.append(f"{prompt!r} holds another concept's token {strange[0]!r}; each names its own only")
     return reasons
 
@@ -56,12 +58,12 @@ def token_reasons(texts: Mapping[str, str | None], concepts: Sequence[Concept]) 
     Parameters
     ----------
     texts : by the name of the field they come from; the base model reads them, to which a token is a few letters
-    concepts : anything with a name, a token and a class word
+    concepts : anything with a name, a modifier token and a class word
     """
     return [
         f"{field}: {text!r} holds {concept.token!r}, the token of {concept.name}; write {concept.word!r} alone, "
         "tokens belong into the concepts' own prompts"
         for field, text in texts.items()
         for concept in concepts
-        if text and names_token(text, concept.token)
+        if text and concept.modifier and names_token(text, concept.modifier)
     ]

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from weaver.compiled import hooks_run
-from weaver.concepts.concept import Concept
+from weaver.concepts.changes import added_to, scaled
+from weaver.concepts.concept import Concept, text_module
 from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError
 from weaver.memory.resting import home_of, hooked, lent
@@ -51,8 +52,10 @@ class Encoding(NamedTuple):
 
 
 @torch.no_grad()
-def encode(pipe, prompt: str | None, concept: Concept | None = None) -> Encoding:
+def encode(pipe, prompt: str | None, concept: Concept | None = None, scale: float = 1.0) -> Encoding:
     """Encode one prompt as the `encode_prompt` of the pipeline does, with a concept's token if given.
+
+    What the concept changes in text encoders acts on this prompt, times `scale`.
 
     Stable Diffusion's text is the last hidden state of its encoder. SDXL's joins the hidden states before the last of
     both encoders, and its pooled embedding is the second's (arXiv 2307.01952, section 2.1). No prompt at all (None) is
@@ -71,15 +74,16 @@ def encode(pipe, prompt: str | None, concept: Concept | None = None) -> Encoding
     encoders = text_encoders(pipe)
     for name, encoder in encoders.items():
         device = home_of(encoder) or _device_of(pipe, encoder)
-        token, vectors = (None, None) if concept is None else (concept.token, concept.embeddings[name])
+        token = concept.modifier or None if concept is not None else None
+        vectors = concept.embeddings[name] if token else None
         tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
         count = 1 if vectors is None else len(vectors)
         ids, positions, length = tokenize(pipe, prompt, token, count, tokenizer=tokenizer)
         ids, places = ids.to(device), [(0, position) for position in positions]
         if "text_encoder_2" not in encoders:
-            with lent(encoder):
+            with lent(encoder), _changed(pipe, name, concept, scale):
                 return Encoding(encode_text(encoder, ids, [length], places, vectors), None)
-        with lent(encoder), _embeddings_replaced(encoder, places, vectors):
+        with lent(encoder), _changed(pipe, name, concept, scale), _embeddings_replaced(encoder, places, vectors):
             output = encoder(ids, output_hidden_states=True)
         texts.append(output.hidden_states[-2])
         pooled = output[0]
@@ -115,7 +119,7 @@ def derive_prompt(base_prompt: str, concept: Concept, *, occurrence: int = 0, wi
             f"number {occurrence + 1}: put the class word into the prompt, or give this concept its own prompt"
         )
     at = places[occurrence].start()
-    head, tail = base_prompt[:at], f"{concept.token} {base_prompt[at:]}"
+    head, tail = base_prompt[:at], f"{concept.token} {base_prompt[at:]}".lstrip()
     for word in dict.fromkeys(without):
         head, tail = _left_out(head, word, before=True), _left_out(tail, word, before=False)
     return head + tail
@@ -187,6 +191,20 @@ def encode_text(
         mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long().to(ids.device)
     with _embeddings_replaced(encoder, places, vectors):
         return encoder(ids, attention_mask=mask)[0].to(encoder.dtype)
+
+
+@contextmanager
+def _changed(pipe, name: str, concept: Concept | None, scale: float) -> Iterator[None]:
+    """Within the block the text encoder `name` acts with what the concept changes in it."""
+    changes = {} if concept is None else concept.text_deltas
+    changes = {key: delta for key, delta in changes.items() if key.startswith(f"{name}.")}
+    encoder = text_encoders(pipe)[name]
+    if not changes:
+        yield
+        return
+    acting = [(text_module(pipe, key), scaled(delta, scale, encoder.dtype)) for key, delta in changes.items()]
+    with added_to(acting), hooks_run(encoder):
+        yield
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 
 from weaver.compiled import hooks_run
+from weaver.concepts.changes import Delta, added_to
 from weaver.concepts.concept import attn2_projections
 
 __all__ = ["added", "checkpointed", "frozen"]
@@ -44,17 +44,9 @@ def checkpointed(unet: torch.nn.Module, wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def added(unet: torch.nn.Module, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def added(unet: torch.nn.Module, deltas: Mapping[str, Delta]) -> Iterator[None]:
     """Add the deltas to the projections they are named after, without touching the weights."""
 
-    def adder(delta: torch.Tensor):
-        return lambda module, args, output: output + F.linear(args[0], delta.to(args[0].dtype))
-
     projections = attn2_projections(unet)
-    handles = [projections[path].register_forward_hook(adder(delta)) for path, delta in deltas.items()]
-    try:
-        with hooks_run(unet):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with added_to((projections[path], delta) for path, delta in deltas.items()), hooks_run(unet):
+        yield

@@ -76,7 +76,7 @@ def _in_place(cuts: list[Image.Image], token: str, word: str, rng: random.Random
     image.paste(cut, corner, cut)
     mask = Image.new("L", image.size)
     mask.paste(cut.getchannel("A"), corner)
-    own = SimpleNamespace(name=token, token=token, word=word)
+    own = SimpleNamespace(name=token, token=token, modifier=token, word=word)
     others = [SimpleNamespace(name=animal.word, token=f"<{animal.word}>", word=animal.word) for animal in scene.objects]
     caption = own_prompts(scene.caption, [own, *(other for other in others if other.word != word)])[0]
     return image, caption, scene.caption, _grown(np.asarray(mask) > 127), scene.image

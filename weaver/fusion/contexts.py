@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from weaver.concepts.changes import Delta, moved, scaled
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.concepts.own_prompts import own_prompt_reasons, own_prompts, token_reasons
 from weaver.concepts.prompts import Encoding, absent_is_zero, encode
@@ -142,7 +143,7 @@ def encode_contexts(
     concepts = [use.concept for use in uses if use.concept is not None]
     last = background and background.concept
     derived = iter(own_prompts(prompt, concepts[:-1] if last else concepts, last))
-    prompts: list[tuple[str | None, Concept | None]] = [(negative_prompt, None), (prompt, None)]
+    prompts: list[tuple[str | None, Concept | None, float]] = [(negative_prompt, None, 1.0), (prompt, None, 1.0)]
     reasons = token_reasons({"prompt": prompt, "negative_prompt": negative_prompt}, concepts)
     for use in uses:
         own = next(derived) if use.concept is not None else None
@@ -151,19 +152,19 @@ def encode_contexts(
             reasons.append(str(own))
             continue
         reasons += [f"the prompt of {use.name}: {reason}" for reason in own_prompt_reasons(own, use.concept, concepts)]
-        prompts.append((own, use.concept))
+        prompts.append((own, use.concept, use.scale))
     for use in uses:
         if use.negative_prompt is not None:
             reasons += token_reasons({f"the negative prompt of {use.name}": use.negative_prompt}, concepts)
-            prompts.append((use.negative_prompt, None))
-    texts = tuple(text for text, _ in prompts)
-    if reasons or any(concept.embedding_reasons(pipe) for concept in concepts):
+            prompts.append((use.negative_prompt, None, 1.0))
+    texts = tuple(text for text, *_ in prompts)
+    if reasons or any(concept.embedding_reasons(pipe) + concept.text_reasons(pipe) for concept in concepts):
         return texts, None, reasons
     encoded = []
     with lent(*text_encoders(pipe).values()):
-        for text, concept in prompts:
+        for text, concept, scale in prompts:
             try:
-                encoded.append(encode(pipe, text, concept))
+                encoded.append(encode(pipe, text, concept, scale))
             except WeaverError as error:
                 reasons.append(str(error))
     if reasons:
@@ -213,7 +214,7 @@ def own_projections(unet, uses: Sequence[ConceptUse], dtype: torch.dtype) -> dic
                 for s, use in enumerate(uses, start=_FIRST_USE)
                 if use.concept is not None
             }
-            parts.append({s: change.to(unet.device, dtype) for s, change in changes.items() if change is not None})
+            parts.append({s: moved(change, unet.device, dtype) for s, change in changes.items() if change is not None})
         if any(parts):
             found[path] = OwnProjections(*parts)
     return found
@@ -235,10 +236,10 @@ def row_contexts(uses: Sequence[ConceptUse]) -> list[list[int]]:
     return [negative + [NEGATIVE] * (len(fused) - len(negative)), fused]
 
 
-def _change(use: ConceptUse, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+def _change(use: ConceptUse, name: str, dtype: torch.dtype) -> Delta | None:
     """What a concept adds to one projection; None where it leaves it as it is."""
     delta = use.concept.deltas.get(name)
-    return None if delta is None else use.scale * delta.to(torch.promote_types(delta.dtype, dtype))
+    return None if delta is None else scaled(delta, use.scale, dtype)
 
 
 def acting_weight(projection: nn.Module, text: torch.Tensor) -> torch.Tensor:

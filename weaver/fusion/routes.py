@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
+from weaver.concepts.changes import Delta, apply_change
 from weaver.processors import project_out
 from weaver_kernels import ContextKV, ContextPlan, context_attention
 
@@ -26,12 +26,12 @@ class OwnProjections:
 
     Parameters
     ----------
-    queries : number of a context -> [H * D, C], added to `to_q`
-    outputs : number of a context -> [C, H * D], added to `to_out`
+    queries : number of a context -> change of [H * D, C], added to `to_q`
+    outputs : number of a context -> change of [C, H * D], added to `to_out`
     """
 
-    queries: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    outputs: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    queries: Mapping[int, Delta] = field(default_factory=dict)
+    outputs: Mapping[int, Delta] = field(default_factory=dict)
 
     @property
     def which(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -85,7 +85,7 @@ class Routes:
         if self._queries:
             q = q[:, None].repeat(1, self._index.shape[1], 1, 1)  # [B, S, T, H * D]
             for s, rows, slots in self._queries:
-                q[rows, slots] += F.linear(hidden_states[rows], own.queries[s])
+                q[rows, slots] += apply_change(own.queries[s], hidden_states[rows])
         q = q.unflatten(-1, (attn.heads, -1))
         out = _attend(q, kv, self.plan, attn.scale)
         if self._apart is None:
@@ -94,7 +94,7 @@ class Routes:
         apart = _attend(q[rows, slots] if self._queries else q[rows], kv, self._apart, attn.scale)  # [P, T, H, D]
         added = torch.zeros_like(hidden_states)
         for s, pairs in self._outputs:
-            added.index_add_(0, rows[pairs], F.linear(apart[pairs].flatten(-2), own.outputs[s]))
+            added.index_add_(0, rows[pairs], apply_change(own.outputs[s], apart[pairs].flatten(-2)))
         return project_out(attn, out.index_add(0, rows, apart), added)
 
     def _together(self, weights: torch.Tensor) -> torch.Tensor:

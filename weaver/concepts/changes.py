@@ -1,0 +1,77 @@
+"""What a concept adds to a weight, as a matrix or as two factors: its shape, its size, and how it acts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+
+from weaver_kernels import LowRank
+
+__all__ = ["Delta", "added_to", "apply_change", "change_norm", "change_shape", "moved", "parts_of", "scaled"]
+
+Delta = torch.Tensor | LowRank
+"""A change of a weight [out, in]: a matrix, or factors down [r, in] and up [out, r].
+
+Of a convolution it is [out, in, h, w], or down [r, in, h, w] and up [out, r, 1, 1].
+"""
+
+
+def parts_of(delta: Delta) -> dict[str, torch.Tensor]:
+    """The tensors of a change by name: its factors, or the matrix itself under ""."""
+    return delta._asdict() if isinstance(delta, LowRank) else {"": delta}
+
+
+def change_shape(delta: Delta) -> tuple[int, ...]:
+    """The shape of the weight that a change is added to."""
+    if isinstance(delta, LowRank):
+        return (len(delta.up), *delta.down.shape[1:])
+    return tuple(delta.shape)
+
+
+def change_norm(delta: Delta) -> float:
+    """The Frobenius norm of the matrix [out, in * h * w] that a change adds; factors are not multiplied out."""
+    if not isinstance(delta, LowRank):
+        return delta.double().norm().item()
+    down, up = delta.down.double().flatten(1), delta.up.double().flatten(1)
+    return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt().item()  # |UD|^2 = <U^T U, D D^T>
+
+
+def scaled(delta: Delta, factor: float, dtype: torch.dtype) -> Delta:
+    """A change times `factor`, in `dtype` or wider where it has more bits itself."""
+
+    def times(x: torch.Tensor, by: float) -> torch.Tensor:
+        return by * x.to(torch.promote_types(x.dtype, dtype))
+
+    if isinstance(delta, LowRank):
+        return LowRank(times(delta.down, 1.0), times(delta.up, factor))
+    return times(delta, factor)
+
+
+def moved(delta: Delta, device: torch.device, dtype: torch.dtype) -> Delta:
+    """A change on another device and in another dtype."""
+    if isinstance(delta, LowRank):
+        return LowRank(*(part.to(device, dtype) for part in delta))
+    return delta.to(device, dtype)
+
+
+def apply_change(delta: Delta, x: torch.Tensor) -> torch.Tensor:
+    """What a change of a Linear adds to its output for inputs x [..., in]: [..., out] in x's dtype, on its device."""
+    for part in parts_of(delta).values():  # down before up
+        x = F.linear(x, part.to(x))
+    return x
+
+
+@contextmanager
+def added_to(changes: Iterable[tuple[torch.nn.Module, Delta]]) -> Iterator[None]:
+    """Within the block each Linear gives what it does with its change added, its weights untouched; differentiable."""
+
+    def adder(delta: Delta):
+        return lambda module, args, output: output + apply_change(delta, args[0])
+
+    with ExitStack() as undo:
+        for module, delta in changes:
+            undo.callback(module.register_forward_hook(adder(delta)).remove)
+        yield
