@@ -21,7 +21,7 @@ class ParsedFile:
     Parameters
     ----------
     format : what kind of file it is, as messages call it: "diffusers LoRA".
-    weights : ``{"<path>.attn2.to_k": [out, in], ...}``, which stand in the place of the base model's (Custom Diffusion).
+    weights : ``{"<path>.attn2.to_k": [out, in], ...}``, in the place of the base model's (Custom Diffusion).
     deltas, text_deltas, outside : what is added to weights, as in `Concept`.
     embeddings : ``{token: {"text_encoder": [V, C], ...}}``, of every token in the file.
     settings : what the file tells of its training; plain JSON values.
