@@ -1,0 +1,162 @@
+"""LoRA files, of diffusers, PEFT and kohya's scripts: names differ, the mathematics is one.
+
+A LoRA adds `alpha / r * up @ down` to a weight (arXiv 2106.09685). Names are turned into diffusers' module paths by its
+own converters; what is left here is to scale, to pair factors and to refuse what is no plain LoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from math import sqrt
+from types import SimpleNamespace
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+
+from weaver.concepts.concept_file import ConceptError
+from weaver.concepts.formats.parsed import ParsedFile
+from weaver.errors import told
+from weaver_kernels import LowRank
+
+__all__ = ["parse_lora"]
+
+_DOWN = re.compile(r"(\.lora_A|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)(\.\w+)?\.weight$")
+_FACTOR = re.compile(r"^(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
+_PEFT_PREFIX = "base_model.model."
+_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_PARTS = ("unet", "text_encoder", "text_encoder_2")
+_UNET_MODULES = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.")
+_CROSS_ATTENTION = re.compile(r"(^|\.)attn2\.(to_[qkv]|to_out\.0)$")
+_LAYERS_PER_BLOCK = SimpleNamespace(layers_per_block=2)  # of SDXL's U-Net, whose blocks kohya's scripts count otherwise
+
+
+def parse_lora(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> ParsedFile | None:
+    """Read a LoRA, or None for tensors that are none. Raises `ConceptError` for a LoRA that can't be used.
+
+    Parameters
+    ----------
+    tensors : the file's, by their names
+    metadata : the file's; diffusers keeps alphas there, kohya's scripts the training settings
+    """
+    if not any(_DOWN.search(key) for key in tensors):
+        return None
+    if odd := [key for key in tensors if "dora_scale" in key or "lora_magnitude_vector" in key]:
+        raise ConceptError(f"a DoRA ({told(odd[0])}): its magnitudes can't be added to weights; train a plain LoRA")
+    kohya = all(key.startswith(_KOHYA) for key in tensors)
+    parts = _by_part(_from_kohya(tensors) if kohya else tensors)
+    scales = {part: _Scales(metadata, part) for part in parts}
+    changes = {part: _pairs(part, entries, scales[part]) for part, entries in parts.items()}
+    unet = changes.pop("unet", {})
+    text = {
+        f"{part}.{path.removeprefix('text_model.')}": _flat(change)
+        for part, found in changes.items()
+        for path, change in found.items()
+    }
+    return ParsedFile(
+        format="kohya LoRA" if kohya else "diffusers LoRA",
+        deltas={path: _flat(change) for path, change in unet.items() if _CROSS_ATTENTION.search(path)},
+        outside={path: change for path, change in unet.items() if not _CROSS_ATTENTION.search(path)},
+        text_deltas=text,
+        settings=_settings(metadata, [*unet.values(), *text.values()]),
+    )
+
+
+def _from_kohya(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Under diffusers' names, each up factor times its alpha / r, and LoCon's middle factor taken into its down."""
+    tensors = dict(tensors)
+    for key in [key for key in tensors if key.endswith(".lora_down.weight")]:
+        name = key.removesuffix(".lora_down.weight")
+        up = f"{name}.lora_up.weight"
+        if up not in tensors:
+            raise ConceptError(f"{key} has no {up}: the file is not whole, fetch it again")
+        alpha, rank = tensors.pop(f"{name}.alpha", None), len(tensors[key])
+        if alpha is not None:
+            tensors[up] = _times(tensors[up], alpha.float().item() / rank)
+        middle = tensors.pop(f"{name}.lora_mid.weight", None)
+        if middle is not None:
+            tensors[key] = torch.einsum("ijhw,jc->ichw", middle.float(), tensors[key].flatten(1).float())
+    try:
+        return StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=_LAYERS_PER_BLOCK)[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise ConceptError(f"its layers are not Stable Diffusion's, or not LoRA's: {told(str(error))}") from error
+
+
+def _by_part(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of the U-Net and of each text encoder, named by paths in it as PEFT does."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PEFT_PREFIX)
+        part, _, rest = name.partition(".")
+        if part not in _PARTS:
+            part, rest = ("unet" if name.startswith(_UNET_MODULES) else "text_encoder"), name
+            if part == "text_encoder" and not name.startswith("text_model."):
+                raise ConceptError(f"a LoRA of another model than Stable Diffusion: it has {told(key)}")
+        parts.setdefault(part, {})[rest] = tensor
+    found = {}
+    for part, entries in parts.items():
+        if part == "unet":
+            found[part] = convert_unet_state_dict_to_peft(entries)
+        else:
+            old = any("_lora." in key or "lora_linear_layer" in key for key in entries)
+            found[part] = convert_state_dict_to_peft(entries) if old else entries
+    return found
+
+
+def _pairs(part: str, entries: Mapping[str, torch.Tensor], scales: _Scales) -> dict[str, LowRank]:
+    """Path of a module -> its two factors, scaled."""
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in entries.items():
+        match = _FACTOR.match(key)
+        if match is None:
+            raise ConceptError(f"{part}.{key} is no factor of a LoRA: this file has more in it than is read")
+        factors.setdefault(match[1], {})[match[2]] = tensor
+    found = {}
+    for path, pair in factors.items():
+        if len(pair) < 2:
+            lacking = "B" if "A" in pair else "A"
+            raise ConceptError(f"{part}.{path} has no lora_{lacking}: the file is not whole, fetch it again")
+        found[path] = LowRank(pair["A"], _times(pair["B"], scales.of(path, len(pair["A"]))))
+    return found
+
+
+class _Scales:
+    """What a LoRA's product is multiplied by, from the metadata that diffusers and PEFT keep; 1 without any."""
+
+    def __init__(self, metadata: Mapping[str, str], part: str):
+        try:
+            config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        except json.JSONDecodeError as error:
+            raise ConceptError(f"its metadata is no JSON ({error})") from error
+        own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
+        self._config = own or config
+        if self._config.get("use_dora"):
+            raise ConceptError("a DoRA: its magnitudes can't be added to weights; train a plain LoRA")
+
+    def of(self, path: str, rank: int) -> float:
+        patterns = self._config.get("alpha_pattern") or {}
+        matches = (value for key, value in patterns.items() if re.search(rf"(^|\.){key}$", path))
+        alpha = next(matches, self._config.get("lora_alpha", rank))
+        return alpha / (sqrt(rank) if self._config.get("use_rslora") else rank)
+
+
+def _times(factor: torch.Tensor, scale: float) -> torch.Tensor:
+    """A factor times `scale`, in 32 bits where 16 would round it."""
+    return factor if scale == 1 else factor.float() * scale
+
+
+def _flat(change: LowRank) -> LowRank:
+    """The same for a Linear, where it is kept as a convolution of one pixel."""
+    return LowRank(*(part.flatten(1) if part.ndim == 4 and part.shape[2:] == (1, 1) else part for part in change))
+
+
+def _settings(metadata: Mapping[str, str], changes: list[LowRank]) -> dict[str, object]:
+    """What is known of how it was trained: ranks, and a few of the notes that kohya's scripts leave."""
+    ranks = sorted({len(change.down) for change in changes})
+    notes = {key.removeprefix("ss_"): metadata[key] for key in _NOTES if metadata.get(key) not in (None, "", "None")}
+    return {"rank": ranks[0] if len(ranks) == 1 else ranks} | notes
+
+
+_NOTES = ("ss_base_model_version", "ss_sd_model_name", "ss_steps", "ss_learning_rate", "ss_network_alpha")
