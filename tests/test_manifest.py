@@ -12,8 +12,9 @@ from jobs import TRAINED, job_of, picture
 
 from weaver import run
 from weaver.errors import WeaverError
+from weaver.hashing import file_hash
 from weaver.job.file import read_job
-from weaver.job.inputs import file_hash, read_inputs
+from weaver.job.inputs import read_inputs
 from weaver.manifest import changed_versions, check_inputs
 from weaver.models import load_model, weights_hash
 from weaver.run import run_job

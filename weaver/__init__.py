@@ -32,6 +32,7 @@ _LAZY = {
     "compose_masks": "masks.compose",
     "ddim_scheduler": "schedule",
     "invert": "inversion",
+    "load_concept": "concepts.formats.reading",
     "load_template": "template",
     "make_template": "template",
     "reconstruction_psnr": "features",

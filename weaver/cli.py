@@ -1,4 +1,5 @@
-"""The command line: `weaver demo`, `weaver run job.yaml`, `weaver estimate job.yaml`, `weaver cache`.
+"""The command line: `weaver demo`, `weaver run job.yaml`, `weaver estimate job.yaml`, `weaver inspect FILE`,
+`weaver cache`.
 
 Exit codes: 0 done; 2 something that was given is wrong, told in one line; 1 anything unexpected; 130 interrupted;
 143 and 129 ended by the signals TERM and HUP.
@@ -23,6 +24,7 @@ from weaver.commands.cache import CHOICES, chosen_cache
 from weaver.commands.cache import add_parser as add_cache_parser
 from weaver.commands.estimate import add_max_memory, chosen_plan
 from weaver.commands.estimate import add_parser as add_estimate_parser
+from weaver.commands.inspect import add_parser as add_inspect_parser
 from weaver.errors import WeaverError
 from weaver.progress import Stages
 from weaver.version import __version__
@@ -110,20 +112,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"weaver {__version__}")
     parser.set_defaults(command=None)
-    commands = parser.add_subparsers(title="commands", metavar="demo | run | estimate | cache")
+    commands = parser.add_subparsers(title="commands", metavar="demo | run | estimate | inspect | cache")
 
     demo = commands.add_parser("demo", help="all five stages on the embedded model; needs no network", epilog=_EPILOG)
     demo.add_argument("--quick", action="store_true", help="take the concept files that ship instead of training them")
     demo.add_argument("--concepts", metavar="N|NAMES", help="how many animals, or which: tuxedo-cat,pug")
     demo.add_argument("--background", metavar="NAME", help="which background concept, or 'none'")
     _common(demo, "outputs/demo", cache="features")
-    demo.set_defaults(command=_demo)
+    demo.set_defaults(command=_demo, on_unused="warn")
 
     run = commands.add_parser("run", help="run a job file, or a manifest again", epilog=_EPILOG)
     run.add_argument("job", type=Path, help="job.yaml, or the manifest.json of an earlier run")
+    run.add_argument(
+        "--on-unused",
+        choices=("warn", "refuse"),
+        default="warn",
+        help="what to do where a concept's file has parts that fusion does not use (warn)",
+    )
     _common(run, None, cache="latents")
     run.set_defaults(command=_run)
     add_estimate_parser(commands, _EPILOG)
+    add_inspect_parser(commands, _EPILOG)
     add_cache_parser(commands, _EPILOG)
     return parser
 
@@ -199,6 +208,7 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
         cache=chosen_cache(args.cache),
         memory=memory,
         graphs=args.graphs,
+        on_unused=args.on_unused,
         stages=args.stages,
         manifest=manifest,
     )

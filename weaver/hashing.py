@@ -1,4 +1,4 @@
-"""Hashes of weights that are not computed again where nothing has changed.
+"""Hashes of files, and of weights: those are not computed again where nothing has changed.
 
 SHA-256 of a model on a GPU takes seconds, most of all to bring it to the host; a sum of all its bits, computed there,
 takes a few hundredths. Weights of the same sum, names and shapes are taken for the same.
@@ -6,18 +6,26 @@ takes a few hundredths. Weights of the same sum, names and shapes are taken for 
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
 
 import torch
 
-__all__ = ["bit_sums", "remembered"]
+__all__ = ["bit_sums", "file_hash", "remembered"]
 
 _MOST = 32  # hashes that are kept
 _CHUNK = 2**22  # words at a time: they are widened to 64 bits
 _STEP, _MIX = -7046029254386353131, -4658895280553007687  # odd, and half of their bits are set
 _KNOWN: OrderedDict[Hashable, str] = OrderedDict()
 Named = tuple[str, torch.Tensor]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remembered(kind: Hashable, weights: Iterable[Named], compute: Callable[[list[Named]], str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from weaver.cache import Cache
-from weaver.concepts.bank import read_concept, resolve_prompts, train_bank, worker_count
+from weaver.concepts.bank import bind_concepts, read_concept, resolve_prompts, train_bank, worker_count
 from weaver.concepts.concept import Concept
 from weaver.errors import raise_if
 from weaver.folder import check_folder, clashes
@@ -54,6 +54,7 @@ def run_job(
     cache: Cache | None = None,
     memory: MemoryPlan | None = None,
     graphs: bool = False,
+    on_unused: str = "warn",
     stages: Stages | None = None,
     manifest: Mapping | None = None,
 ) -> Run:
@@ -70,6 +71,7 @@ def run_job(
     memory : what is kept off the device to save its memory (`weaver.memory.estimate` tells which plans fit); None keeps
         everything there
     graphs : replay the steps of every stage from CUDA graphs, which take the memory of a step's activations
+    on_unused : what to do where a concept's file has parts that fusion does not use: "warn", or "refuse"
     stages : shows progress; None shows nothing
     manifest : of the run that this one repeats, as `read_job` gives it: files and models must be the same
 
@@ -82,8 +84,8 @@ def run_job(
     if manifest:
         check_inputs(manifest, inputs, source)
     with stages.stage("bank"):
-        known = {spec.name: read_concept(spec) for spec in job.everyone if spec.file}
-    prompts = resolve_prompts(job, known, source)
+        read = {spec.name: read_concept(spec) for spec in job.everyone if spec.file}
+    prompts = resolve_prompts(job, read, source)
     weights: dict[str, str] = {}
 
     def load(field: str, model: str, label: str, **options):
@@ -100,7 +102,8 @@ def run_job(
     with threads_for(pipe):
         processes = worker_count(pipe, processes)
         job = resolve_job(job, pipe, prompts)
-        check_model(job, known, pipe, source)
+        check_model(job, pipe, source)
+        known = bind_concepts(job, read, pipe, source, on_unused)
         places, maker = place_concepts(job, known, pipe, source), pipe
         with ExitStack() as away:
             offload, options = memory is not None and memory.offload, {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -13,6 +13,8 @@ import torch
 
 from weaver.apart import call_apart
 from weaver.concepts.concept import Concept
+from weaver.concepts.formats.reading import ConceptReading
+from weaver.concepts.formats.unused import tell_unused
 from weaver.concepts.images import load_images
 from weaver.concepts.own_prompts import own_prompt_reasons, own_prompts, token_reasons
 from weaver.concepts.settings import TrainSettings
@@ -24,7 +26,7 @@ from weaver.job.inputs import training_pictures
 from weaver.models import is_embedded, load_model, quiet_libraries
 from weaver.progress import Stages
 
-__all__ = ["read_concept", "resolve_prompts", "train_bank", "training_settings", "worker_count"]
+__all__ = ["bind_concepts", "read_concept", "resolve_prompts", "train_bank", "training_settings", "worker_count"]
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,37 @@ class _Task:
     at_once: int | None
 
 
-def read_concept(spec: BackgroundSpec) -> Concept:
-    """The concept of a spec that names a file, under the name and class word the spec gives it."""
+def read_concept(spec: BackgroundSpec) -> ConceptReading:
+    """Open the file that a spec names, under the name, class word and token that the spec gives it."""
     path = spec.file
     if isinstance(path, str):
         from weaver import embedded
 
         path = embedded.concept_path(path.removeprefix(EMBEDDED))
-    concept = Concept.load(path)
-    return replace(concept, name=spec.name, word=spec.word or concept.word)
+    return ConceptReading.of(path, name=spec.name, word=spec.word, token=spec.token)
 
 
-def resolve_prompts(job: Job, known: dict[str, Concept], source: str = "job") -> list[str]:
+def bind_concepts(
+    job: Job, read: Mapping[str, ConceptReading], pipe, source: str, on_unused: str = "warn"
+) -> dict[str, Concept]:
+    """The concepts of a job's files on the base model of `pipe`, by name; what of them is not used is told.
+
+    Raises `JobError` with every field whose file does not fit the model, or is to be refused (`on_unused`).
+    """
+    concepts, problems = {}, []
+    for place, spec in job.places():
+        if spec.name in read:
+            try:
+                concepts[spec.name] = read[spec.name].concept(pipe)
+                tell_unused(concepts[spec.name], on_unused, f"{place}.file")
+            except WeaverError as error:
+                problems.append(str(error) if str(error).startswith(f"{place}.file") else f"{place}.file: {error}")
+    if problems:
+        raise JobError(f"{source}: " + "; ".join(problems))
+    return concepts
+
+
+def resolve_prompts(job: Job, known: Mapping[str, Concept | ConceptReading], source: str = "job") -> list[str]:
     """The prompt p_+i of every concept of `Job.everyone`, written or derived (Concept Weaver, section 3.5).
 
     `known` are the concepts read from files, by name. Raises `JobError` where a token or class word is missing, or

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,13 +9,15 @@ from functools import partial
 from pathlib import Path
 
 from weaver.concepts.concept import Concept
+from weaver.concepts.formats import read_concept_file
 from weaver.concepts.images import caption_of, picture_files
 from weaver.errors import WeaverError
+from weaver.hashing import file_hash
 from weaver.job import BackgroundSpec, Job, JobError
 from weaver.job.fields import EMBEDDED
 from weaver.pictures import open_picture, open_rgb
 
-__all__ = ["InputFile", "file_hash", "read_inputs", "shipped_name", "training_folders", "training_pictures"]
+__all__ = ["InputFile", "read_inputs", "shipped_name", "training_folders", "training_pictures"]
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,6 @@ def shipped_name(spec: BackgroundSpec) -> str | None:
     return next((v.removeprefix(EMBEDDED) for v in values if isinstance(v, str)), None)
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _files(job: Job, problems: list[str]) -> Iterator[tuple[str, Path, Callable[[], object]]]:
     """(field, path, check) of every file; complaints of shipped names that do not exist go to `problems`."""
     if image := job.template.image:
@@ -91,7 +86,7 @@ def _files(job: Job, problems: list[str]) -> Iterator[tuple[str, Path, Callable[
             problems.append(f"{field}: {complaint}")
             continue
         if isinstance(spec.file, Path):
-            yield field, spec.file, partial(Concept.load, spec.file)
+            yield field, spec.file, partial(read_concept_file, spec.file)
         elif spec.file is not None:
             from weaver import embedded
 

@@ -23,6 +23,7 @@ def parse_concept(fields: Fields, kind: type[BackgroundSpec]) -> BackgroundSpec:
     source = fields.exactly_one(("file", "train"))
     train = _train(fields.section("train")) if source == "train" else None
     file = fields.file("file") if source == "file" else None
+    token = fields.text("token") if source == "file" else None
     word = fields.text("word")
     if train and not word:
         fields.complain("word", "is missing; name the class the concept belongs to, such as 'dog'")
@@ -36,6 +37,7 @@ def parse_concept(fields: Fields, kind: type[BackgroundSpec]) -> BackgroundSpec:
         name=name,
         word=word,
         file=file,
+        token=token,
         train=train,
         prompt=prompt,
         strength=fields.number("strength", 1.0, least=0),

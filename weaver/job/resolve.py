@@ -8,7 +8,7 @@ import torch
 
 from weaver.checks import fusion_reasons
 from weaver.concepts.bank import training_settings
-from weaver.concepts.concept import Concept, attn2_hash
+from weaver.concepts.concept import Concept
 from weaver.defaults import default_dilation, defaults_for, model_size
 from weaver.errors import WeaverError
 from weaver.job import SAME_MODEL, BackgroundSpec, Job, JobError
@@ -69,21 +69,14 @@ def resolve_job(job: Job, pipe, prompts: list[str]) -> Job:
     )
 
 
-def check_model(job: Job, known: dict[str, Concept], pipe, source: str) -> None:
-    """Whether the model can fuse as the job asks, and the concepts read from files are its own.
+def check_model(job: Job, pipe, source: str) -> None:
+    """Whether the model can fuse as the job asks.
 
     `job` has its defaults resolved. Raises `JobError` with every field that is wrong.
     """
     amounts = {"fusion.guidance": job.fusion.guidance, "fusion.lambda": job.fusion.suppression}
     problems = fusion_reasons(pipe, size=job.size, steps=job.steps, sites=SITES[job.fusion.sites], amounts=amounts)
     problems += [] if is_embedded(pipe) else _embedded_only(job)
-    base_hash = attn2_hash(pipe.unet) if known else None
-    for place, spec in job.places():
-        if spec.name in known:
-            try:
-                known[spec.name].check_base(pipe, base_hash)
-            except WeaverError as error:
-                problems.append(f"{place}.file: {error}")
     if problems:
         raise JobError(f"{source}: " + "; ".join(problems))
 

@@ -58,6 +58,7 @@ class BackgroundSpec:
     name: str
     word: str | None
     file: Path | str | None = None
+    token: str | None = None
     train: TrainSpec | None = None
     prompt: str | None = None
     strength: float = 1.0

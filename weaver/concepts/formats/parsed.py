@@ -46,7 +46,7 @@ class ParsedFile:
 
         Raises `ConceptError` where `token` must be told or is not in the file, and where weights do not fit the model.
         """
-        chosen, embeddings = self._token(token)
+        chosen, embeddings = self.token(token)
         deltas = dict(self.deltas) | self._differences(pipe)
         # Differences are this base's alone; what was learned as an addition is used on whatever it fits.
         base_hash = attn2_hash(pipe.unet) if self.weights else ""
@@ -57,7 +57,8 @@ class ParsedFile:
         concept.check_base(pipe, base_hash or None)
         return concept
 
-    def _token(self, token: str | None) -> tuple[str, Mapping[str, torch.Tensor]]:
+    def token(self, token: str | None = None) -> tuple[str, Mapping[str, torch.Tensor]]:
+        """The token that is meant by `token`, as in `concept`, and its embeddings by text encoder; none for words."""
         if not self.embeddings:
             return token or "", {}
         if token is None and len(self.embeddings) == 1:

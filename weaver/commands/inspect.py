@@ -1,0 +1,48 @@
+"""`weaver inspect FILE`: what a concept's file is and what of it is used, without any model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from weaver.sizes import format_bytes
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands, epilog: str) -> None:
+    """Add the command to the subparsers `commands`."""
+    parser = commands.add_parser(
+        "inspect", help="what a concept's file is, and what of it a fusion uses", epilog=epilog
+    )
+    parser.add_argument("file", type=Path, help="a concept, LoRA, Custom Diffusion or textual inversion file")
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
+    parser.set_defaults(command=_inspect, offline=False)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    with args.stages.step("reading the file"):
+        from weaver.concepts.formats.summary import summarise
+        from weaver.models import quiet_libraries
+
+        quiet_libraries()
+        summary = summarise(args.file)
+    if args.json:
+        print(json.dumps(summary, indent=2))
+        return 0
+    print(f"{args.file}: {summary['format']}, {format_bytes(summary['bytes'])}, SHA-256 {summary['sha256'][:12]}")
+    for token, vectors in summary["tokens"].items():
+        print(f"  token {token}: {vectors} vector{'s' * (vectors > 1)} in each text encoder")
+    for key in ("word", "base"):
+        if summary[key]:
+            print(f"  {'class word' if key == 'word' else 'base model, by hash'}: {summary[key]}")
+    for part in summary["parts"]:
+        ranks = part["ranks"]
+        kind = f"rank {ranks[0]}" + f" to {ranks[-1]}" * (len(ranks) > 1) if ranks else "whole matrices"
+        share = "" if part["share"] is None else f", {part['share']:.0%} of the norm"
+        print(f"  {part['name']}: {part['changes']} weights, {kind}{share}" + ("" if part["used"] else ", not used"))
+    for key, value in summary["settings"].items():
+        print(f"  {key}: {value}")
+    return 0

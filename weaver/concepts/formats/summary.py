@@ -1,0 +1,76 @@
+"""What a concept's file holds, in figures."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from math import sqrt
+from pathlib import Path
+
+import torch
+
+from weaver.concepts.changes import Delta, change_norm
+from weaver.concepts.concept import Concept
+from weaver.concepts.formats import read_concept_file
+from weaver.concepts.formats.parsed import ParsedFile
+from weaver.hashing import file_hash
+from weaver_kernels import LowRank
+
+__all__ = ["summarise"]
+
+# What a weight belongs to by its path, the first that matches.
+_KINDS = (
+    ("keys and values of cross-attention", r"attn2\.to_[kv]$"),
+    ("queries and outputs of cross-attention", r"attn2\."),
+    ("self-attention", r"attn1\."),
+    ("feed-forward", r"\.ff\."),
+    ("convolutions and projections", r""),
+)
+_TEXT = "text encoders, for its own prompt"
+
+
+def summarise(path: str | os.PathLike) -> dict:
+    """What a file of any known format holds, as plain JSON values.
+
+    Returns "format", "bytes", "sha256", "tokens" (vectors by token), "word" and "base" (None where the file does not
+    tell), "parts" (each with "name", "changes", "ranks", "share" of the Frobenius norm of all changes, None for weights
+    that take the place of a base model's, and whether a fusion has "used" for it) and "settings".
+    """
+    path = Path(path)
+    file = read_concept_file(path)
+    whole = isinstance(file, Concept)
+    tokens = {file.token: file.embeddings} if whole and file.embeddings else {} if whole else file.embeddings
+    return {
+        "format": f"concept of this package ({file.name!r})" if whole else file.format,
+        "bytes": path.stat().st_size,
+        "sha256": file_hash(path),
+        "tokens": {token: len(next(iter(vectors.values()))) for token, vectors in tokens.items()},
+        "word": file.word if whole else None,
+        "base": (file.base_hash or None) if whole else None,
+        "parts": _parts(file, {} if whole else file.weights),
+        "settings": dict(file.settings),
+    }
+
+
+def _parts(file: Concept | ParsedFile, weights: Mapping[str, torch.Tensor]) -> list[dict]:
+    """The changes by what they belong to; `weights` are those that take the place of a base model's."""
+    groups: dict[tuple[str, bool], list[Delta | None]] = {}
+    for used, changes in ((True, dict(file.deltas) | dict.fromkeys(weights)), (False, file.outside)):
+        for key, change in changes.items():
+            kind = next(name for name, pattern in _KINDS if re.search(pattern, key))
+            groups.setdefault((kind, used), []).append(change)
+    if file.text_deltas:
+        groups[_TEXT, True] = list(file.text_deltas.values())
+    norms = {group: sqrt(sum(change_norm(x) ** 2 for x in of if x is not None)) for group, of in groups.items()}
+    total = sqrt(sum(norm**2 for norm in norms.values()))
+    return [
+        {
+            "name": kind,
+            "changes": len(changes),
+            "ranks": sorted({len(change.down) for change in changes if isinstance(change, LowRank)}),
+            "share": round(norms[kind, used] / total, 4) if total and not weights else None,
+            "used": used,
+        }
+        for (kind, used), changes in groups.items()
+    ]

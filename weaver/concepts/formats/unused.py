@@ -1,0 +1,50 @@
+"""What a concept changes that a fusion makes no use of: how much it is, and telling it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from math import sqrt
+
+from weaver.concepts.changes import change_norm
+from weaver.concepts.concept import Concept, ConceptError
+from weaver.concepts.formats.parsed import ParsedFile
+
+__all__ = ["ON_UNUSED", "UnusedPartsWarning", "parts_of_norm", "tell_unused", "unused_reason"]
+
+ON_UNUSED = ("warn", "refuse")
+
+
+class UnusedPartsWarning(UserWarning):
+    """A concept has changes that a fusion does not use."""
+
+
+def tell_unused(concept: Concept, on_unused: str = "warn", what: str | None = None) -> None:
+    """Warn of what a fusion does not use of a concept, or raise `ConceptError` for it; `what` begins the message."""
+    if on_unused not in ON_UNUSED:
+        raise ConceptError(f"on_unused is {on_unused!r}, expected one of {', '.join(ON_UNUSED)}")
+    if (reason := unused_reason(concept)) is None:
+        return
+    message = f"{what or f'concept {concept.name!r}'}: {reason}"
+    if on_unused == "refuse":
+        raise ConceptError(message)
+    warnings.warn(message, UnusedPartsWarning, stacklevel=3)
+
+
+def unused_reason(concept: Concept) -> str | None:
+    """How much of a concept a fusion does not use, in words; None where it uses all."""
+    if not concept.outside:
+        return None
+    share = parts_of_norm(concept)["outside"]
+    return (
+        f"{len(concept.outside)} of its changes lie outside cross-attention (self-attention, feed-forward, "
+        f"convolutions), {share:.0%} of it by norm: they are kept and not used"
+    )
+
+
+def parts_of_norm(concept: Concept | ParsedFile) -> Mapping[str, float]:
+    """How large "deltas", "text_deltas" and "outside" are: Frobenius norms, as shares of the norm of all together."""
+    groups = ("deltas", "text_deltas", "outside")
+    squares = {group: sum(change_norm(change) ** 2 for change in getattr(concept, group).values()) for group in groups}
+    total = sqrt(sum(squares.values()))
+    return {group: sqrt(square) / total if total else 0.0 for group, square in squares.items()}
