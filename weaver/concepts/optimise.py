@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from weaver.concepts.changes import Delta, parts_of
 from weaver.concepts.concept import ConceptError
 from weaver.concepts.examples import Examples, encode_captions, encode_fixed_captions, pick
 from weaver.concepts.settings import TrainSettings
@@ -22,10 +23,14 @@ _INJECTED = 0.8  # of the steps; in the others the concept is learned without a 
 
 @dataclass(frozen=True)
 class Learned:
-    """What is learned: vectors [V, C] and deltas {path: [out, in]}, in float32."""
+    """What is learned: vectors [V, C] and changes of weights by their paths, in float32."""
 
     vectors: torch.Tensor
-    deltas: Mapping[str, torch.Tensor]
+    deltas: Mapping[str, Delta]
+
+    def weights(self) -> list[torch.Tensor]:
+        """The tensors that the changes are made of."""
+        return [part for delta in self.deltas.values() for part in parts_of(delta).values()]
 
 
 def optimise(
@@ -47,7 +52,7 @@ def optimise(
     velocity = pipe.scheduler.config.prediction_type == "v_prediction"
     rate = settings.learning_rate
     optimiser = torch.optim.AdamW([
-        {"params": list(learned.deltas.values()), "lr": rate},
+        {"params": learned.weights(), "lr": rate},
         {"params": [learned.vectors], "lr": settings.token_learning_rate or rate},
     ], betas=(0.9, 0.99), weight_decay=0)  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, settings))

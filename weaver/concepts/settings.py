@@ -16,7 +16,9 @@ class TrainSettings:
     Parameters
     ----------
     steps : optimisation steps.
-    learning_rate : of the deltas of `to_k` and `to_v`.
+    rank : 0 learns whole changes of `to_k` and `to_v`, as Custom Diffusion does; more learns a LoRA's two factors
+        of each, which have this rank (arXiv 2106.09685): a smaller file.
+    learning_rate : of the changes of `to_k` and `to_v`.
     token_learning_rate : of the token's vectors; None for `learning_rate`.
     batch : pictures of the concept in a step.
     woven_batch : scenes in a step that show the concept in the place of another of its class, where such are passed in;
@@ -35,6 +37,7 @@ class TrainSettings:
     """
 
     steps: int = 500
+    rank: int = 0
     learning_rate: float = 1e-5
     token_learning_rate: float | None = None
     batch: int = 2
@@ -77,7 +80,7 @@ class TrainSettings:
         reasons = [
             f"{key} is {getattr(self, key)!r}, expected {least} or more"
             for key, least in dict(
-                steps=1, batch=0, woven_batch=0, prior_batch=0, vectors=1, warmup=0, prior_images=1
+                steps=1, rank=0, batch=0, woven_batch=0, prior_batch=0, vectors=1, warmup=0, prior_images=1
             ).items()
             if getattr(self, key) < least
         ]

@@ -1,4 +1,4 @@
-"""Custom Diffusion: learn a concept in the cross-attention's keys and values and one token (arXiv 2212.04488).
+"""Learn a concept in the cross-attention's keys and values and one token: Custom Diffusion (arXiv 2212.04488), or LoRA.
 
 Concept Weaver, section 3.1, learns each concept by itself this way. The base model is never written to: while
 training runs, hooks add the deltas' share to the outputs of `to_k` and `to_v`.
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from weaver.concepts.changes import Delta, moved
 from weaver.concepts.concept import Concept, attn2_hash, attn2_projections
 from weaver.concepts.examples import prepare
 from weaver.concepts.images import TrainingSet
@@ -27,6 +28,7 @@ from weaver.concepts.training_state import added, checkpointed, frozen
 from weaver.concepts.woven import WovenSet, prepare_woven
 from weaver.errors import WeaverError
 from weaver.version import __version__
+from weaver_kernels import LowRank
 
 __all__ = ["train_concept"]
 
@@ -45,7 +47,7 @@ def train_concept(
     at_once: int | None = None,
     progress: bool | Callable[[int, int], None] = True,
 ) -> Concept:
-    """Learn a concept from a few pictures by Custom Diffusion.
+    """Learn a concept from a few pictures by Custom Diffusion, or the same with a LoRA's factors (`settings.rank`).
 
     Only deltas of attn2's `to_k` and `to_v` and the vectors of one modifier token receive gradients; the token starts
     as its class word. The model is left as it was, also after an exception. On the CPU the same seed and number of
@@ -75,7 +77,7 @@ def train_concept(
         captions = [f"a {token} {word}"] * len(images) if captions is None else captions
         images = TrainingSet(tuple(images), tuple(captions))
     _check(pipe, prior, token)
-    learned = _start(pipe, word, settings.vectors)
+    learned = _start(pipe, word, settings)
     own = prepare(pipe, images, token, vectors=settings.vectors, flip=settings.flip, at_once=at_once)
     to_make = settings.prior_images if settings.prior_batch and prior is None else 0
     with _reporter(progress, to_make + settings.steps, f"learning {token} {word}") as report:
@@ -92,14 +94,15 @@ def train_concept(
             torch.enable_grad(),
         ):
             optimise(pipe, learned, settings, own, other, scenes, lambda steps: report(to_make + steps))
+    with torch.no_grad():  # half precision keeps three digits of a small correction, in a file of half the size
+        deltas = {path: moved(delta, torch.device("cpu"), torch.float16) for path, delta in learned.deltas.items()}
     return Concept(
         name=name or token.strip("<>"),
         token=token,
         word=word,
         base_hash=attn2_hash(pipe.unet),
         embeddings={"text_encoder": learned.vectors.detach().cpu()},
-        # Half precision keeps three digits of a small correction, in a file of half the size.
-        deltas={path: delta.detach().cpu().half() for path, delta in learned.deltas.items()},
+        deltas=deltas,
         settings=asdict(settings)
         | {"pictures": len(images.images), "captions": sorted(set(images.captions))}
         | {"woven": len(woven.images) if scenes else 0}
@@ -121,17 +124,27 @@ def _check(pipe, prior: TrainingSet | None, token: str) -> None:
         raise WeaverError("cannot train a concept: " + "; ".join(reasons))
 
 
-def _start(pipe, word: str, count: int) -> Learned:
-    """Deltas of zero, and vectors that mean what the class word means."""
+def _start(pipe, word: str, settings: TrainSettings) -> Learned:
+    """Changes that are zero, and vectors that mean what the class word means."""
     ids = pipe.tokenizer(word, add_special_tokens=False).input_ids
     if not ids:
         raise WeaverError(f"the class word {word!r} means nothing to the tokenizer")
     vectors = pipe.text_encoder.get_input_embeddings().weight[ids].detach().float().mean(0)
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
     deltas = {
-        path: torch.zeros_like(linear.weight, dtype=torch.float32, requires_grad=True)
+        path: _no_change(linear.weight, settings.rank, generator)
         for path, linear in attn2_projections(pipe.unet).items()
     }
-    return Learned(vectors.repeat(count, 1).requires_grad_(), deltas)
+    return Learned(vectors.repeat(settings.vectors, 1).requires_grad_(), deltas)
+
+
+def _no_change(weight: torch.Tensor, rank: int, generator: torch.Generator) -> Delta:
+    """A change of zero to be learned: a matrix, or factors of which only `up` is zero, so that it has a gradient."""
+    if not rank:
+        return torch.zeros_like(weight, dtype=torch.float32, requires_grad=True)
+    outputs, inputs = weight.shape
+    down = torch.randn(rank, inputs, generator=generator) / rank
+    return LowRank(down.to(weight.device).requires_grad_(), weight.new_zeros(outputs, rank).float().requires_grad_())
 
 
 @contextmanager
