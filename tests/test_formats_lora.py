@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +13,15 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from pipeline_forms import draw, full_mask
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny_sdxl import make_sdxl
 
 from weaver import FusionPlan, attach
 from weaver.concepts.changes import change_norm
 from weaver.concepts.concept_file import ConceptError
-from weaver.concepts.formats.lora import parse_lora
+from weaver.concepts.formats import read_concept_file
+from weaver.concepts.formats.lora import parse
+from weaver.concepts.formats.opening import OpenedFile
 from weaver.fusion import ConceptUse
 
 PROMPT = "a dog on the beach"
@@ -60,6 +62,10 @@ def read(path):
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
 
 
+def parsed_of(tensors, metadata):
+    return parse(OpenedFile(Path("rex.safetensors"), "safetensors", tensors, metadata))
+
+
 def alphas_told(tensors, to_k):
     """The alpha of every factor pair as kohya's scripts keep it, from the configuration that it was trained with."""
     for key in [key for key in tensors if key.endswith(".alpha")]:
@@ -81,7 +87,7 @@ def kohya(path, to_k: float = 2, encoder: str = "lora_te_text_model_"):
 
 def old_diffusers(path):
     """The same in the names that diffusers had before PEFT, alphas taken into the factors, which it did not keep."""
-    parsed = parse_lora(*read(path))
+    parsed = read_concept_file(path)
     short = {"to_q": "to_q_lora", "to_k": "to_k_lora", "to_v": "to_v_lora", "to_out.0": "to_out_lora"}
     tensors = {}
     for key, change in parsed.deltas.items():
@@ -126,12 +132,12 @@ def test_a_lora_draws_what_diffusers_draws_with_it(file, tmp_path, dialect):
     stock.load_lora_weights(path.parent, weight_name=path.name)
     expected = latents_of(stock)
     assert (expected - plain).abs().max() > 0.1
-    found = woven_latents(pipe, parse_lora(*read(path)))
+    found = woven_latents(pipe, read_concept_file(path))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_every_alpha_of_kohyas_is_its_own(file):
-    expected, found = parse_lora(*read(file)), parse_lora(*read(kohya(file, to_k=5)))
+    expected, found = read_concept_file(file), read_concept_file(kohya(file, to_k=5))
     assert (expected.format, found.format) == ("diffusers LoRA", "kohya LoRA")
     assert found.settings == {"rank": [2, 3], "steps": "1500"}
     for group in ("deltas", "text_deltas"):
@@ -145,7 +151,7 @@ def test_scale_is_that_of_the_whole_lora(file):
     pipe, stock = make_pipeline(dtype=torch.float32), make_pipeline(dtype=torch.float32)
     stock.load_lora_weights(file.parent, weight_name=file.name, adapter_name="rex")
     stock.set_adapters(["rex"], [0.6])
-    found = woven_latents(pipe, parse_lora(*read(file)), scale=0.6)
+    found = woven_latents(pipe, read_concept_file(file), scale=0.6)
     torch.testing.assert_close(found, latents_of(stock), rtol=1e-4, atol=1e-4)
 
 
@@ -153,13 +159,13 @@ def test_every_key_counts(file):
     """Without any one pair of factors the picture is another: nothing is read in vain."""
     pipe = make_pipeline(dtype=torch.float32)
     tensors, metadata = read(file)
-    whole = woven_latents(pipe, parse_lora(tensors, metadata))
+    whole = woven_latents(pipe, parsed_of(tensors, metadata))
     pairs = sorted({key.rpartition(".lora_")[0] for key in tensors})
     assert len(pairs) > 40
     for pair in pairs[::7]:
         rest = {key: x for key, x in tensors.items() if not key.startswith(f"{pair}.lora_")}
-        assert (woven_latents(pipe, parse_lora(rest, metadata)) - whole).abs().max() > 1e-4, pair
-    read_keys = parse_lora(tensors, metadata)
+        assert (woven_latents(pipe, parsed_of(rest, metadata)) - whole).abs().max() > 1e-4, pair
+    read_keys = parsed_of(tensors, metadata)
     assert 2 * (len(read_keys.deltas) + len(read_keys.text_deltas)) == len(tensors)
 
 
@@ -167,7 +173,7 @@ def test_text_encoder_parts_act_on_their_own_prompt_alone(file):
     pipe = make_pipeline(dtype=torch.float32)
     tensors, metadata = read(file)
     of_text = {key: x for key, x in tensors.items() if key.startswith("text_encoder")}
-    concept = parse_lora(of_text, metadata).concept(pipe, name="rex", word="dog")
+    concept = parsed_of(of_text, metadata).concept(pipe, name="rex", word="dog")
     options = {"prompt": "a dog and a cat", "height": 32, "width": 32}
     with_it, without = (
         FusionPlan.build(pipe, [use], full_mask(), **options)
@@ -181,7 +187,7 @@ def test_text_encoder_parts_act_on_their_own_prompt_alone(file):
 def test_sdxl(tmp_path):
     pipe, stock = make_sdxl(dtype=torch.float32), make_sdxl(dtype=torch.float32)
     path = saved(make_sdxl(dtype=torch.float32), tmp_path)
-    parsed = parse_lora(*read(path))
+    parsed = read_concept_file(path)
     assert {key.split(".")[0] for key in parsed.text_deltas} == {"text_encoder", "text_encoder_2"}
     pooled = stock.encode_prompt(PROMPT, do_classifier_free_guidance=False)[2]  # that of the base prompt stays
     stock.load_lora_weights(tmp_path, weight_name=path.name)
@@ -194,7 +200,7 @@ def test_what_lies_outside_cross_attention_is_kept_and_told_apart(tmp_path):
     targets = ["to_k", "to_v", "to_q", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"]
     targets += ["conv_shortcut", "time_emb_proj"]
     path = saved(make_pipeline(dtype=torch.float32), tmp_path, unet_targets=targets)
-    parsed = parse_lora(*read(path))
+    parsed = read_concept_file(path)
     tensors, _ = read(path)
     assert 2 * sum(map(len, (parsed.deltas, parsed.outside, parsed.text_deltas))) == len(tensors)
     assert all("attn2.to_" in key for key in parsed.deltas)
@@ -222,9 +228,7 @@ def test_pefts_own_saver(tmp_path):
             if "lora_" in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
     unet.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    parsed = parse_lora(tensors, {"lora_adapter_metadata": json.dumps(config)})
+    parsed = read_concept_file(tmp_path / "adapter_model.safetensors")
     stock = make_pipeline(dtype=torch.float32)
     stock.unet = unet.base_model.model
     found = woven_latents(make_pipeline(dtype=torch.float32), parsed)
@@ -239,22 +243,20 @@ def test_what_is_no_plain_lora_is_refused(file):
     tensors, metadata = read(file)
     down = next(key for key in tensors if "lora_A" in key and key.startswith("unet"))
     with pytest.raises(ConceptError, match="has no lora_B: the file is not whole"):
-        parse_lora(changed(tensors, **{down.replace("lora_A", "lora_B"): None}), metadata)
+        parsed_of(changed(tensors, **{down.replace("lora_A", "lora_B"): None}), metadata)
     with pytest.raises(ConceptError, match="has no lora_A: the file is not whole"):
-        parse_lora(changed(tensors, **{down: None}), metadata)
+        parsed_of(changed(tensors, **{down: None}), metadata)
     with pytest.raises(ConceptError, match="a DoRA"):
-        parse_lora(
-            changed(tensors, **{down.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(8)}), metadata
-        )
+        parsed_of(changed(tensors, **{down.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(8)}), metadata)
     with pytest.raises(ConceptError, match="no factor of a LoRA: this file has more in it"):
-        parse_lora(changed(tensors, **{down.replace("lora_A.weight", "diff_b"): torch.ones(8)}), metadata)
+        parsed_of(changed(tensors, **{down.replace("lora_A.weight", "diff_b"): torch.ones(8)}), metadata)
     with pytest.raises(ConceptError, match="another model than Stable Diffusion"):
-        parse_lora({key.replace("unet.", "transformer."): x for key, x in tensors.items()}, metadata)
-    assert parse_lora({"<v1>": torch.zeros(4)}, {}) is None
+        parsed_of({key.replace("unet.", "transformer."): x for key, x in tensors.items()}, metadata)
+    assert parsed_of({"<v1>": torch.zeros(4)}, {}) is None
 
 
 def test_a_lora_of_another_size_is_refused(file):
     tensors, metadata = read(file)
     wider = {key: torch.cat([x, x], 1) if "attn2.to_k.lora_A" in key else x for key, x in tensors.items()}
     with pytest.raises(ConceptError, match="belongs to another base model: 16 of its 64 weights do not fit the U-Net"):
-        parse_lora(wider, metadata).concept(make_pipeline(), name="rex", word="dog")
+        parsed_of(wider, metadata).concept(make_pipeline(), name="rex", word="dog")

@@ -114,7 +114,7 @@ class _Estimator:
         self.model = self._shapes("model", job.model, offline, source)
         prompts = [spec.prompt or job.prompt for spec in job.everyone]
         self.job = replace(resolve_job(job, self.model.pipe, prompts), device=self.device)
-        check_model(self.job, {}, self.model.pipe, source)
+        check_model(self.job, self.model.pipe, source)
         self.maker = self.model
         if self.job.template.model not in (None, SAME_MODEL):
             self.maker = self._shapes("template.model", self.job.template.model, offline, source, fuses=False)

@@ -1,1 +1,40 @@
 """Readers of the files that people have: one module a format, each turns tensors into a `ParsedFile`."""
+
+from __future__ import annotations
+
+import os
+
+from weaver.concepts.concept import Concept
+from weaver.concepts.concept_file import FORMAT
+from weaver.concepts.formats import custom_diffusion, lora, textual_inversion
+from weaver.concepts.formats.opening import open_tensors
+from weaver.concepts.formats.parsed import ParsedFile
+from weaver.concepts.formats.refused import refuse_known
+from weaver.errors import told
+
+__all__ = ["read_concept_file"]
+
+_PARSERS = (custom_diffusion.parse, lora.parse, textual_inversion.parse)
+"""Each takes an `OpenedFile` and returns a `ParsedFile`, or None for a file of another kind; the first wins."""
+
+
+def read_concept_file(path: str | os.PathLike) -> ParsedFile | Concept:
+    """Read a concept in whichever format its content shows, whatever its name: our own is a `Concept` already.
+
+    No code in a file is run, and no more is read than the file has. Raises `ConceptError`, which names the file and
+    what to do, for everything that is no concept.
+    """
+    opened = open_tensors(path)
+    if opened.metadata.get("format") == FORMAT:
+        opened.loaded()
+        return Concept.load(path)
+    refuse_known(opened)
+    opened = opened.loaded()
+    for parse in _PARSERS:
+        if parsed := parse(opened):
+            return parsed
+    names = ", ".join(told(name) for name in opened.names()[:3]) or "none"
+    raise opened.error(
+        f"its tensors ({names}, ...) are of no format that is known: concepts are our own files, Custom Diffusion, "
+        "LoRA and textual inversion"
+    )

@@ -16,12 +16,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 
-from weaver.concepts.concept_file import ConceptError
+from weaver.concepts.formats.opening import OpenedFile
 from weaver.concepts.formats.parsed import ParsedFile
+from weaver.concepts.formats.untrusted import Refusal
 from weaver.errors import told
 from weaver_kernels import LowRank
 
-__all__ = ["parse_lora"]
+__all__ = ["parse"]
 
 _DOWN = re.compile(r"(\.lora_A|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)(\.\w+)?\.weight$")
 _FACTOR = re.compile(r"^(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
@@ -33,21 +34,43 @@ _CROSS_ATTENTION = re.compile(r"(^|\.)attn2\.(to_[qkv]|to_out\.0)$")
 _LAYERS_PER_BLOCK = SimpleNamespace(layers_per_block=2)  # of SDXL's U-Net, whose blocks kohya's scripts count otherwise
 
 
-def parse_lora(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> ParsedFile | None:
-    """Read a LoRA, or None for tensors that are none. Raises `ConceptError` for a LoRA that can't be used.
+def parse(opened: OpenedFile) -> ParsedFile | None:
+    """Read a LoRA of any dialect; None for files of another kind. Raises `ConceptError` for one that can't be used.
 
-    Parameters
-    ----------
-    tensors : the file's, by their names
-    metadata : the file's; diffusers keeps alphas there, kohya's scripts the training settings
+    Alphas are tensors in kohya's files, in the metadata of diffusers' and in the `adapter_config.json` beside PEFT's.
     """
+    tensors = {key: value for key, value in opened.tensors.items() if isinstance(value, torch.Tensor)}
     if not any(_DOWN.search(key) for key in tensors):
         return None
+    try:
+        return _parsed(tensors, _config(opened), opened.metadata)
+    except Refusal as refusal:
+        raise opened.error(str(refusal)) from refusal
+
+
+def _config(opened: OpenedFile) -> dict:
+    """How a LoRA was made, of all its parts ("unet.r", ...) or of its one ("r"); empty where nothing tells."""
+    beside = opened.path.with_name("adapter_config.json")
+    try:
+        if text := opened.metadata.get("lora_adapter_metadata"):
+            config = json.loads(text)
+        elif beside.is_file() and opened.path.stem == "adapter_model":
+            config = json.loads(beside.read_text(encoding="utf-8"))
+        else:
+            config = {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise opened.error(f"how it was made can't be read ({told(str(error))}): save it again") from error
+    if not isinstance(config, dict):
+        raise opened.error(f"how it was made is {told(config)}, expected settings by name: save it again")
+    return config
+
+
+def _parsed(tensors: Mapping[str, torch.Tensor], config: Mapping, metadata: Mapping[str, str]) -> ParsedFile:
     if odd := [key for key in tensors if "dora_scale" in key or "lora_magnitude_vector" in key]:
-        raise ConceptError(f"a DoRA ({told(odd[0])}): its magnitudes can't be added to weights; train a plain LoRA")
+        raise Refusal(f"a DoRA ({told(odd[0])}): its magnitudes can't be added to weights; train a plain LoRA")
     kohya = all(key.startswith(_KOHYA) for key in tensors)
     parts = _by_part(_from_kohya(tensors) if kohya else tensors)
-    scales = {part: _Scales(metadata, part) for part in parts}
+    scales = {part: _Scales(config, part) for part in parts}
     changes = {part: _pairs(part, entries, scales[part]) for part, entries in parts.items()}
     unet = changes.pop("unet", {})
     text = {
@@ -71,17 +94,21 @@ def _from_kohya(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name = key.removesuffix(".lora_down.weight")
         up = f"{name}.lora_up.weight"
         if up not in tensors:
-            raise ConceptError(f"{key} has no {up}: the file is not whole, fetch it again")
+            raise Refusal(f"{key} has no {up}: the file is not whole, fetch it again")
         alpha, rank = tensors.pop(f"{name}.alpha", None), len(tensors[key])
         if alpha is not None:
+            if alpha.numel() != 1:
+                raise Refusal(f"{name}.alpha has shape {tuple(alpha.shape)}, expected a number: fetch the file again")
             tensors[up] = _times(tensors[up], alpha.float().item() / rank)
         middle = tensors.pop(f"{name}.lora_mid.weight", None)
         if middle is not None:
+            if middle.ndim != 4 or middle.shape[1] != rank:
+                raise Refusal(f"{name}.lora_mid has shape {tuple(middle.shape)}, expected [r, {rank}, h, w]")
             tensors[key] = torch.einsum("ijhw,jc->ichw", middle.float(), tensors[key].flatten(1).float())
     try:
         return StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=_LAYERS_PER_BLOCK)[0]
-    except (KeyError, ValueError, IndexError) as error:
-        raise ConceptError(f"its layers are not Stable Diffusion's, or not LoRA's: {told(str(error))}") from error
+    except (KeyError, ValueError, IndexError, AttributeError) as error:  # a converter's, led there by odd names
+        raise Refusal(f"its layers are not Stable Diffusion's, or not LoRA's: {told(str(error))}") from error
 
 
 def _by_part(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
@@ -93,7 +120,7 @@ def _by_part(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.T
         if part not in _PARTS:
             part, rest = ("unet" if name.startswith(_UNET_MODULES) else "text_encoder"), name
             if part == "text_encoder" and not name.startswith("text_model."):
-                raise ConceptError(f"a LoRA of another model than Stable Diffusion: it has {told(key)}")
+                raise Refusal(f"a LoRA of another model than Stable Diffusion: it has {told(key)}")
         parts.setdefault(part, {})[rest] = tensor
     found = {}
     for part, entries in parts.items():
@@ -111,35 +138,39 @@ def _pairs(part: str, entries: Mapping[str, torch.Tensor], scales: _Scales) -> d
     for key, tensor in entries.items():
         match = _FACTOR.match(key)
         if match is None:
-            raise ConceptError(f"{part}.{key} is no factor of a LoRA: this file has more in it than is read")
+            raise Refusal(f"{part}.{key} is no factor of a LoRA: this file has more in it than is read")
         factors.setdefault(match[1], {})[match[2]] = tensor
     found = {}
     for path, pair in factors.items():
         if len(pair) < 2:
             lacking = "B" if "A" in pair else "A"
-            raise ConceptError(f"{part}.{path} has no lora_{lacking}: the file is not whole, fetch it again")
-        found[path] = LowRank(pair["A"], _times(pair["B"], scales.of(path, len(pair["A"]))))
+            raise Refusal(f"{part}.{path} has no lora_{lacking}: the file is not whole, fetch it again")
+        down, up = pair["A"], pair["B"]
+        if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != len(down) or up[0, 0].numel() != 1:
+            shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+            raise Refusal(f"{part}.{path} has factors {shapes}, expected [r, in] and [out, r]: fetch the file again")
+        found[path] = LowRank(down, _times(up, scales.of(path, len(down))))
     return found
 
 
 class _Scales:
-    """What a LoRA's product is multiplied by, from the metadata that diffusers and PEFT keep; 1 without any."""
+    """What a LoRA's product is multiplied by, from the settings that diffusers and PEFT keep; 1 without any."""
 
-    def __init__(self, metadata: Mapping[str, str], part: str):
-        try:
-            config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        except json.JSONDecodeError as error:
-            raise ConceptError(f"its metadata is no JSON ({error})") from error
+    def __init__(self, config: Mapping, part: str):
         own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
         self._config = own or config
         if self._config.get("use_dora"):
-            raise ConceptError("a DoRA: its magnitudes can't be added to weights; train a plain LoRA")
+            raise Refusal("a DoRA: its magnitudes can't be added to weights; train a plain LoRA")
 
     def of(self, path: str, rank: int) -> float:
+        """The scale of one module's product; names with patterns match its end, as in PEFT."""
         patterns = self._config.get("alpha_pattern") or {}
-        matches = (value for key, value in patterns.items() if re.search(rf"(^|\.){key}$", path))
-        alpha = next(matches, self._config.get("lora_alpha", rank))
-        return alpha / (sqrt(rank) if self._config.get("use_rslora") else rank)
+        try:
+            matches = (value for key, value in patterns.items() if re.search(rf"(^|\.)({key})$", path))
+            alpha = next(matches, self._config.get("lora_alpha", rank))
+            return alpha / (sqrt(rank) if self._config.get("use_rslora") else rank)
+        except (TypeError, AttributeError, re.error) as error:
+            raise Refusal(f"its alphas are no numbers by names of modules ({told(str(error))})") from error
 
 
 def _times(factor: torch.Tensor, scale: float) -> torch.Tensor:

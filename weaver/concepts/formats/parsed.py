@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,9 @@ from weaver.concepts.concept import Concept, ConceptError, attn2_hash, attn2_pro
 from weaver.errors import told
 
 __all__ = ["ParsedFile"]
+
+_MODIFIER = re.compile(r"<\S+>")
+_HALF_STEP = 2.0**-24  # between float16's numbers next to zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +29,9 @@ class ParsedFile:
     deltas, text_deltas, outside : what is added to weights, as in `Concept`.
     embeddings : ``{token: {"text_encoder": [V, C], ...}}``, of every token in the file.
     settings : what the file tells of its training; plain JSON values.
+    unchanged : ``{"unet.<parameter>": tensor}``, whole parameters that no concept can change, such as the bias of an
+        output projection: they must be the base model's.
+    lacks : why there is no token and how to mend it, where the concept needs one; empty where it does not.
     """
 
     format: str
@@ -34,6 +41,8 @@ class ParsedFile:
     outside: Mapping[str, Delta] = field(default_factory=dict)
     embeddings: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
+    unchanged: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    lacks: str = ""
 
     def concept(self, pipe, *, name: str, word: str, token: str | None = None) -> Concept:
         """The concept that this is on the base model of `pipe`.
@@ -47,6 +56,7 @@ class ParsedFile:
         Raises `ConceptError` where `token` must be told or is not in the file, and where weights do not fit the model.
         """
         chosen, embeddings = self.token(token)
+        self._check_unchanged(pipe)
         deltas = dict(self.deltas) | self._differences(pipe)
         # Differences are this base's alone; what was learned as an addition is used on whatever it fits.
         base_hash = attn2_hash(pipe.unet) if self.weights else ""
@@ -60,6 +70,8 @@ class ParsedFile:
     def token(self, token: str | None = None) -> tuple[str, Mapping[str, torch.Tensor]]:
         """The token that is meant by `token`, as in `concept`, and its embeddings by text encoder; none for words."""
         if not self.embeddings:
+            if self.lacks and (not token or _MODIFIER.search(token)):
+                raise ConceptError(f"{self.format}: {self.lacks}")
             return token or "", {}
         if token is None and len(self.embeddings) == 1:
             return next(iter(self.embeddings.items()))
@@ -68,6 +80,24 @@ class ParsedFile:
             asked = "tell which token" if token is None else f"no token {told(token)}"
             raise ConceptError(f"{asked}: the file has {known}")
         return token, self.embeddings[token]
+
+    def _check_unchanged(self, pipe) -> None:
+        """Raise `ConceptError` where a parameter that no concept can change is not the base model's, to rounding."""
+        differing = {}
+        for name, value in self.unchanged.items():
+            base = _parameter(pipe, name)
+            if base is None or base.shape != value.shape:
+                raise ConceptError(f"{name} does not fit the model: load the one it was trained on")
+            coarse = max(torch.finfo(value.dtype).eps, torch.finfo(base.dtype).eps)
+            value, base = value.double(), base.detach().double().cpu()
+            if not torch.allclose(value, base, rtol=coarse, atol=_HALF_STEP):
+                differing[name] = (value - base).abs().max().item()
+        if differing:
+            name, most = max(differing.items(), key=lambda entry: entry[1])
+            raise ConceptError(
+                f"it changes {len(differing)} parameters that can't be fused, {name} most (by up to {most:.2g}): train "
+                "the cross-attention's keys and values alone (freeze_model crossattn_kv)"
+            )
 
     def _differences(self, pipe) -> dict[str, torch.Tensor]:
         """The weights less those of the base model, in half precision, which keeps three digits of a small change."""
@@ -82,3 +112,13 @@ class ParsedFile:
         return {
             key: (value.float() - base[key].weight.detach().float().cpu()).half() for key, value in self.weights.items()
         }
+
+
+def _parameter(pipe, name: str) -> torch.Tensor | None:
+    """A parameter by its part of the pipeline and its path, also where an adapter library wraps its module."""
+    path, _, kind = name.rpartition(".")
+    module = pipe
+    for step in path.split("."):
+        module = getattr(module, step, None)
+    found = getattr(getattr(module, "base_layer", module), kind, None)
+    return found if isinstance(found, torch.Tensor) else None

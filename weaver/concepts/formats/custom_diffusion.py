@@ -1,0 +1,150 @@
+"""Custom Diffusion (arXiv 2212.04488): the `delta.bin` of its authors, and what diffusers' example writes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from weaver.concepts.changes import Delta
+from weaver.concepts.formats.opening import OpenedFile, open_tensors
+from weaver.concepts.formats.parsed import ParsedFile
+from weaver.concepts.formats.textual_inversion import as_vectors
+from weaver.errors import told
+from weaver_kernels import LowRank
+
+__all__ = ["parse"]
+
+_ENCODERS = ("text_encoder", "text_encoder_2")
+_TOKENS = ("modifier_token", "modifier_token_2")
+_CHANGED = re.compile(r"(.+\.attn2\.(?:to_q|to_k|to_v|to_out\.0))\.weight")
+_PROCESSOR = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out)_custom_diffusion((?:\.0)?\.(?:weight|bias))")
+_LACKS = (
+    "the file with its token (such as <new1>.bin) does not lie beside it: put it there, or tell as token the plain "
+    "words that it was trained on"
+)
+
+
+def parse(opened: OpenedFile) -> ParsedFile | None:
+    """Read either layout; None for files of another kind.
+
+    Weights stand in the place of the base model's, factors u [out, r] and v [r, in] are added as u @ v. Parameters of
+    the U-Net that a concept can't change, such as the output's bias, are kept for a comparison with the base model.
+    """
+    tree = opened.tensors
+    if any(isinstance(tree.get(key), Mapping) for key in ("unet", *_TOKENS)):
+        return _of_the_authors(opened)
+    if any(".processor." in key and "_custom_diffusion." in key for key in tree):
+        return _of_diffusers(opened)
+    return None
+
+
+def _of_the_authors(opened: OpenedFile) -> ParsedFile:
+    tree = opened.tensors
+    odd = [key for key, value in tree.items() if key not in ("unet", *_TOKENS) and _holds_tensors(value)]
+    if odd:
+        raise opened.error(
+            f"it has {told(odd[0])} beside 'unet' and 'modifier_token': a model trained as a whole is no concept; "
+            "train it with freeze_model crossattn_kv, and the text encoder fixed"
+        )
+    weights, deltas, outside, unchanged = {}, {}, {}, {}
+    for key, value in _mapping(opened, "unet").items():
+        place = _CHANGED.fullmatch(key)
+        if isinstance(value, Mapping):
+            of = deltas if place else outside
+            of[key.removesuffix(".weight")] = _factors(opened, key, value)
+        elif place:
+            weights[place[1]] = _matrix(opened, key, value)
+        else:
+            unchanged[f"unet.{key}"] = _tensor(opened, key, value)
+    kind = "Custom Diffusion's delta, compressed" if deltas or outside else "Custom Diffusion's delta"
+    tokens = _tokens(opened)
+    if not (weights or deltas or tokens):
+        raise opened.error(
+            "neither its 'unet' nor its 'modifier_token' has anything that could be fused: save it again"
+        )
+    lacks = "" if tokens else "it has no modifier token: tell as token the plain words that it was trained on"
+    return ParsedFile(
+        kind, weights, deltas, outside=outside, embeddings=tokens, unchanged=unchanged, lacks=lacks
+    )  # fmt: skip
+
+
+def _of_diffusers(opened: OpenedFile) -> ParsedFile:
+    weights, unchanged = {}, {}
+    for key, value in opened.tensors.items():
+        if isinstance(value, Mapping) and not value:  # a layer that was not trained
+            continue
+        found = _PROCESSOR.fullmatch(key)
+        if not found:
+            raise opened.error(f"{told(key)} is no part of Custom Diffusion's weights: it is not known what it changes")
+        name = f"{found[1]}.{found[2]}{found[3]}"
+        if place := _CHANGED.fullmatch(name):
+            weights[place[1]] = _matrix(opened, key, value)
+        else:
+            unchanged[f"unet.{name}"] = _tensor(opened, key, value)
+    tokens = _tokens_beside(opened)
+    lacks = "" if tokens else _LACKS
+    return ParsedFile(
+        "Custom Diffusion of diffusers", weights, embeddings=tokens, unchanged=unchanged, lacks=lacks
+    )  # fmt: skip
+
+
+def _tokens(opened: OpenedFile) -> dict[str, dict[str, torch.Tensor]]:
+    """The vectors of each token by text encoder: in one entry, or in an entry for each."""
+    first, second = (_mapping(opened, key) for key in _TOKENS)
+    if second and first.keys() != second.keys():
+        raise opened.error(f"modifier_token has {told(sorted(first))}, modifier_token_2 {told(sorted(second))}")
+    tokens = {}
+    for token, value in first.items():
+        parts = value if isinstance(value, list) else [value]
+        parts = [*parts, second[token]] if second else parts
+        if not 1 <= len(parts) <= len(_ENCODERS):
+            raise opened.error(f"token {told(token)} has vectors for {len(parts)} text encoders, expected one or two")
+        tokens[token] = {
+            encoder: as_vectors(opened, token, part) for encoder, part in zip(_ENCODERS, parts, strict=False)
+        }
+    return tokens
+
+
+def _tokens_beside(opened: OpenedFile) -> dict[str, dict[str, torch.Tensor]]:
+    """The tokens of the files `<...>.bin` in the same folder, `{token: vector}` each."""
+    tokens = {}
+    for path in sorted(opened.path.parent.glob("<*>.*")):
+        if path.suffix in (".bin", ".safetensors", ".pt"):
+            beside = open_tensors(path).loaded()
+            for token, value in beside.tensors.items():
+                tokens[token] = {_ENCODERS[0]: as_vectors(beside, token, value)}
+    return tokens
+
+
+def _mapping(opened: OpenedFile, key: str) -> Mapping[str, object]:
+    value = opened.tensors.get(key)
+    if not isinstance(value, Mapping | None):
+        raise opened.error(f"{key} is a {type(value).__name__}, expected tensors by name")
+    return value or {}
+
+
+def _factors(opened: OpenedFile, key: str, value: Mapping[str, object]) -> Delta:
+    if set(value) != {"u", "v"}:
+        raise opened.error(f"{told(key)} has {told(sorted(value))}, expected the factors u and v")
+    up, down = _matrix(opened, f"{key} u", value["u"]), _matrix(opened, f"{key} v", value["v"])
+    if up.shape[1] != down.shape[0]:
+        raise opened.error(f"{told(key)} has factors {tuple(up.shape)} and {tuple(down.shape)}, which do not multiply")
+    return LowRank(down, up)
+
+
+def _matrix(opened: OpenedFile, key: str, value: object) -> torch.Tensor:
+    if _tensor(opened, key, value).ndim != 2:
+        raise opened.error(f"{told(key)} has shape {tuple(value.shape)}, expected two axes")
+    return value
+
+
+def _tensor(opened: OpenedFile, key: str, value: object) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        raise opened.error(f"{told(key)} is a {type(value).__name__}, expected a tensor of weights")
+    return value
+
+
+def _holds_tensors(value: object) -> bool:
+    return isinstance(value, torch.Tensor) or (isinstance(value, Mapping | list) and len(value) > 0)
