@@ -34,7 +34,7 @@ help:
 	@echo "make train-embedded   train the embedded model on, and all derived from it            (ARGS=--help)"
 	@echo "make compile-check    compile the kernels for every GPU of the table, without one              (ARGS='--arch 90')"
 	@echo "make fuzz             random cases of the operations against float64 (N=2000 INTERPRETED=200; ARGS='--replay live:7')"
-	@echo "make stress           kill, fill up and damage what the cache writes, 200 times               (ARGS='--kills 20')"
+	@echo "make stress           kill, fill up and damage what the cache writes; damaged concept files   (ARGS='--kills 20' FILES=2000)"
 	@echo "make test-gpu         the tests that need an NVIDIA GPU"
 	@echo "make tune             find the fastest configurations on this NVIDIA GPU               (ARGS='--dry 90': compile only)"
 	@echo "make gpu OUT=DIR      tests, tuning, benchmarks, profile and sanitizer on a GPU, 8 min (ARGS=--dry-run: without one)"
@@ -59,8 +59,10 @@ INTERPRETED ?= 10
 fuzz: $(READY)
 	@TRITON_INTERPRET=1 PYTHONPATH="$(CURDIR)/tests:$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" $(PY) -m operations.fuzz --live $(N) --interpreted $(INTERPRETED) $(ARGS)
 
+FILES ?= 2000
 stress: $(READY)
 	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" $(PY) -m cache_stress $(ARGS)
+	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" $(PY) -m format_mutations --files $(FILES)
 
 test-gpu: $(READY)
 	@TRITON_INTERPRET=0 $(PY) -m pytest -m gpu $(ARGS)

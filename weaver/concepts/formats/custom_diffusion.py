@@ -94,7 +94,7 @@ def _tokens(opened: OpenedFile) -> dict[str, dict[str, torch.Tensor]]:
     """The vectors of each token by text encoder: in one entry, or in an entry for each."""
     first, second = (_mapping(opened, key) for key in _TOKENS)
     if second and first.keys() != second.keys():
-        raise opened.error(f"modifier_token has {told(sorted(first))}, modifier_token_2 {told(sorted(second))}")
+        raise opened.error(f"modifier_token has {told(list(first))}, and modifier_token_2 has {told(list(second))}")
     tokens = {}
     for token, value in first.items():
         parts = value if isinstance(value, list) else [value]

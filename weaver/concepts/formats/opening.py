@@ -90,13 +90,13 @@ def open_tensors(path: str | os.PathLike) -> OpenedFile:
             return _opened(path, "torch", torch_mapped(path))
         if head.startswith(OLD):
             return _opened(path, "torch", torch_read(path, status.st_size))
+        if head[8:9] == b"{":  # asked before pickles: a header of 128 bytes starts as they do
+            return _opened(path, "safetensors", *_safetensors_mapped(path, head, status.st_size))
         if head.startswith(_PICKLE):
             raise Refusal(
                 "it is a Python pickle and no file of `torch.save`: a pickle can hold code, and this one was not run; "
                 "ask for a safetensors file"
             )
-        if head[8:9] == b"{":
-            return _opened(path, "safetensors", *_safetensors_mapped(path, head, status.st_size))
     except Refusal as refusal:
         raise ConceptError(f"{path}: {refusal}") from refusal
     what = next((text for start, text in _OTHERS.items() if head.lstrip().startswith(start)), None)
