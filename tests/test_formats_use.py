@@ -1,0 +1,131 @@
+"""Files of others where they are used: in a job, in the library, and told about on the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from jobs import job_of, write_folder
+from safetensors.torch import save_file
+
+from weaver import WeaverError, load_concept
+from weaver.cli import main
+from weaver.concepts.concept import Concept
+from weaver.concepts.formats.reading import ConceptReading
+from weaver.concepts.formats.unused import UnusedPartsWarning, parts_of_norm
+from weaver.job.file import read_job
+from weaver.run import run_job
+
+INSIDE, OUTSIDE = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "mid_block.resnets.0.conv1"
+
+
+def write_lora(path, *, outside: bool = True) -> None:
+    """Rank 2 of one projection of cross-attention [8, 16], and with `outside` of a convolution [16, 16, 3, 3]."""
+    tensors = {f"unet.{INSIDE}.lora_A.weight": torch.ones(2, 16), f"unet.{INSIDE}.lora_B.weight": torch.ones(8, 2)}
+    if outside:
+        tensors[f"unet.{OUTSIDE}.lora_A.weight"] = torch.ones(2, 16, 3, 3)
+        tensors[f"unet.{OUTSIDE}.lora_B.weight"] = torch.ones(16, 2, 1, 1)
+    save_file(tensors, path)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("formats")
+    write_folder(tiny_pipe, folder)
+    write_lora(folder / "style.safetensors")
+    write_lora(folder / "plain.safetensors", outside=False)
+    save_file({"<spot>": torch.ones(2, 16)}, folder / "spot.safetensors")
+    return folder
+
+
+def mixed(folder, **of_lora):
+    """A LoRA, a textual inversion and a Custom Diffusion concept in one picture."""
+    lora = {"file": "style.safetensors", "word": "cat", "token": "sks", "mask": {"box": [0, 0.2, 0.4, 0.8]}}
+    spot = {"file": "spot.safetensors", "word": "fox", "mask": {"box": [0.4, 0.2, 0.6, 0.8]}}
+    rex = {"file": "rex.safetensors", "mask": {"box": [0.6, 0.2, 1, 0.8]}}
+    return job_of(folder, prompt="a cat and a dog and a fox, mountain", concepts=[lora | of_lora, rex, spot])
+
+
+def test_concepts_of_three_kinds_in_one_picture(folder, tmp_path):
+    with pytest.warns(UnusedPartsWarning, match=r"concepts\[0\].file: 1 of its changes lie outside cross-attention"):
+        run = run_job(mixed(folder), tmp_path / "out")
+    entries = json.loads((tmp_path / "out" / "manifest.json").read_text())["record"]["concepts"]
+    assert [entry["prompt"] for entry in entries] == [
+        "a sks cat, mountain",
+        "a <v2> dog, mountain",
+        "a <spot> fox, mountain",
+    ]
+    assert [entry["token"] for entry in entries] == ["sks", "<v2>", "<spot>"]
+    assert run.concepts[0].outside and not run.concepts[2].deltas
+    job, manifest = read_job(tmp_path / "out" / "manifest.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnusedPartsWarning)
+        again = run_job(job, tmp_path / "again", manifest=manifest)
+    assert again.result.image.tobytes() == run.result.image.tobytes()
+
+
+def test_what_is_not_used_can_be_refused(folder, tmp_path):
+    with pytest.raises(WeaverError, match=r"concepts\[0\].file: 1 of its changes lie outside cross-attention") as error:
+        run_job(mixed(folder), tmp_path / "out", on_unused="refuse")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    with pytest.raises(WeaverError, match="on_unused is 'drop', expected one of warn, refuse"):
+        run_job(mixed(folder), tmp_path / "out", on_unused="drop")
+
+
+def test_in_the_library(folder, tiny_pipe):
+    with pytest.warns(UnusedPartsWarning, match="concept 'style': 1 of its changes"):
+        concept = load_concept(folder / "style.safetensors", tiny_pipe, word="cat")
+    assert (concept.name, concept.token, concept.word, concept.base_hash) == ("style", "", "cat", "")
+    with pytest.raises(WeaverError, match="style.safetensors"):
+        load_concept(folder / "style.safetensors", tiny_pipe, word="cat", on_unused="refuse")
+    own = load_concept(folder / "rex.safetensors", tiny_pipe, token="<mine>")
+    assert (own.name, own.token, own.word) == ("rex", "<mine>", "dog")
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "message"),
+    [
+        ("style.safetensors", {}, "a diffusers LoRA does not tell its class word, such as 'dog': name it"),
+        ("spot.safetensors", {"word": "fox", "token": "<v9>"}, "no token '<v9>': the file has <spot>"),
+        ("tom.safetensors", {"token": "two words"}, "white space in it"),
+        ("left.png", {"word": "cat"}, "is neither a safetensors file nor one of `torch.save`"),
+        ("none.safetensors", {"word": "cat"}, "there is no such file"),
+    ],
+)
+def test_what_must_be_told(folder, file, options, message):
+    with pytest.raises(WeaverError, match=message) as error:
+        ConceptReading.of(folder / file, **options)
+    assert file in str(error.value) or "concept" in str(error.value)
+
+
+def test_in_a_job_the_field_is_named(folder, tmp_path):
+    job = mixed(folder, word=None)
+    with pytest.raises(WeaverError, match=r"style.safetensors: a diffusers LoRA does not tell its class word"):
+        run_job(job, tmp_path / "out")
+
+
+def test_norms_are_those_of_what_is_added(folder, tiny_pipe):
+    with pytest.warns(UnusedPartsWarning):
+        concept = load_concept(folder / "style.safetensors", tiny_pipe, word="cat")
+    inside, outside = 2 * math.sqrt(8 * 16), 2 * math.sqrt(16 * 16 * 9)
+    shares = parts_of_norm(concept)
+    assert shares["outside"] == pytest.approx(outside / math.hypot(inside, outside))
+    assert shares["deltas"] == pytest.approx(inside / math.hypot(inside, outside))
+
+
+def test_inspect(folder, capsys):
+    assert main(["inspect", str(folder / "style.safetensors")]) == 0
+    told = capsys.readouterr().out
+    assert "style.safetensors: diffusers LoRA, " in told
+    assert "keys and values of cross-attention: 1 weights, rank 2, 23% of the norm\n" in told
+    assert "convolutions and projections: 1 weights, rank 2, 97% of the norm, not used" in told
+    assert main(["inspect", "--json", str(folder / "rex.safetensors")]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    concept = Concept.load(folder / "rex.safetensors")
+    assert summary["tokens"] == {"<v2>": 1} and summary["base"] == concept.base_hash
+    assert [(part["changes"], part["ranks"], part["share"]) for part in summary["parts"]] == [(32, [], 1.0)]
+    assert main(["inspect", str(folder / "left.png")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
