@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 
 from weaver.concepts.images import TrainingSet
 from weaver.concepts.prompts import encode_text, tokenize
-from weaver.latents import encode_image, vae_scale_factor
+from weaver.defaults import model_size
+from weaver.latents import encode_image
 from weaver.pictures import fit
 
 __all__ = ["Examples", "encode_captions", "encode_fixed_captions", "pick", "prepare"]
@@ -20,12 +22,16 @@ _AT_ONCE = 8  # pictures in one pass of the autoencoder
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures as latents [n, C, h, w]; captions as ids [n, L], their lengths and the positions of the token."""
+    """Pictures as latents [n, C, h, w]; captions as ids [n, L], their lengths and the positions of the token.
+
+    `region` [n, 1, h, w] is how much of each cell of the latents the loss counts; None is all of it everywhere.
+    """
 
     latents: torch.Tensor
     ids: torch.Tensor
     lengths: list[int]
     positions: list[list[int]]
+    region: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -43,22 +49,32 @@ def prepare(
     `flip` adds every picture mirrored; `at_once` is how many the autoencoder is given in one pass.
     """
     at_once = at_once or _AT_ONCE
-    cells, factor = pipe.unet.config.sample_size, vae_scale_factor(pipe.vae)
-    cells = (cells, cells) if isinstance(cells, int) else tuple(cells)
-    images = [fit(image.convert("RGB"), (cells[0] * factor, cells[1] * factor)) for image in data.images]
+    size = model_size(pipe)
+    images = [fit(image.convert("RGB"), size) for image in data.images]
+    masks = [mask and fit(mask, size, Image.Resampling.BOX) for mask in data.all_masks()]
     captions = list(data.captions)
     if flip:
-        images += [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
+        mirror = Image.Transpose.FLIP_LEFT_RIGHT
+        images += [image.transpose(mirror) for image in images]
+        masks += [mask and mask.transpose(mirror) for mask in masks]
         captions *= 2
     read = [tokenize(pipe, caption, token, vectors) for caption in captions]
-    latents = [encode_image(pipe.vae, images[i : i + at_once]) for i in range(0, len(images), at_once)]
+    latents = torch.cat([encode_image(pipe.vae, images[i : i + at_once]) for i in range(0, len(images), at_once)])
     device = pipe._execution_device
     return Examples(
-        latents=torch.cat(latents).to(device, torch.float32),
+        latents=latents.to(device, torch.float32),
         ids=torch.cat([ids for ids, _, _ in read]).to(device),
         lengths=[length for _, _, length in read],
         positions=[positions for _, positions, _ in read],
+        region=_region(masks, latents.shape[-2:]).to(device) if any(masks) else None,
     )
+
+
+def _region(masks: list[Image.Image | None], size: tuple[int, int]) -> torch.Tensor:
+    """The share of each cell [n, 1, h, w] that lies inside the masks; without one, all of it."""
+    full = Image.new("L", (1, 1), 255)
+    cells = [np.asarray((mask or full).resize((size[1], size[0]), Image.Resampling.BOX)) for mask in masks]
+    return torch.from_numpy(np.stack(cells)).float()[:, None] / 255
 
 
 def encode_captions(encoder, examples: Examples, picks: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:

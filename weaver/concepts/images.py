@@ -13,23 +13,40 @@ from weaver.concepts.prompts import names_token
 from weaver.errors import WeaverError
 from weaver.pictures import open_rgb
 
-__all__ = ["TrainingSet", "caption_of", "load_images", "picture_files"]
+__all__ = ["TrainingSet", "caption_of", "load_images", "mask_file", "mask_of", "picture_files"]
 
+_MASK = ".mask.png"
 _KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Pictures (RGB, any size) and as many captions."""
+    """Pictures (RGB, any size) and as many captions.
+
+    `masks` say where the concept is in each (mode L, the picture's size, 255 inside); None, or no masks at all, where it
+    is all of it. What lies outside is left out of the loss.
+    """
 
     images: tuple[Image.Image, ...]
     captions: tuple[str, ...]
+    masks: tuple[Image.Image | None, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.images:
             raise WeaverError("no pictures to learn from")
         if len(self.images) != len(self.captions):
             raise WeaverError(f"{len(self.images)} pictures and {len(self.captions)} captions; give one caption each")
+        if self.masks and len(self.masks) != len(self.images):
+            raise WeaverError(f"{len(self.images)} pictures and {len(self.masks)} masks; give one mask each, or None")
+        for number, (image, mask) in enumerate(zip(self.images, self.all_masks(), strict=True)):
+            if mask is not None and mask.size != image.size:
+                raise WeaverError(f"mask {number} is {mask.size}, its picture {image.size}: give masks of their size")
+            if mask is not None and mask.getbbox() is None:
+                raise WeaverError(f"mask {number} is empty: the concept must be somewhere in its picture")
+
+    def all_masks(self) -> tuple[Image.Image | None, ...]:
+        """One a picture, None where there is none."""
+        return self.masks or (None,) * len(self.images)
 
 
 def load_images(
@@ -39,7 +56,7 @@ def load_images(
 
     Pictures are turned as their EXIF orientation says; transparency shows white. A picture's caption is the text file
     of the same name beside it (`cat.jpg`, `cat.txt`), otherwise `template`; `{token}` and `{word}` in either are
-    filled in.
+    filled in. Its mask, white where the concept is, is the picture `cat.mask.png` beside it, if there is one.
 
     Parameters
     ----------
@@ -52,7 +69,20 @@ def load_images(
     """
     paths = picture_files(Path(source)) if isinstance(source, str | os.PathLike) else [Path(path) for path in source]
     captions = tuple(caption_of(path, token, word, template=template) for path in paths)
-    return TrainingSet(tuple(open_rgb(path) for path in paths), captions)
+    masks = tuple(mask_of(path) for path in paths)
+    return TrainingSet(tuple(open_rgb(path) for path in paths), captions, masks if any(masks) else ())
+
+
+def mask_file(picture: Path) -> Path | None:
+    """The mask that lies beside a picture, if one does."""
+    beside = picture.with_suffix(_MASK)
+    return beside if beside.is_file() else None
+
+
+def mask_of(picture: Path) -> Image.Image | None:
+    """Where the concept is in a picture: its mask's grey levels, or None without one. Raises as `open_picture` does."""
+    beside = mask_file(picture)
+    return None if beside is None else open_rgb(beside).convert("L")
 
 
 def caption_of(picture: Path, token: str, word: str, *, template: str | None = None) -> str:
@@ -77,7 +107,11 @@ def picture_files(folder: Path) -> list[Path]:
     """The pictures of a folder in the order of their names; `WeaverError` if there are none."""
     if not folder.is_dir():
         raise WeaverError(f"{folder}: no such folder of pictures")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _KINDS and path.name[0] != ".")
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in _KINDS and path.name[0] != "." and not path.name.endswith(_MASK)
+    )
     if not paths:
         raise WeaverError(f"{folder}: no pictures in this folder ({', '.join(_KINDS)})")
     return paths

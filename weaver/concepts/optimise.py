@@ -88,10 +88,9 @@ def optimise(
             output = pipe.unet(noisy, t, encoder_hidden_states=text.to(dtype)).sample.float()
             error = (output - target).square().mean(1, keepdim=True)
             parts = error.split([n_woven, n_own, len(z) - n_woven - n_own])
-            loss = n_own * parts[1].mean() if n_own else 0.0
+            loss = n_own * _mean(parts[1], own.region, picks[n_woven > 0]) if n_own else 0.0
             if n_woven:
-                region = scenes.region[picks[0]]
-                loss = loss + n_woven * (parts[0] * region).sum() / region.sum()
+                loss = loss + n_woven * _mean(parts[0], scenes.region, picks[0])
             loss = loss / (n_woven + n_own)
             if other is not None:
                 loss = loss + settings.prior_weight * parts[2].mean()
@@ -105,6 +104,14 @@ def optimise(
             if scaler.get_scale() >= scale:  # it falls where gradients overflowed and the step was left out
                 schedule.step()
             report(step + 1)
+
+
+def _mean(error: torch.Tensor, region: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    """The mean of errors [b, 1, h, w] over the region of their pictures, `rows` of it."""
+    if region is None:
+        return error.mean()
+    weight = region[rows]
+    return (error * weight).sum() / weight.sum()
 
 
 def _noised(z: torch.Tensor, rows: torch.Tensor, *, signal, spread, noise, dtype) -> torch.Tensor:

@@ -30,6 +30,8 @@ class TrainSettings:
     vectors : the number V of vectors that the token stands for.
     warmup : steps over which the learning rates rise from zero.
     final_rate : part of the learning rates left at the last step; they fall linearly. 1 keeps them.
+    views : how many more views of every picture there are, at other scales and places on a canvas that the loss leaves
+        out, with captions that tell so (Custom Diffusion's augmentation).
     flip : mirror the concept's pictures half of the time; not for what has a left and a right.
     checkpointing : compute the U-Net's activations again in the backward pass instead of keeping them: the same
         concept in less memory and more time.
@@ -50,6 +52,7 @@ class TrainSettings:
     vectors: int = 1
     warmup: int = 0
     final_rate: float = 1.0
+    views: int = 0
     flip: bool = False
     checkpointing: bool = False
     seed: int = 0
@@ -80,7 +83,7 @@ class TrainSettings:
         reasons = [
             f"{key} is {getattr(self, key)!r}, expected {least} or more"
             for key, least in dict(
-                steps=1, rank=0, batch=0, woven_batch=0, prior_batch=0, vectors=1, warmup=0, prior_images=1
+                steps=1, rank=0, batch=0, woven_batch=0, prior_batch=0, vectors=1, warmup=0, views=0, prior_images=1
             ).items()
             if getattr(self, key) < least
         ]

@@ -25,7 +25,9 @@ from weaver.concepts.prior import class_pictures
 from weaver.concepts.prompts import names_token
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.training_state import added, checkpointed, frozen
+from weaver.concepts.views import with_views
 from weaver.concepts.woven import WovenSet, prepare_woven
+from weaver.defaults import model_size
 from weaver.errors import WeaverError
 from weaver.version import __version__
 from weaver_kernels import LowRank
@@ -78,7 +80,8 @@ def train_concept(
         images = TrainingSet(tuple(images), tuple(captions))
     _check(pipe, prior, token)
     learned = _start(pipe, word, settings)
-    own = prepare(pipe, images, token, vectors=settings.vectors, flip=settings.flip, at_once=at_once)
+    shown = with_views(images, token, model_size(pipe), settings.views, settings.seed) if settings.views else images
+    own = prepare(pipe, shown, token, vectors=settings.vectors, flip=settings.flip, at_once=at_once)
     to_make = settings.prior_images if settings.prior_batch and prior is None else 0
     with _reporter(progress, to_make + settings.steps, f"learning {token} {word}") as report:
         if to_make:

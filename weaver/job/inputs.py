@@ -10,7 +10,7 @@ from pathlib import Path
 
 from weaver.concepts.concept import Concept
 from weaver.concepts.formats import read_concept_file
-from weaver.concepts.images import caption_of, picture_files
+from weaver.concepts.images import caption_of, mask_file, mask_of, picture_files
 from weaver.errors import WeaverError
 from weaver.hashing import file_hash
 from weaver.job import BackgroundSpec, Job, JobError
@@ -96,6 +96,8 @@ def _files(job: Job, problems: list[str]) -> Iterator[tuple[str, Path, Callable[
             for number, path in enumerate(training_pictures(spec)):
                 yield f"{field}[{number}]", path, partial(open_rgb, path)
                 caption = path.with_suffix(".txt")
+                if mask := mask_file(path):
+                    yield f"{field}[{number}].mask.png", mask, partial(mask_of, path)
                 if caption.is_file():
                     yield f"{field}[{number}].txt", caption, partial(caption_of, path, spec.train.token, spec.word)
         except WeaverError as error:

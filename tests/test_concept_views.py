@@ -1,0 +1,106 @@
+"""What is learned of a picture: the part that a mask shows, and the same at other sizes and places."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_concept_train import ALONE, NAMES, equal, pictures
+
+from weaver.concepts.examples import prepare
+from weaver.concepts.images import TrainingSet, load_images, picture_files
+from weaver.concepts.train import train_concept
+from weaver.concepts.views import with_views
+from weaver.errors import WeaverError
+
+CAPTION = "a <v1> cat"
+
+
+def left_half(size=(32, 32)):
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    return mask
+
+
+def test_masks_lie_beside_their_pictures(tmp_path):
+    for number, image in enumerate(pictures(2)):
+        image.save(tmp_path / f"{number}.png")
+    left_half().save(tmp_path / "1.mask.png")
+    assert [path.name for path in picture_files(tmp_path)] == ["0.png", "1.png"]
+    data = load_images(tmp_path, "<v1>", "cat")
+    assert data.masks[0] is None and data.masks[1].tobytes() == left_half().tobytes()
+    left_half((16, 32)).save(tmp_path / "1.mask.png")
+    with pytest.raises(WeaverError, match=r"mask 1 is \(16, 32\), its picture \(32, 32\)"):
+        load_images(tmp_path, "<v1>", "cat")
+    Image.new("L", (32, 32)).save(tmp_path / "1.mask.png")
+    with pytest.raises(WeaverError, match="mask 1 is empty"):
+        load_images(tmp_path, "<v1>", "cat")
+
+
+def test_what_lies_outside_a_mask_is_not_learned(tiny_pipe):
+    """Another background outside of it changes nothing but what the autoencoder and the U-Net see of it."""
+    (image,) = pictures(1)
+    masked = TrainingSet((image,), (CAPTION,), (left_half(),))
+    examples = prepare(tiny_pipe, masked, "<v1>")
+    assert examples.region.shape == (1, 1, 16, 16)
+    assert torch.equal(examples.region[0, 0], (torch.arange(16) < 8).float().expand(16, 16))
+    assert prepare(tiny_pipe, TrainingSet((image,), (CAPTION,)), "<v1>").region is None
+    mirrored = prepare(tiny_pipe, masked, "<v1>", flip=True).region
+    assert torch.equal(mirrored[1], mirrored[0].flip(2))
+    whole = train_concept(tiny_pipe, [image], [CAPTION], **NAMES, settings=ALONE)
+    full = TrainingSet((image,), (CAPTION,), (Image.new("L", (32, 32), 255),))
+    half, same = (train_concept(tiny_pipe, data, **NAMES, settings=ALONE) for data in (masked, full))
+    assert not equal(whole, half)
+    close = [(whole.deltas[key] - value).abs().max().item() for key, value in same.deltas.items()]
+    assert max(close) < 1e-5  # a mask of all is no mask
+
+
+def test_the_loss_outside_a_mask_has_no_gradient(tiny_pipe, monkeypatch):
+    from weaver.concepts.optimise import _mean
+
+    error = torch.rand(2, 1, 4, 4, requires_grad=True)
+    region = torch.zeros(3, 1, 4, 4)
+    region[2, :, :2], region[0, :, 3] = 1, 0.5
+    loss = _mean(error, region, torch.tensor([2, 0]))
+    loss.backward()
+    assert loss.item() == pytest.approx((error[0, :, :2].sum().item() + 0.5 * error[1, :, 3].sum().item()) / 10)
+    assert (error.grad[0, 0, 2:] == 0).all() and (error.grad[1, 0, :3] == 0).all()
+
+
+def test_views_show_the_picture_smaller_or_closer_and_say_so():
+    image = Image.new("RGB", (64, 48), (250, 10, 10))
+    data = with_views(TrainingSet((image,), (CAPTION,)), "<v1>", (32, 32), 40)
+    assert len(data.images) == len(data.captions) == len(data.masks) == 41
+    assert data.captions[0] == CAPTION and data.masks[0] is None
+    told = set()
+    for view, caption, mask in list(zip(data.images, data.captions, data.masks, strict=True))[1:]:
+        inside = np.asarray(mask) > 0
+        assert view.size == mask.size == (32, 32) and inside.any()
+        assert (np.asarray(view)[inside] == (250, 10, 10)).all() and (np.asarray(view)[~inside] == 127).all()
+        share = inside.mean()
+        words = caption.removeprefix("a ").removesuffix(" <v1> cat") if caption != CAPTION else ""
+        told.add(words)
+        assert words in (
+            ("zoomed in", "close up") if share == 1 else ("far away", "very small") if share < 0.35 else ("",)
+        )
+    assert len(told) == 5
+    again = with_views(TrainingSet((image,), (CAPTION,)), "<v1>", (32, 32), 40)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(data.images, again.images, strict=True))
+
+
+def test_a_mask_goes_with_its_view():
+    image = Image.merge("RGB", [left_half()] * 3)
+    data = with_views(TrainingSet((image,), (CAPTION,), (left_half(),)), "<v1>", (32, 32), 20)
+    for view, mask in zip(data.images, data.masks, strict=True):
+        bright, inside = np.asarray(view)[..., 0] > 200, np.asarray(mask) > 200
+        assert (bright != inside).mean() < 0.06
+
+
+def test_views_take_part_in_training(tiny_pipe):
+    plain, more = (
+        train_concept(tiny_pipe, pictures(1), **NAMES, settings=replace(ALONE, views=views)) for views in (0, 3)
+    )
+    assert not equal(plain, more) and more.settings["views"] == 3 and more.settings["pictures"] == 1

@@ -1,0 +1,57 @@
+"""More views of a concept's pictures: smaller on a canvas or closer up, with captions that say so.
+
+Custom Diffusion's augmentation (arXiv 2212.04488): what lies around the picture on its canvas is left out of the loss,
+so a concept of few pictures is learned at every size and place, and not where its pictures happen to have it.
+"""
+
+from __future__ import annotations
+
+import random
+
+from PIL import Image
+
+from weaver.concepts.images import TrainingSet
+from weaver.pictures import fit
+
+__all__ = ["with_views"]
+
+_SMALLER = (0.4, 0.9)  # the picture's side, of the canvas'
+_CLOSER = (1.2, 1.4)
+_SMALLER_SHARE = 2 / 3  # of the views; the others are closer
+_FAR = 0.6  # below this scale captions say that it is far away
+_WORDS = {"far": ("far away", "very small"), "close": ("zoomed in", "close up")}
+_CANVAS = (127, 127, 127)
+
+
+def with_views(data: TrainingSet, token: str, size: tuple[int, int], count: int, seed: int = 0) -> TrainingSet:
+    """The pictures, and `count` more views of each.
+
+    Parameters
+    ----------
+    size : (height, width) in pixels, to which all of them are brought
+    token : which captions have; the words that tell how large it is stand before it
+    """
+    rng = random.Random(seed)
+    images, captions, masks = [], [], []
+    for image, caption, mask in zip(data.images, data.captions, data.all_masks(), strict=True):
+        image = fit(image.convert("RGB"), size)
+        mask = None if mask is None else fit(mask, size, Image.Resampling.BOX)
+        entries = [(image, caption, mask)] + [_view(image, caption, mask, token, rng) for _ in range(count)]
+        for whole, part in zip((images, captions, masks), zip(*entries, strict=True), strict=True):
+            whole += part
+    return TrainingSet(tuple(images), tuple(captions), tuple(masks))
+
+
+def _view(image: Image.Image, caption: str, mask: Image.Image | None, token: str, rng: random.Random):
+    smaller = rng.random() < _SMALLER_SHARE
+    scale = rng.uniform(*(_SMALLER if smaller else _CLOSER))
+    size = tuple(max(8, round(side * scale)) for side in image.size)
+    corner = tuple(rng.randint(*sorted((0, side - own))) for side, own in zip(image.size, size, strict=True))
+    canvas, region = Image.new("RGB", image.size, _CANVAS), Image.new("L", image.size, 0)
+    canvas.paste(image.resize(size, Image.Resampling.LANCZOS), corner)
+    mask = Image.new("L", image.size, 255) if mask is None else mask
+    region.paste(mask.resize(size, Image.Resampling.BOX), corner)
+    if scale < _FAR or not smaller:
+        words = rng.choice(_WORDS["far" if smaller else "close"])
+        caption = caption.replace(token, f"{words} {token}", 1)
+    return canvas, caption, region
