@@ -74,15 +74,17 @@ def open_tensors(path: str | os.PathLike) -> OpenedFile:
     """
     path = Path(path)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ConceptError(f"{path}: is {_kind(status.st_mode)}: name one file in it or of its kind")
-        with path.open("rb") as file:
-            head = file.read(64)
+        status, head = path.stat(), b""
+        if ordinary := stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            with path.open("rb") as file:
+                head = file.read(64)
     except FileNotFoundError as error:
         raise ConceptError(f"{path}: there is no such file: correct its path") from error
     except (OSError, ValueError) as error:
         raise ConceptError(f"{path}: can't be read ({short(error)}): check the path and its permissions") from error
+    if not ordinary:
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
+        raise ConceptError(f"{path}: is {what}: name the concept's file itself")
     if not head:
         raise ConceptError(f"{path}: is empty: download or save it again")
     try:
@@ -167,7 +169,3 @@ def _with(tree: object, loaded: Mapping[int, torch.Tensor]) -> object:
     if isinstance(tree, list | tuple):
         return [_with(value, loaded) for value in tree]
     return loaded.get(id(tree), tree)
-
-
-def _kind(mode: int) -> str:
-    return "a folder" if stat.S_ISDIR(mode) else "no ordinary file"

@@ -6,6 +6,7 @@ import io
 import warnings
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -19,7 +20,7 @@ ZIP = b"PK\x03\x04"
 OLD = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """The start of files before PyTorch 1.6: its magic number, pickled."""
 
-_LARGEST_INDEX = 1 << 20  # bytes of names and shapes; of a checkpoint with 1100 tensors they are 300 kB
+_LARGEST_INDEX = 1 << 19  # bytes of names and shapes; of a checkpoint with 1100 tensors they are 300 kB
 _LARGEST_OLD = 1 << 29  # bytes of a file that can't be mapped, and is read whole
 
 
@@ -38,6 +39,9 @@ def torch_mapped(path: Path) -> dict[str, object]:
                 raise Refusal("it is a zip archive without a torch file's index, or with one too large for a concept")
             pickle = next(info for info in archive.infolist() if info.filename.partition("/")[2] == "data.pkl")
             scan_pickle(io.BytesIO(archive.read(pickle)), claim)
+        if path.suffix == ".safetensors":  # torch.load would take it for one by its name, and maps nothing else
+            with path.open("rb") as file:
+                return _torch_loaded(file)
         return _torch_loaded(path, mmap=True)
     except Refusal:
         raise
@@ -68,7 +72,7 @@ def torch_read(path: Path, size: int) -> dict[str, object]:
         raise damaged("file of `torch.save`", error) from error
 
 
-def _torch_loaded(source: Path | io.BytesIO, **options) -> object:
+def _torch_loaded(source: Path | BinaryIO, **options) -> object:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on TorchScript archives and old storages, which are refused or read
         return torch.load(source, weights_only=True, map_location="cpu", **options)
