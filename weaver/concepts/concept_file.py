@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,10 @@ _OBJECTS = ("settings", "versions")
 
 
 class ConceptError(WeaverError):
-    """A concept file, or a concept's values, that can't be used; names the file or the field."""
+    """A concept file, or a concept's values, that can't be used; names the file or the field, in one line."""
+
+    def __init__(self, reason: str):
+        super().__init__(re.sub(r"\s*[\r\n]\s*", " ", reason))  # names of tensors are the file's, and may have any text
 
 
 def write_concept_tensors(path: Path, texts: Mapping[str, object], groups: Mapping[str, Mapping[str, Delta]]) -> None:
