@@ -215,9 +215,22 @@ KEY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
             "modifier_token_2 has",
         ),
         ({"unet": {KEY: torch.ones(2, 2)}, "text_encoder": {"x.weight": torch.ones(2)}}, "'text_encoder' beside"),
+        ({f"{SELF[:-12]}.processor.to_k_custom_diffusion.weight": torch.ones(2, 2)}, "nothing could be fused"),
         ({f"{KEY[:-7]}.processor.to_x_custom_diffusion.weight": torch.ones(2, 2)}, "it is not known what it changes"),
     ],
-    ids=["empty", "one-axis", "text", "half", "ranks", "three", "axes", "tokens", "text-encoder", "key"],
+    ids=[
+        "empty",
+        "one-axis",
+        "text",
+        "half",
+        "ranks",
+        "three",
+        "axes",
+        "tokens",
+        "text-encoder",
+        "self-attention",
+        "key",
+    ],
 )
 def test_what_does_not_hold_together_is_refused(delta, message, tmp_path):
     path = files.save(delta, tmp_path / "delta.bin")

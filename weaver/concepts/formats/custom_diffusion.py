@@ -83,6 +83,8 @@ def _of_diffusers(opened: OpenedFile) -> ParsedFile:
             weights[place[1]] = _matrix(opened, key, value)
         else:
             unchanged[f"unet.{name}"] = _tensor(opened, key, value)
+    if not weights:
+        raise opened.error("none of its weights are a cross-attention's (attn2), so nothing could be fused")
     tokens = _tokens_beside(opened)
     lacks = "" if tokens else _LACKS
     return ParsedFile(
