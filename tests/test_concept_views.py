@@ -83,9 +83,8 @@ def test_views_show_the_picture_smaller_or_closer_and_say_so():
         share = inside.mean()
         words = caption.removeprefix("a ").removesuffix(" <v1> cat") if caption != CAPTION else ""
         told.add(words)
-        assert words in (
-            ("zoomed in", "close up") if share == 1 else ("far away", "very small") if share < 0.35 else ("",)
-        )
+        far, close = ("far away", "very small"), ("zoomed in", "close up")
+        assert words in (close if share == 1 else far if share < 0.3 else ("",) if share > 0.42 else (*far, ""))
     assert len(told) == 5
     again = with_views(TrainingSet((image,), (CAPTION,)), "<v1>", (32, 32), 40)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(data.images, again.images, strict=True))

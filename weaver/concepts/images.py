@@ -23,8 +23,8 @@ _KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 class TrainingSet:
     """Pictures (RGB, any size) and as many captions.
 
-    `masks` say where the concept is in each (mode L, the picture's size, 255 inside); None, or no masks at all, where it
-    is all of it. What lies outside is left out of the loss.
+    `masks` say where the concept is in each (mode L, the picture's size, 255 inside); None, or no masks at all, where
+    it is all of it. What lies outside is left out of the loss.
     """
 
     images: tuple[Image.Image, ...]
