@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from weaver.concepts.changes import Delta, parts_of
+from weaver.concepts.checkpoints import Checkpoint
 from weaver.concepts.concept import ConceptError
 from weaver.concepts.examples import Examples, encode_captions, encode_fixed_captions, pick
 from weaver.concepts.settings import TrainSettings
@@ -41,10 +42,11 @@ def optimise(
     other: Examples | None,
     scenes: WovenExamples | None,
     report: Callable[[int], None],
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Learn from pictures of the concept, and of `other` things, and from woven `scenes`, where there are some.
 
-    The loss of a woven scene is that of its region. Raises `ConceptError` if it diverges.
+    The loss of a woven scene is that of its region. Begins where `checkpoint` is. Raises `ConceptError` if it diverges.
     """
     device, dtype = pipe._execution_device, pipe.unet.dtype
     generator = torch.Generator("cpu").manual_seed(settings.seed)
@@ -63,7 +65,9 @@ def optimise(
     n_own = settings.batch + settings.woven_batch - n_woven
     with ExitStack() as stack:
         forward = stack.enter_context(woven(pipe.unet, scenes, defaults_for(pipe).sites)) if n_woven else None
-        for step in range(settings.steps):
+        state = {"optimiser": optimiser, "schedule": schedule, "scaler": scaler}
+        begun = checkpoint.begin([learned.vectors, *learned.weights()], generator, **state) if checkpoint else 0
+        for step in range(begun, settings.steps):
             picks, z, text = [], [], []
             for examples, count in ((scenes.own if n_woven else None, n_woven), (own, n_own)):
                 if count:
@@ -103,6 +107,8 @@ def optimise(
             scaler.update()
             if scaler.get_scale() >= scale:  # it falls where gradients overflowed and the step was left out
                 schedule.step()
+            if checkpoint:
+                checkpoint.after(step + 1)
             report(step + 1)
 
 

@@ -6,17 +6,20 @@ training runs, hooks add the deltas' share to the outputs of `to_k` and `to_v`.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
 from weaver.concepts.changes import Delta, moved
+from weaver.concepts.checkpoints import Checkpoint, data_hash
 from weaver.concepts.concept import Concept, attn2_hash, attn2_projections
 from weaver.concepts.examples import prepare
 from weaver.concepts.images import TrainingSet
@@ -47,6 +50,8 @@ def train_concept(
     woven: WovenSet | None = None,
     settings: TrainSettings | None = None,
     at_once: int | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int = 100,
     progress: bool | Callable[[int, int], None] = True,
 ) -> Concept:
     """Learn a concept from a few pictures by Custom Diffusion, or the same with a LoRA's factors (`settings.rank`).
@@ -68,6 +73,8 @@ def train_concept(
         (`weaver.concepts.woven`), `settings.woven_batch` of them in a step; None learns from `images` alone.
     settings : None for the defaults for Stable Diffusion.
     at_once : how many pictures are made or encoded in one pass, which takes memory; None is 4 and 8.
+    checkpoint : a file that is written every `checkpoint_every` steps. Where it is there, a training of the same
+        arguments goes on from it, and on the CPU ends with the same concept as in one go. At the end it is removed.
     progress : True shows a bar, unless the output is piped; a function is called with (done, total) instead.
 
     Raises `WeaverError` for settings, captions and pictures that can't be used, `ConceptError` if training diverges.
@@ -79,6 +86,11 @@ def train_concept(
         captions = [f"a {token} {word}"] * len(images) if captions is None else captions
         images = TrainingSet(tuple(images), tuple(captions))
     _check(pipe, prior, token)
+    kept = None
+    if checkpoint is not None:
+        kept = Checkpoint(
+            Path(checkpoint), checkpoint_every, _identity(pipe, images, prior, woven, token, word, settings)
+        )
     learned = _start(pipe, word, settings)
     shown = with_views(images, token, model_size(pipe), settings.views, settings.seed) if settings.views else images
     own = prepare(pipe, shown, token, vectors=settings.vectors, flip=settings.flip, at_once=at_once)
@@ -96,7 +108,9 @@ def train_concept(
             checkpointed(pipe.unet, settings.checkpointing),
             torch.enable_grad(),
         ):
-            optimise(pipe, learned, settings, own, other, scenes, lambda steps: report(to_make + steps))
+            optimise(pipe, learned, settings, own, other, scenes, lambda steps: report(to_make + steps), kept)
+    if kept:
+        kept.finish()
     with torch.no_grad():  # half precision keeps three digits of a small correction, in a file of half the size
         deltas = {path: moved(delta, torch.device("cpu"), torch.float16) for path, delta in learned.deltas.items()}
     return Concept(
@@ -112,6 +126,17 @@ def train_concept(
         | {"prior": "made by the base model" if to_make else "given" if settings.prior_batch else "none"},
         versions=_versions(),
     )
+
+
+def _identity(pipe, images: TrainingSet, prior: TrainingSet | None, woven: WovenSet | None) -> dict[str, str]:
+    """What a training is of."""
+    pairs = (woven.images + woven.templates, woven.captions + woven.base_captions) if woven else None
+    return {
+        "base model": attn2_hash(pipe.unet),
+        "pictures": data_hash(images),
+        "prior pictures": data_hash(prior),
+        "woven scenes": data_hash(TrainingSet(*pairs) if pairs else None),
+    }
 
 
 def _check(pipe, prior: TrainingSet | None, token: str) -> None:

@@ -1,0 +1,82 @@
+"""A training that was interrupted ends with the concept of one that was not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_concept_train import FAST, NAMES, PRIOR, equal, pictures
+
+from weaver.concepts.changes import parts_of
+from weaver.concepts.train import train_concept
+from weaver.errors import WeaverError
+
+SETTINGS = replace(FAST, steps=7, batch=2, views=2, warmup=3, final_rate=0.1)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def train(pipe, *, stop: int | None = None, images=None, settings=SETTINGS, **options):
+    def progress(done, total):
+        if done == stop:
+            raise Interrupted
+
+    given = {"prior": PRIOR, "settings": settings, "progress": progress, "checkpoint_every": 3}
+    return train_concept(pipe, images or pictures(2), **NAMES, **given | options)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_pipe):
+    return train(tiny_pipe)
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["matrices", "factors"])
+@pytest.mark.parametrize("stop", [2, 3, 5])
+def test_an_interrupted_training_ends_as_a_whole_one(tiny_pipe, tmp_path, stop, rank):
+    settings, file = replace(SETTINGS, rank=rank), tmp_path / "deep" / "rex.ckpt"
+    with pytest.raises(Interrupted):
+        train(tiny_pipe, stop=stop, settings=settings, checkpoint=file)
+    assert file.exists() == (stop >= 3) and len(list(tmp_path.rglob("*.part"))) == 0
+    seen = []
+    again = train_concept(
+        tiny_pipe, pictures(2), **NAMES, prior=PRIOR, settings=settings, checkpoint=file,
+        progress=lambda done, total: seen.append(done),
+    )  # fmt: skip
+    assert seen == list(range(4 if stop >= 3 else 1, 8)) and not file.exists()
+    once = train(tiny_pipe, settings=settings)
+    for key, delta in once.deltas.items():
+        pairs = zip(parts_of(delta).values(), parts_of(again.deltas[key]).values(), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    assert torch.equal(once.embeddings["text_encoder"], again.embeddings["text_encoder"])
+
+
+def test_a_checkpoint_changes_nothing(tiny_pipe, tmp_path, whole):
+    assert equal(train(tiny_pipe, checkpoint=tmp_path / "rex.ckpt"), whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": replace(SETTINGS, learning_rate=2e-3)}, "with other settings: remove it"),
+        ({"images": pictures(2, seed=5)}, "with other pictures: remove it"),
+        ({"prior": None, "settings": replace(SETTINGS, prior_batch=0)}, "other settings and prior pictures"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused_and_stays(tiny_pipe, tmp_path, changes, message):
+    file = tmp_path / "rex.ckpt"
+    with pytest.raises(Interrupted):
+        train(tiny_pipe, stop=3, checkpoint=file)
+    before = file.read_bytes()
+    with pytest.raises(WeaverError, match=message):
+        train(tiny_pipe, checkpoint=file, **changes)
+    assert file.read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_told(tiny_pipe, tmp_path):
+    file = tmp_path / "rex.ckpt"
+    file.write_bytes(b"half")
+    with pytest.raises(WeaverError, match=r"rex.ckpt: not a readable checkpoint .*remove it to begin anew"):
+        train(tiny_pipe, checkpoint=file)

@@ -1,0 +1,97 @@
+"""A training that goes on where it was interrupted, and ends as if it had not been."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from weaver.concepts.images import TrainingSet
+from weaver.errors import WeaverError
+
+__all__ = ["Checkpoint", "data_hash"]
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """A file with all that a training is made of between two steps.
+
+    Parameters
+    ----------
+    path : the file, written whole or not at all; `finish` removes it
+    every : steps from one to the next
+    identity : what the training is of; a file of another one is refused
+    """
+
+    path: Path
+    every: int
+    identity: Mapping[str, str]
+    _parts: Mapping[str, object] = field(default_factory=dict)
+    _learned: Sequence[torch.Tensor] = ()
+
+    def begin(self, learned: Sequence[torch.Tensor], generator: torch.Generator, **parts) -> int:
+        """Bring a training to where the file has it; returns how many steps are done, 0 without a file.
+
+        Parameters
+        ----------
+        learned : the tensors that are learned, which are written to
+        parts : what else changes from step to step, each with a `state_dict`
+        """
+        self._parts, self._learned, self._generator = parts, learned, generator
+        if not self.path.exists():
+            return 0
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            identity, step = dict(state["identity"]), int(state["step"])
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            raise WeaverError(f"{self.path}: not a readable checkpoint ({error}): remove it to begin anew") from error
+        if odd := [key for key, value in self.identity.items() if identity.get(key) != value]:
+            raise WeaverError(
+                f"{self.path}: a checkpoint of a training with other {' and '.join(odd)}: remove it, or name another"
+            )
+        with torch.no_grad():
+            for tensor, value in zip(learned, state["learned"], strict=True):
+                tensor.copy_(value)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"])
+        return step
+
+    def after(self, step: int) -> None:
+        """Write the file if it is time, `step` steps being done."""
+        if step % self.every:
+            return
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        state |= {"identity": dict(self.identity), "step": step, "generator": self._generator.get_state()}
+        state["learned"] = [tensor.detach() for tensor in self._learned]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".part", dir=self.path.parent)
+        os.close(handle)
+        try:
+            torch.save(state, partial)
+            os.replace(partial, self.path)
+        except BaseException:
+            os.unlink(partial)
+            raise
+
+    def finish(self) -> None:
+        """The training is at its end: its result takes the file's place."""
+        self.path.unlink(missing_ok=True)
+
+
+def data_hash(data: TrainingSet | None) -> str:
+    """SHA-256 of pictures, captions and masks; empty without any."""
+    if data is None:
+        return ""
+    digest = hashlib.sha256()
+    for image, caption, mask in zip(data.images, data.captions, data.all_masks(), strict=True):
+        for part in (image, mask):
+            digest.update(b"-" if part is None else f"{part.mode} {part.size}".encode() + part.tobytes())
+        digest.update(caption.encode() + b"\n")
+    return digest.hexdigest()
