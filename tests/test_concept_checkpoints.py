@@ -62,7 +62,7 @@ def test_a_checkpoint_changes_nothing(tiny_pipe, tmp_path, whole):
     [
         ({"settings": replace(SETTINGS, learning_rate=2e-3)}, "with other settings: remove it"),
         ({"images": pictures(2, seed=5)}, "with other pictures: remove it"),
-        ({"prior": None, "settings": replace(SETTINGS, prior_batch=0)}, "other settings and prior pictures"),
+        ({"prior": None, "settings": replace(SETTINGS, prior_batch=0)}, "other prior pictures and settings"),
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused_and_stays(tiny_pipe, tmp_path, changes, message):

@@ -88,9 +88,8 @@ def train_concept(
     _check(pipe, prior, token)
     kept = None
     if checkpoint is not None:
-        kept = Checkpoint(
-            Path(checkpoint), checkpoint_every, _identity(pipe, images, prior, woven, token, word, settings)
-        )
+        identity = _identity(pipe, images, prior, woven) | {"token or class word": f"{token} {word}"}
+        kept = Checkpoint(Path(checkpoint), checkpoint_every, identity | {"settings": repr(settings)})
     learned = _start(pipe, word, settings)
     shown = with_views(images, token, model_size(pipe), settings.views, settings.seed) if settings.views else images
     own = prepare(pipe, shown, token, vectors=settings.vectors, flip=settings.flip, at_once=at_once)
