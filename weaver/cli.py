@@ -1,5 +1,5 @@
-"""The command line: `weaver demo`, `weaver run job.yaml`, `weaver estimate job.yaml`, `weaver inspect FILE`,
-`weaver cache`.
+"""The command line: `weaver demo`, `weaver run job.yaml`, `weaver train`, `weaver estimate job.yaml`,
+`weaver inspect FILE`, `weaver cache`.
 
 Exit codes: 0 done; 2 something that was given is wrong, told in one line; 1 anything unexpected; 130 interrupted;
 143 and 129 ended by the signals TERM and HUP.
@@ -25,6 +25,7 @@ from weaver.commands.cache import add_parser as add_cache_parser
 from weaver.commands.estimate import add_max_memory, chosen_plan
 from weaver.commands.estimate import add_parser as add_estimate_parser
 from weaver.commands.inspect import add_parser as add_inspect_parser
+from weaver.commands.train import add_parser as add_train_parser
 from weaver.errors import WeaverError
 from weaver.progress import Stages
 from weaver.version import __version__
@@ -112,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"weaver {__version__}")
     parser.set_defaults(command=None)
-    commands = parser.add_subparsers(title="commands", metavar="demo | run | estimate | inspect | cache")
+    commands = parser.add_subparsers(title="commands", metavar="demo | run | train | estimate | inspect | cache")
 
     demo = commands.add_parser("demo", help="all five stages on the embedded model; needs no network", epilog=_EPILOG)
     demo.add_argument("--quick", action="store_true", help="take the concept files that ship instead of training them")
@@ -132,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     _common(run, None, cache="latents")
     run.set_defaults(command=_run)
     add_estimate_parser(commands, _EPILOG)
+    add_train_parser(commands, _EPILOG)
     add_inspect_parser(commands, _EPILOG)
     add_cache_parser(commands, _EPILOG)
     return parser

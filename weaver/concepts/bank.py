@@ -15,10 +15,11 @@ from weaver.apart import call_apart
 from weaver.concepts.concept import Concept
 from weaver.concepts.formats.reading import ConceptReading
 from weaver.concepts.formats.unused import tell_unused
-from weaver.concepts.images import load_images
+from weaver.concepts.images import TrainingSet, load_images
 from weaver.concepts.own_prompts import own_prompt_reasons, own_prompts, token_reasons
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.train import train_concept
+from weaver.concepts.woven import WovenSet
 from weaver.errors import WeaverError
 from weaver.job import BackgroundSpec, Job, JobError, TrainSpec
 from weaver.job.fields import EMBEDDED
@@ -26,7 +27,15 @@ from weaver.job.inputs import training_pictures
 from weaver.models import is_embedded, load_model, quiet_libraries
 from weaver.progress import Stages
 
-__all__ = ["bind_concepts", "read_concept", "resolve_prompts", "train_bank", "training_settings", "worker_count"]
+__all__ = [
+    "bind_concepts",
+    "prior_and_scenes",
+    "read_concept",
+    "resolve_prompts",
+    "train_bank",
+    "training_settings",
+    "worker_count",
+]
 
 
 @dataclass(frozen=True)
@@ -152,17 +161,24 @@ def training_settings(wishes: TrainSpec, pipe) -> TrainSettings:
     return replace(defaults, **dict(wishes.settings))
 
 
+def prior_and_scenes(
+    pipe, pictures: TrainingSet, token: str, word: str, settings: TrainSettings
+) -> tuple[TrainingSet | None, WovenSet | None]:
+    """What else a concept of the embedded model is learned from: its world's scenes; nothing for other models."""
+    if not is_embedded(pipe):
+        return None, None
+    from weaver.embedded.prior import prior_scenes
+    from weaver.embedded.woven import woven_scenes
+
+    return prior_scenes(), woven_scenes(pictures, token, word) if settings.woven_batch else None
+
+
 def _train(task: _Task, pipe, move: Callable[[int, int], None]) -> Concept:
     spec, wishes = task.spec, task.spec.train
-    settings, prior, woven = training_settings(wishes, pipe), None, None
+    settings = training_settings(wishes, pipe)
     try:
         pictures = load_images(training_pictures(spec), wishes.token, spec.word, template=wishes.caption)
-        if is_embedded(pipe):
-            from weaver.embedded.prior import prior_scenes
-            from weaver.embedded.woven import woven_scenes
-
-            prior = prior_scenes()
-            woven = woven_scenes(pictures, wishes.token, spec.word) if settings.woven_batch else None
+        prior, woven = prior_and_scenes(pipe, pictures, wishes.token, spec.word, settings)
         return train_concept(
             pipe,
             pictures,

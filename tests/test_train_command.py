@@ -1,0 +1,76 @@
+"""`weaver train`, as a user types it."""
+
+from __future__ import annotations
+
+import pytest
+from jobs import picture
+
+from weaver.cli import main
+from weaver.concepts.concept import Concept
+from weaver.embedded import concept_images
+from weaver_kernels import LowRank
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    tiny_pipe.save_pretrained(folder / "model")
+    for name in ("pictures", "class"):
+        (folder / name).mkdir()
+        for seed in range(2):
+            picture(seed).save(folder / name / f"{seed}.png")
+    return folder
+
+
+def train(folder, *options):
+    pictures = str(folder / "pictures")
+    few = ["--steps", "2", "--prior-images", "2", "--prior-steps", "1"]
+    return main(["train", pictures, "--word", "cat", "--model", str(folder / "model"), *few, *options])
+
+
+def test_a_concept_from_a_folder_of_pictures(folder, tmp_path, capsys):
+    out = tmp_path / "new" / "tom.safetensors"
+    assert train(folder, "--token", "<tom>", "--out", str(out), "--flip", "--views", "1") == 0
+    assert f"{out}: <tom> cat, learned from 2 pictures in " in capsys.readouterr().out
+    concept = Concept.load(out)
+    assert (concept.name, concept.token, concept.word) == ("tom", "<tom>", "cat")
+    told = {key: concept.settings[key] for key in ("steps", "flip", "views", "rank", "prior")}
+    assert told == {"steps": 2, "flip": True, "views": 1, "rank": 0, "prior": "made by the base model"}
+    assert [path.name for path in out.parent.iterdir()] == ["tom.safetensors"]
+
+
+def test_a_lora_with_class_pictures_of_ones_own(folder, tmp_path):
+    out = tmp_path / "tom.safetensors"
+    assert train(folder, "--out", str(out), "--method", "lora", "--class-images", str(folder / "class")) == 0
+    concept = Concept.load(out)
+    assert {len(delta.down) for delta in concept.deltas.values() if isinstance(delta, LowRank)} == {16}
+    assert concept.settings["prior"] == "given" and concept.base_hash
+    assert train(folder, "--out", str(out), "--method", "lora", "--rank", "3", "--prior-batch", "0") == 0
+    assert {len(delta.down) for delta in Concept.load(out).deltas.values()} == {3}
+
+
+def test_the_embedded_models_own_defaults(tmp_path):
+    out = tmp_path / "pug.safetensors"
+    given = ["train", str(concept_images("pug")), "--word", "dog", "--token", "<pug>", "--out", str(out)]
+    assert main([*given, "--steps", "1", "--woven-batch", "1"]) == 0
+    settings = Concept.load(out).settings
+    assert settings["learning_rate"] == 2e-3 and settings["woven"] == 64 and settings["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", "4"], "--rank: is 4 with --method custom-diffusion"),
+        (["--method", "lora", "--rank", "0"], "--rank: is 0 with --method lora"),
+        (["--steps", "0"], "steps is 0, expected 1 or more"),
+        (["--out", "tom.bin"], "--out: tom.bin must end in .safetensors"),
+        (["--class-images", "nowhere"], "nowhere: no such folder of pictures"),
+        (["--model", "nowhere"], "'nowhere' can't be loaded"),
+    ],
+)
+def test_mistakes_in_one_line(folder, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert train(folder, "--offline", *options) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+    assert not list(tmp_path.iterdir())

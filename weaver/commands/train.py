@@ -1,0 +1,104 @@
+"""`weaver train`: a concept's file from pictures of it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from weaver.concepts.settings import TrainSettings
+from weaver.errors import WeaverError
+
+__all__ = ["add_parser"]
+
+_DESCRIPTION = (
+    "Learn a concept from pictures of it. The caption of NAME.jpg is in NAME.txt beside it, with {token} and {word} in "
+    "it; NAME.mask.png, white where the concept is, keeps the rest from being learned. Interrupted, the same command "
+    "goes on where it was."
+)
+_METHODS = ("custom-diffusion", "lora")
+_RANK = 16  # of a LoRA where none is asked for
+_KINDS = {"int": int, "float": float, "float | None": float}
+
+
+def add_parser(commands, epilog: str) -> None:
+    """Add the command to the subparsers `commands`."""
+    parser = commands.add_parser(
+        "train",
+        help="learn a concept from pictures of it",
+        description=_DESCRIPTION,
+        epilog=epilog,
+    )
+    parser.add_argument("images", type=Path, nargs="+", help="a folder of pictures, or pictures")
+    parser.add_argument("--word", required=True, help="its class, such as dog")
+    parser.add_argument("--token", default="<v1>", help="what prompts will call it (<v1>)")
+    parser.add_argument("--model", default="embedded", help="folder, Hub id or embedded (embedded)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the concept's file (concepts/TOKEN.safetensors)")
+    parser.add_argument("--method", choices=_METHODS, default=_METHODS[0], help=f"({_METHODS[0]})")
+    parser.add_argument("--class-images", type=Path, metavar="DIR", help="pictures of its class; else the model's own")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    parser.add_argument("--offline", action="store_true", help="take the model from the local cache only")
+    parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
+    settings = parser.add_argument_group("settings", "defaults are the model's own (weaver/concepts/settings.py)")
+    for field in fields(TrainSettings):
+        name = f"--{field.name.replace('_', '-')}"
+        if field.type == "bool":
+            settings.add_argument(name, action="store_true", default=None)
+        else:
+            settings.add_argument(name, type=_KINDS[field.type], metavar=field.name.rpartition("_")[2].upper())
+    parser.set_defaults(command=_train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    with args.stages.step("starting"):
+        from weaver.models import load_model, quiet_libraries, threads_for
+
+        quiet_libraries()
+        from weaver.concepts.bank import prior_and_scenes
+        from weaver.concepts.images import load_images
+        from weaver.concepts.train import train_concept
+    out = args.out or Path("concepts") / f"{args.token.strip('<>')}.safetensors"
+    if out.suffix != ".safetensors":
+        raise WeaverError(f"--out: {out} must end in .safetensors")
+    folder = len(args.images) == 1 and args.images[0].is_dir()
+    pictures = load_images(args.images[0] if folder else args.images, args.token, args.word)
+    given = None
+    if args.class_images:
+        from weaver.concepts.images import TrainingSet, picture_files
+        from weaver.pictures import open_rgb
+
+        files = picture_files(args.class_images)
+        given = TrainingSet(tuple(map(open_rgb, files)), (f"a {args.word}",) * len(files))
+    with args.stages.step("loading the model"):
+        pipe = load_model(args.model, device=args.device, offline=args.offline)
+    settings = _settings(args, pipe)
+    with threads_for(pipe):
+        prior, woven = prior_and_scenes(pipe, pictures, args.token, args.word, settings)
+        with args.stages.bar(f"learning {args.token} {args.word}", settings.steps) as move:
+            concept = train_concept(
+                pipe,
+                pictures,
+                token=args.token,
+                word=args.word,
+                name=out.stem,
+                prior=given or prior,
+                woven=woven,
+                settings=settings,
+                checkpoint=out.with_suffix(".checkpoint"),
+                progress=move,
+            )
+    concept.save(out)
+    seconds = args.stages.elapsed()
+    print(f"{out}: {args.token} {args.word}, learned from {len(pictures.images)} pictures in {seconds:.0f} s")
+    return 0
+
+
+def _settings(args: argparse.Namespace, pipe) -> TrainSettings:
+    from weaver.models import is_embedded
+
+    changes = {f.name: getattr(args, f.name) for f in fields(TrainSettings) if getattr(args, f.name) is not None}
+    if args.method == "lora":
+        changes.setdefault("rank", _RANK)
+    if bool(changes.get("rank")) != (args.method == "lora"):
+        raise WeaverError(f"--rank: is {changes['rank']} with --method {args.method}; a LoRA has one, and needs it")
+    return TrainSettings.embedded(**changes) if is_embedded(pipe) else TrainSettings(**changes)
