@@ -1,4 +1,4 @@
-"""A folder for results: seen to be fit for them before a run, and given all of them or none at its end."""
+"""Folders that are written into: seen to be fit before a run, given all results or none, one writer at a time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from filelock import FileLock
+
 from weaver.errors import WeaverError
 
-__all__ = ["all_or_nothing", "check_folder", "clashes"]
+__all__ = ["LOCK", "PARTIAL", "all_or_nothing", "check_folder", "clashes", "writing_alone", "written_through"]
 
-_PARTIAL = ".partial-"  # of the scratch folders
+LOCK = ".lock"
+PARTIAL = ".partial-"  # of the scratch folders
 
 
 def check_folder(folder: Path, results: Iterable[Path]) -> None:
@@ -25,7 +28,7 @@ def check_folder(folder: Path, results: Iterable[Path]) -> None:
     if not there.is_dir():
         raise WeaverError(f"out: {there} is a file, not a folder; choose another with --out")
     try:  # what os.access says is not so for an administrator, on Windows and in folders of the system
-        os.rmdir(tempfile.mkdtemp(prefix=_PARTIAL, dir=there))
+        os.rmdir(tempfile.mkdtemp(prefix=PARTIAL, dir=there))
     except OSError as error:
         raise WeaverError(f"out: {there} is not writable ({error.strerror}); choose another with --out") from error
     for result in results:
@@ -56,7 +59,7 @@ def all_or_nothing(folder: Path) -> Iterator[Path]:
     """A scratch folder whose files move into `folder` at the end, unless something goes wrong, then too."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
     try:
         yield partial
         _move_in(partial, folder)
@@ -68,6 +71,26 @@ def all_or_nothing(folder: Path) -> Iterator[Path]:
             path.rmdir()
         raise
     shutil.rmtree(partial)
+
+
+@contextmanager
+def writing_alone(folder: Path, wait: float) -> Iterator[None]:
+    """Alone among writers of a folder, for which others are given `wait` seconds; a lock dies with its process.
+
+    What a killed writer left half-written goes first: nobody else can be at it. Raises `OSError`, or
+    `NotImplementedError` on a file system that has no locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / LOCK, timeout=wait):
+        for left in folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def written_through(path: Path) -> None:
+    """Return when what was written into a file is on the disk, so that a rename after it can't overtake it."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _move_in(partial: Path, folder: Path) -> None:

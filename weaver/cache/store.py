@@ -14,18 +14,18 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from weaver.errors import WeaverError
+from weaver.folder import LOCK, PARTIAL, writing_alone, written_through
 from weaver.sizes import format_bytes
 
 __all__ = ["Cache", "CacheWarning", "Entry", "default_folder"]
@@ -33,7 +33,7 @@ __all__ = ["Cache", "CacheWarning", "Entry", "default_folder"]
 FORMAT = 1
 _LIMIT = 8 * 2**30
 _WAIT = 60.0  # seconds for other writers; a gigabyte takes a few
-_TENSORS, _CARD, _LOCK, _PARTIAL = "tensors.safetensors", "entry.json", ".lock", ".partial-"
+_TENSORS, _CARD = "tensors.safetensors", "entry.json"
 _CHANNELS_LAST = "#channels_last"
 _DAMAGED = {"kind": "damaged"}
 # Of a disk, too long a wait for the lock (a TimeoutError) among them; and of a file system that has no locks.
@@ -121,7 +121,7 @@ class Cache:
             if len(data) + len(text) > self.limit:
                 size, limit = format_bytes(len(data)), format_bytes(self.limit)
                 raise OSError(0, f"{size} are more than the cache's limit of {limit}")
-            with self._locked():
+            with writing_alone(self.folder, _WAIT):
                 if not _whole(self.folder / key):
                     self._write(key, data, text)
                     self._evict(self.limit, keep=key)
@@ -152,7 +152,7 @@ class Cache:
         try:
             if not self._places():
                 return []
-            with self._locked():
+            with writing_alone(self.folder, _WAIT):
                 return self._evict(limit)
         except _FAULTS as error:
             raise WeaverError(f"the cache {self.folder} can't be changed ({error})") from error
@@ -170,12 +170,12 @@ class Cache:
         except FileNotFoundError:
             return []
         entries = [place for place in found if _is_entry(place)]
-        if found and not entries and self.folder / _LOCK not in found:
+        if found and not entries and self.folder / LOCK not in found:
             raise WeaverError(
                 f"{self.folder} is no cache: it holds {min(place.name for place in found)!r} and no entry; "
                 "name a cache's folder, or one that is empty or not there yet"
             )
-        return entries + [place for place in found if place.name.startswith(_PARTIAL)]
+        return entries + [place for place in found if place.name.startswith(PARTIAL)]
 
     def _entries(self) -> list[Entry]:
         found = []
@@ -190,23 +190,12 @@ class Cache:
             found.append(Entry(place.name, identity, nbytes, used))
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Alone among writers. What a killed one left half-written goes first: nobody else can be at it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / _LOCK, timeout=_WAIT):
-            for left in self.folder.glob(f"{_PARTIAL}*"):
-                shutil.rmtree(left, ignore_errors=True)
-            yield
-
     def _write(self, key: str, data: bytes, text: bytes) -> None:
-        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.folder))
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self.folder))
         try:
             for name, content in ((_TENSORS, data), (_CARD, text)):
-                with open(partial / name, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
+                (partial / name).write_bytes(content)
+                written_through(partial / name)
             self._remove(self.folder / key)  # a half that a disk lost
             os.rename(partial, self.folder / key)
         except BaseException:
@@ -215,7 +204,7 @@ class Cache:
 
     def _remove(self, place: Path) -> None:
         if place.exists():
-            aside = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.folder))
+            aside = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self.folder))
             os.rename(place, aside / place.name)
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -235,7 +224,7 @@ class Cache:
     def _discard(self, place: Path, error: Exception) -> None:
         what = f"cache entry {place} is damaged ({error})"
         try:
-            with self._locked():
+            with writing_alone(self.folder, _WAIT):
                 self._remove(place)
             warnings.warn(f"{what}; it was thrown away", CacheWarning, stacklevel=3)
         except _FAULTS:
