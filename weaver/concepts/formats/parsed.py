@@ -44,17 +44,27 @@ class ParsedFile:
     unchanged: Mapping[str, torch.Tensor] = field(default_factory=dict)
     lacks: str = ""
 
-    def concept(self, pipe, *, name: str, word: str, token: str | None = None) -> Concept:
+    @property
+    def needs_base(self) -> bool:
+        """Whether there is no concept of it without the model that it was trained on, whose weights it replaces."""
+        return bool(self.weights or self.unchanged)
+
+    def concept(self, pipe=None, *, name: str, word: str, token: str | None = None) -> Concept:
         """The concept that this is on the base model of `pipe`.
 
         Parameters
         ----------
+        pipe : None will do unless the file `needs_base`; that the concept fits a model is then checked where it is used
         name, word : as in `Concept`.
         token : which of the file's tokens; None is the only one. Where the file has none, the words that it was trained
             on, None for none.
 
         Raises `ConceptError` where `token` must be told or is not in the file, and where weights do not fit the model.
         """
+        if pipe is None and self.needs_base:
+            raise ConceptError(
+                f"its weights take the place of the base model's ({self.format}): tell its model, --model"
+            )
         chosen, embeddings = self.token(token)
         self._check_unchanged(pipe)
         deltas = dict(self.deltas) | self._differences(pipe)
@@ -64,7 +74,8 @@ class ParsedFile:
         concept = Concept(
             name, chosen, word, base_hash, embeddings, deltas, self.text_deltas, self.outside, settings=settings
         )
-        concept.check_base(pipe, base_hash or None)
+        if pipe is not None:
+            concept.check_base(pipe, base_hash or None)
         return concept
 
     def token(self, token: str | None = None) -> tuple[str, Mapping[str, torch.Tensor]]:

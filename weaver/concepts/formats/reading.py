@@ -52,10 +52,14 @@ class ConceptReading:
             raise ConceptError(f"{path}: {error}") from error
         return cls(file, name or path.stem, word, chosen, chosen if embeddings else "")
 
-    def concept(self, pipe) -> Concept:
-        """The concept on the base model of `pipe`; raises `ConceptError` where it is of another one."""
+    def concept(self, pipe=None) -> Concept:
+        """The concept on the base model of `pipe`, None as in `ParsedFile.concept`.
+
+        Raises `ConceptError` where it is of another one.
+        """
         if isinstance(self.file, Concept):
-            self.file.check_base(pipe)
+            if pipe is not None:
+                self.file.check_base(pipe)
             return self.file
         return self.file.concept(pipe, name=self.name, word=self.word, token=self.token or None)
 
