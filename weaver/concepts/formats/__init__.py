@@ -1,4 +1,4 @@
-"""Readers of the files that people have: one module a format, each turns tensors into a `ParsedFile`."""
+"""Files that people have: one module a format reads tensors into a `ParsedFile`; `convert` writes some of them."""
 
 from __future__ import annotations
 
