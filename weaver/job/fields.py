@@ -9,9 +9,10 @@ from pathlib import Path
 
 from weaver.errors import told
 
-__all__ = ["EMBEDDED", "LARGEST", "Fields", "resolve_path"]
+__all__ = ["BANK", "EMBEDDED", "LARGEST", "Fields", "resolve_path"]
 
 LARGEST = 2**32 - 1  # of a whole number; seeds are multiplied and added to, and must stay within 64 bits
+BANK = "bank:"  # prefix of concepts in the bank, `weaver.concepts.bank_folder`: "bank:rex"
 EMBEDDED = "embedded:"  # prefix of things that ship with the package: "embedded:tuxedo"
 
 

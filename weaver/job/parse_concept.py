@@ -6,11 +6,12 @@ import re
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
+from weaver.concepts.bank_folder import BankFolder
 from weaver.concepts.prompts import names_token
 from weaver.concepts.settings import TrainSettings
 from weaver.errors import WeaverError
 from weaver.job import BackgroundSpec, ConceptSpec, MaskSpec, TrainSpec
-from weaver.job.fields import EMBEDDED, Fields
+from weaver.job.fields import BANK, EMBEDDED, Fields
 
 __all__ = ["parse_concept"]
 
@@ -22,7 +23,7 @@ def parse_concept(fields: Fields, kind: type[BackgroundSpec]) -> BackgroundSpec:
     """Read a section of a job file as a `kind`, `ConceptSpec` or `BackgroundSpec`; complaints go to `fields`."""
     source = fields.exactly_one(("file", "train"))
     train = _train(fields.section("train")) if source == "train" else None
-    file = fields.file("file") if source == "file" else None
+    file = _concept_file(fields) if source == "file" else None
     token = fields.text("token") if source == "file" else None
     word = fields.text("word")
     if train and not word:
@@ -49,6 +50,18 @@ def parse_concept(fields: Fields, kind: type[BackgroundSpec]) -> BackgroundSpec:
         values["mask"] = _mask(fields.section("mask"))
     fields.finish()
     return kind(**values)
+
+
+def _concept_file(fields: Fields) -> Path | str | None:
+    """A file as `Fields.file` reads it, or that of a concept in the bank."""
+    value = fields.text("file")
+    if value is None or not value.startswith(BANK):
+        return fields.file("file")
+    try:
+        return BankFolder().path(value.removeprefix(BANK)).resolve()
+    except WeaverError as error:
+        fields.complain("file", str(error))
+        return None
 
 
 def _default_name(file: Path | str | None, train: TrainSpec | None, word: str | None) -> str:
