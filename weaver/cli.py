@@ -1,5 +1,5 @@
 """The command line: `weaver demo`, `weaver run job.yaml`, `weaver train`, `weaver estimate job.yaml`,
-`weaver inspect FILE`, `weaver cache`.
+`weaver inspect FILE`, `weaver bank`, `weaver cache`.
 
 Exit codes: 0 done; 2 something that was given is wrong, told in one line; 1 anything unexpected; 130 interrupted;
 143 and 129 ended by the signals TERM and HUP.
@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from weaver.commands.bank import add_parser as add_bank_parser
 from weaver.commands.cache import CHOICES, chosen_cache
 from weaver.commands.cache import add_parser as add_cache_parser
 from weaver.commands.estimate import add_max_memory, chosen_plan
@@ -113,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"weaver {__version__}")
     parser.set_defaults(command=None)
-    commands = parser.add_subparsers(title="commands", metavar="demo | run | train | estimate | inspect | cache")
+    commands = parser.add_subparsers(title="commands", metavar="demo | run | train | estimate | inspect | bank | cache")
 
     demo = commands.add_parser("demo", help="all five stages on the embedded model; needs no network", epilog=_EPILOG)
     demo.add_argument("--quick", action="store_true", help="take the concept files that ship instead of training them")
@@ -135,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     add_estimate_parser(commands, _EPILOG)
     add_train_parser(commands, _EPILOG)
     add_inspect_parser(commands, _EPILOG)
+    add_bank_parser(commands, _EPILOG)
     add_cache_parser(commands, _EPILOG)
     return parser
 

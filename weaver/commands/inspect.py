@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from weaver.sizes import format_bytes
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "print_summary"]
 
 
 def add_parser(commands, epilog: str) -> None:
@@ -31,8 +32,14 @@ def _inspect(args: argparse.Namespace) -> int:
         summary = summarise(args.file)
     if args.json:
         print(json.dumps(summary, indent=2))
-        return 0
-    print(f"{args.file}: {summary['format']}, {format_bytes(summary['bytes'])}, SHA-256 {summary['sha256'][:12]}")
+    else:
+        print_summary(args.file, summary)
+    return 0
+
+
+def print_summary(path: Path, summary: Mapping) -> None:
+    """Print what `weaver.concepts.formats.summary.summarise` found in a file."""
+    print(f"{path}: {summary['format']}, {format_bytes(summary['bytes'])}, SHA-256 {summary['sha256'][:12]}")
     for token, vectors in summary["tokens"].items():
         print(f"  token {token}: {vectors} vector{'s' * (vectors > 1)} in each text encoder")
     for key in ("word", "base"):
@@ -45,4 +52,3 @@ def _inspect(args: argparse.Namespace) -> int:
         print(f"  {part['name']}: {part['changes']} weights, {kind}{share}" + ("" if part["used"] else ", not used"))
     for key, value in summary["settings"].items():
         print(f"  {key}: {value}")
-    return 0

@@ -1,0 +1,273 @@
+"""Converted concepts do in other programs, and read back by our own readers, what they do here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_concept, make_pipeline
+from pipeline_forms import full_mask
+from safetensors.torch import load_file
+from test_formats_lora import PROMPT, latents_of, saved
+from tiny_sdxl import make_sdxl
+
+from weaver import FusionPlan, attach, load_concept
+from weaver.cli import main
+from weaver.concepts.concept import Concept, ConceptError
+from weaver.concepts.decompose import Losses, factors_of
+from weaver.concepts.formats import read_concept_file
+from weaver.concepts.formats.convert import convert
+from weaver.fusion import ConceptUse
+from weaver_kernels import LowRank
+
+ALL = ("to_k", "to_v", "to_q", "to_out.0")
+LORAS = ("diffusers-lora", "kohya-lora")
+NAMED = PROMPT.replace("dog", "<v1> dog")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipeline(dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def concept(pipe):
+    """Whole matrices on every projection of cross-attention, and a token of two vectors."""
+    made = make_concept(pipe, 1, "dog", 0.3, ALL)
+    return replace(made, embeddings={"text_encoder": torch.cat([*made.embeddings.values()] * 2)})
+
+
+@pytest.fixture(scope="module")
+def drawn(pipe, concept):
+    """What the concept draws on its own, by the fusion's own processors."""
+    plan = FusionPlan.build(
+        pipe, [ConceptUse(concept)], full_mask(), prompt=PROMPT, suppression=0.0, height=32, width=32
+    )
+    with attach(pipe, plan):
+        return latents_of(pipe, PROMPT)
+
+
+@pytest.fixture(scope="module")
+def model(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def products(changes):
+    whole = {}
+    for key, change in changes.items():
+        whole[key] = change.up.double() @ change.down.double() if isinstance(change, LowRank) else change.double()
+    return whole
+
+
+def converted(concept, to, folder, *options, name="out.safetensors"):
+    """The file that the command line makes of a concept's own."""
+    file = concept.save(folder / "in" / "rex.safetensors")
+    out = folder / to / name
+    assert main(["bank", "convert", str(file), "--to", to, "--out", str(out), *map(str, options)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("to", LORAS)
+def test_a_lora_of_full_rank_draws_what_the_concept_draws(concept, drawn, tmp_path, to):
+    out = converted(concept, to, tmp_path, "--rank", 99)
+    stock = make_pipeline(dtype=torch.float32)
+    plain = latents_of(stock)
+    stock.load_textual_inversion(out.parent, weight_name="<v1>.safetensors")
+    stock.load_lora_weights(out.parent, weight_name=out.name)
+    found = latents_of(stock, NAMED)
+    assert (found - plain).abs().max() > 0.1
+    torch.testing.assert_close(found, drawn, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", LORAS)
+def test_our_own_reader_reads_a_lora_back(pipe, concept, tmp_path, to):
+    out = converted(concept, to, tmp_path, "--rank", 99)
+    again = load_concept(out, pipe, word="dog")
+    whole = products(again.deltas)
+    assert whole.keys() == concept.deltas.keys()
+    for key, change in products(concept.deltas).items():
+        torch.testing.assert_close(whole[key], change, rtol=0, atol=2e-6)
+    token = load_concept(out.with_name("<v1>.safetensors"), pipe, word="dog")
+    assert token.token == "<v1>" and torch.equal(token.embeddings["text_encoder"], concept.embeddings["text_encoder"])
+
+
+@pytest.mark.parametrize("changed", [("to_k", "to_v"), ALL], ids=["keys-values", "all"])
+def test_custom_diffusion_draws_what_the_concept_draws(pipe, model, tmp_path, changed):
+    concept = make_concept(pipe, 1, "dog", 0.3, changed)
+    plan = FusionPlan.build(
+        pipe, [ConceptUse(concept)], full_mask(), prompt=PROMPT, suppression=0.0, height=32, width=32
+    )
+    with attach(pipe, plan):
+        expected = latents_of(pipe, PROMPT)
+    out = converted(concept, "custom-diffusion", tmp_path, "--model", model, name="weights.bin")
+    stock = make_pipeline(dtype=torch.float32)
+    stock.load_textual_inversion(out.parent, weight_name="<v1>.safetensors")
+    stock.unet.load_attn_procs(out.parent, weight_name=out.name, _pipeline=stock)
+    torch.testing.assert_close(latents_of(stock, NAMED), expected, rtol=1e-4, atol=1e-4)
+    again = load_concept(out, pipe, word="dog")
+    assert (again.token, again.base_hash, again.deltas.keys()) == ("<v1>", concept.base_hash, concept.deltas.keys())
+    for key, delta in concept.deltas.items():
+        torch.testing.assert_close(again.deltas[key].float(), delta, rtol=1e-3, atol=1e-6)  # half precision
+
+
+def test_custom_diffusion_in_safetensors_is_what_diffusers_saves(pipe, model, concept, tmp_path, capsys):
+    stock = make_pipeline(dtype=torch.float32)
+    whole = converted(concept, "custom-diffusion", tmp_path, "--model", model, name="weights.bin")
+    stock.unet.load_attn_procs(whole.parent, weight_name=whole.name, _pipeline=stock)
+    stock.unet.save_attn_procs(tmp_path / "theirs", safe_serialization=True)
+    name = "pytorch_custom_diffusion_weights.safetensors"
+    capsys.readouterr()
+    ours = converted(concept, "custom-diffusion", tmp_path, "--model", model, "--replace", name=name)
+    assert "diffusers' own loader reads this layout from a .bin alone" in capsys.readouterr().out
+    expected, found = load_file(tmp_path / "theirs" / name), load_file(ours)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert load_concept(ours, pipe, word="dog").deltas.keys() == concept.deltas.keys()
+
+
+def test_only_the_layers_that_change_are_written(pipe, model, concept, tmp_path):
+    key = next(iter(concept.deltas)).rpartition(".")[0]
+    few = replace(concept, deltas={k: x for k, x in concept.deltas.items() if k.startswith(f"{key}.to_q")})
+    out = converted(few, "custom-diffusion", tmp_path, "--model", model)
+    layer = f"{key}.processor"
+    names = ("to_k_custom_diffusion", "to_v_custom_diffusion", "to_q_custom_diffusion", "to_out_custom_diffusion.0")
+    assert load_file(out).keys() == {f"{layer}.{name}.weight" for name in names} | {f"{layer}.{names[3]}.bias"}
+    whole = load_concept(out, pipe, word="dog").deltas
+    assert not whole[f"{key}.to_k"].any() and whole[f"{key}.to_q"].any()
+
+
+@pytest.mark.parametrize("to", LORAS)
+def test_factors_stay_as_they_are_also_outside_and_in_text_encoders(tmp_path, to, capsys):
+    targets = ["to_k", "to_v", "to_q", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"]
+    targets += ["conv_shortcut", "time_emb_proj"]
+    # diffusers takes one alpha of a kohya file for all, so that ranks are one
+    uniform = {"rank_pattern": {}, "alpha_pattern": {}} if to == "kohya-lora" else {}
+    file = saved(make_pipeline(dtype=torch.float32), tmp_path, unet_targets=targets, **uniform)
+    out = tmp_path / "out.safetensors"
+    assert main(["bank", "convert", str(file), "--to", to, "--out", str(out), "--word", "dog"]) == 0
+    told = capsys.readouterr()
+    assert "are factors already, which are kept as they are" in told.out and "relative error" not in told.out
+    assert "of its changes lie outside cross-attention" in told.err
+    before, after = read_concept_file(file), read_concept_file(out)
+    for group in ("deltas", "outside", "text_deltas"):
+        expected, found = getattr(before, group), getattr(after, group)
+        assert expected and found.keys() == expected.keys()
+        for key, change in expected.items():
+            assert all(torch.equal(a, b) for a, b in zip(found[key], change, strict=True)), key
+    pictures = []
+    for path in (file, out):
+        stock = make_pipeline(dtype=torch.float32)
+        stock.load_lora_weights(path.parent, weight_name=path.name)
+        pictures.append(latents_of(stock))
+    torch.testing.assert_close(*pictures, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", LORAS)
+def test_the_error_that_is_told_is_the_true_one(concept, tmp_path, capsys, to):
+    out = converted(concept, to, tmp_path, "--rank", 3)
+    told = re.search(r"rank 3: relative error ([\d.]+) .*, at worst ([\d.]+) in unet\.(\S+)", capsys.readouterr().out)
+    found, whole = products(read_concept_file(out).deltas), products(concept.deltas)
+    lost = {key: (found[key] - change).norm() for key, change in whole.items()}
+    parts = {key: lost[key] / change.norm() for key, change in whole.items()}
+    overall = sum(x**2 for x in lost.values()).sqrt() / sum(x.norm() ** 2 for x in whole.values()).sqrt()
+    assert float(told[1]) == pytest.approx(overall.item(), rel=1e-3) and overall > 0.3
+    assert float(told[2]) == pytest.approx(max(parts.values()).item(), rel=1e-3)
+    assert told[3] == max(parts, key=parts.get)
+
+
+def test_no_other_factors_of_a_rank_are_nearer():
+    """The singular values that are left out are all that is lost (Eckart and Young)."""
+    change = torch.randn(7, 5, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    losses = Losses()
+    factors = factors_of(change, 2)
+    losses.note("conv", change, factors)
+    assert (factors.down.shape, factors.up.shape) == ((2, 5, 3, 3), (7, 2, 1, 1))
+    rest = torch.linalg.svdvals(change.flatten(1))[2:].norm() / change.norm()
+    assert losses.overall == pytest.approx(rest.item(), rel=1e-6) and losses.worst == ("conv", losses.overall)
+
+
+def test_of_two_text_encoders(tmp_path):
+    pipe = make_sdxl(dtype=torch.float32)
+    concept = make_concept(pipe, 1, "dog")
+    file = saved(make_sdxl(dtype=torch.float32), tmp_path)
+    lora = load_concept(file, pipe, word="dog")
+    whole = replace(concept, deltas=lora.deltas, text_deltas=lora.text_deltas)
+    for to in LORAS:
+        done = convert(whole, to, tmp_path / to / "out.safetensors")
+        again = load_concept(done.files[0], pipe, word="dog")
+        for group in ("deltas", "text_deltas"):
+            found, expected = getattr(again, group), getattr(whole, group)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(a, b) for key in expected for a, b in zip(found[key], expected[key], strict=True))
+        token = load_concept(done.files[1], pipe, word="dog")
+        assert token.token == "<v1>" and token.embeddings.keys() == concept.embeddings.keys()
+        assert all(torch.equal(token.embeddings[key], x) for key, x in concept.embeddings.items())
+        assert any("diffusers takes one for all" in note for note in done.notes) == (to == "kohya-lora")
+    pictures = []
+    for path in (file, tmp_path / "diffusers-lora" / "out.safetensors"):
+        stock = make_sdxl(dtype=torch.float32)
+        stock.load_lora_weights(path.parent, weight_name=path.name)
+        pictures.append(latents_of(stock))
+    torch.testing.assert_close(*pictures, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConceptError, match="a token for two text encoders"):
+        convert(concept, "custom-diffusion", tmp_path / "out.bin", pipe=pipe)
+
+
+def test_our_own_format_is_the_concept_itself(concept, tmp_path):
+    again = Concept.load(converted(concept, "weaver", tmp_path, "--token", "<rex>"))
+    assert (again.token, again.word, again.base_hash) == ("<rex>", "dog", concept.base_hash)
+    assert all(torch.equal(again.deltas[key], delta) for key, delta in concept.deltas.items())
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        (
+            "custom-diffusion",
+            [],
+            "model: Custom Diffusion's files hold whole weights, tell the base model with --model",
+        ),
+        ("diffusers-lora", ["--rank", "0"], "rank: is 0, expected 1 or more"),
+        ("diffusers-lora", ["--out", "rex.bin"], "out: rex.bin must end in .safetensors"),
+        ("kohya-lora", ["--token", "../v"], "token '../v' gives no name for a file beside out.safetensors"),
+        ("weaver", ["--rank", "4"], "--rank is a LoRA's, there is none in weaver"),
+        ("weaver", ["--out", "{there}"], "is there already; give --replace, or another --out"),
+    ],
+)
+def test_what_cannot_be_converted_is_told_in_one_line(concept, tmp_path, capsys, to, options, message):
+    file = concept.save(tmp_path / "rex.safetensors")
+    options = [option.format(there=file) for option in options]
+    out = tmp_path / "made" / "out.safetensors"
+    assert main(["bank", "convert", str(file), "--to", to, "--out", str(out), *options]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1 and not out.parent.exists()
+
+
+def test_what_has_no_place_in_a_layout_is_refused(pipe, concept, tmp_path):
+    factors = LowRank(torch.ones(1, 8), torch.ones(8, 1))
+    more = replace(concept, outside={"conv_in": factors}, text_deltas={"text_encoder.fc": factors})
+    with pytest.raises(
+        ConceptError, match="1 changes outside cross-attention and 1 changes of text encoders: .* a LoRA"
+    ):
+        convert(more, "custom-diffusion", tmp_path / "out.bin", pipe=pipe)
+    alone = replace(concept, deltas={})
+    with pytest.raises(ConceptError, match="no changes of cross-attention: .* convert it to weaver"):
+        convert(alone, "custom-diffusion", tmp_path / "out.bin", pipe=pipe)
+    with pytest.raises(ConceptError, match="it is a token alone: a LoRA has none"):
+        convert(alone, "kohya-lora", tmp_path / "out.safetensors")
+    other = make_pipeline(dtype=torch.float32, seed=3)
+    with pytest.raises(ConceptError, match="belongs to another base model"):
+        convert(concept, "custom-diffusion", tmp_path / "out.bin", pipe=other)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_that_is_not_in_brackets_is_found_again(pipe, concept, tmp_path):
+    rex = replace(concept, token="rex")
+    done = convert(rex, "custom-diffusion", tmp_path / "rex.bin", pipe=pipe)
+    assert done.files[1].name == "<rex>.safetensors" and load_concept(done.files[0], pipe, word="dog").token == "rex"
+    with pytest.raises(ConceptError, match="token 'rex' gives no name for a file beside rex.safetensors"):
+        convert(rex, "kohya-lora", tmp_path / "rex.safetensors")
