@@ -16,8 +16,9 @@ __all__ = ["Losses", "factors_of"]
 
 @dataclass
 class Losses:
-    """What factors of a limited rank leave out of changes, as parts of their Frobenius norms."""
+    """What factors of a `rank` leave out of changes, as parts of their Frobenius norms."""
 
+    rank: int
     by_change: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def note(self, key: str, change: Delta, factors: LowRank) -> None:

@@ -88,8 +88,9 @@ def _weights(concept: Concept, to: str, out: Path, rank: int, pipe) -> tuple[Wri
     notes = []
     if to != _CUSTOM:
         file = _LORAS[to](concept, rank)
-        write, notes = partial(save_file, file.tensors, metadata=file.metadata), _losses(concept, rank, file.losses)
-        if len({x.item() for name, x in file.tensors.items() if name.endswith(".alpha")}) > 1:
+        write, notes = partial(save_file, file.tensors, metadata=file.metadata), _losses(concept, file.losses)
+        alphas = {(name.split("_")[1], x.item()) for name, x in file.tensors.items() if name.endswith(".alpha")}
+        if len(alphas) > len({part for part, _ in alphas}):
             notes.append("its ranks differ, and so its alphas: diffusers takes one for all, give it a diffusers-lora")
     else:
         weights = custom_diffusion_weights(concept, pipe)
@@ -108,7 +109,7 @@ def _weights(concept: Concept, to: str, out: Path, rank: int, pipe) -> tuple[Wri
     return write, [*notes, f"not told in this layout: {', '.join(untold)}"]
 
 
-def _losses(concept: Concept, rank: int, losses: Losses) -> list[str]:
+def _losses(concept: Concept, losses: Losses) -> list[str]:
     groups = (concept.deltas, concept.outside, concept.text_deltas)
     matrices = sum(not isinstance(change, LowRank) for group in groups for change in group.values())
     kept = len(losses.by_change) - matrices
@@ -116,8 +117,8 @@ def _losses(concept: Concept, rank: int, losses: Losses) -> list[str]:
     if matrices:
         worst, most = losses.worst
         notes.append(
-            f"{matrices} matrices become factors of rank {rank}: relative error {losses.overall:.4g} (Frobenius norm "
-            f"of what is lost, of all changes), at worst {most:.4g} in {worst}"
+            f"{matrices} matrices become factors of rank {losses.rank}: relative error {losses.overall:.4g} (Frobenius "
+            f"norm of what is lost, of all changes), at worst {most:.4g} in {worst}"
         )
     return notes
 

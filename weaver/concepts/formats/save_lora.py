@@ -66,14 +66,16 @@ def kohya_lora(concept: Concept, rank: int) -> LoraFile:
 
 def _parts(concept: Concept, rank: int) -> tuple[dict[str, dict[str, LowRank]], Losses]:
     """The factors of the U-Net and of each text encoder, by their paths there as diffusers writes them."""
-    changes: dict[str, Mapping] = {f"unet.{path}": x for path, x in (concept.deltas | concept.outside).items()}
+    changes: dict[str, Mapping] = {
+        f"unet.{path}": x for path, x in (dict(concept.deltas) | dict(concept.outside)).items()
+    }
     changes |= concept.text_deltas
     if not changes:
         raise ConceptError(f"concept {concept.name!r} changes no weights, it is a token alone: a LoRA has none")
     parts: dict[str, dict[str, LowRank]] = {}
-    losses = Losses()
     matrices = [change.flatten(1) for change in changes.values() if not isinstance(change, LowRank)]
     rank = min(rank, max((min(matrix.shape) for matrix in matrices), default=rank))
+    losses = Losses(rank)
     for key, change in changes.items():
         factors = factors_of(change, rank)
         losses.note(key, change, factors)
