@@ -66,6 +66,24 @@ def test_what_has_changed_is_computed_again(monkeypatch):
     assert len(hashing._KNOWN) == hashing._MOST and ask() == str(len(computed))
 
 
+def test_weights_on_the_host_count_beside_those_on_a_gpu(monkeypatch):
+    """Of which no sum is made: that takes longer than the hash itself."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: self.ndim == 2))
+    monkeypatch.setattr(hashing, "_KNOWN", type(hashing._KNOWN)())
+    summed, sums = [], hashing.bit_sums
+    monkeypatch.setattr(hashing, "bit_sums", lambda tensors: summed.append(len(tensors)) or sums(tensors))
+    there, computed = torch.ones(2, 2), []
+
+    def ask(*host):
+        weights = [("unet", there), *((str(i), value) for i, value in enumerate(host))]
+        return remembered("kind", weights, lambda _: computed.append(1) or str(len(computed)))
+
+    resting = torch.arange(6).half()
+    assert [ask(resting), ask(resting.clone()), ask(resting.flip(0)), ask(resting)] == ["1", "1", "2", "1"]
+    there[0, 0] = 2
+    assert ask(resting) == "3" and set(summed) == {1}
+
+
 def test_on_the_cpu_it_is_computed_each_time():
     computed = []
     for _ in range(2):
