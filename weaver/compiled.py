@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from weaver.errors import WeaverError
 from weaver.layers import InjectionSites, sites_for
 
 __all__ = ["compile_parts", "hooks_run", "is_compiled"]
@@ -25,13 +26,17 @@ def compile_parts(unet: nn.Module, sites: InjectionSites | None = None, **option
     sites : into which layers features are injected later; None is the model's default
     options : of `torch.compile`, besides `fullgraph=True, dynamic=False`
 
-    Raises `WeaverError` where no sites are known for such a U-Net and none are given.
+    Raises `WeaverError` where there is no such part, and where no sites are known for the U-Net and none are given.
     """
+    parts = {path: part for path, part in unet.named_modules() if type(part).__name__ in _PARTS}
+    if not parts:
+        kinds = ", ".join(_PARTS)
+        raise WeaverError(f"A {type(unet).__name__} has no part to compile (a {kinds}): pass the pipeline's U-Net")
     sites = sites_for(unet) if sites is None else sites
     hooked = {path.rpartition(".")[0] for path in sites.resnet_modules()}
-    for path, module in unet.named_modules():
-        if type(module).__name__ in _PARTS and path not in hooked:
-            module.compile(**{"fullgraph": True, "dynamic": False} | options)
+    for path, part in parts.items():
+        if path not in hooked:
+            part.compile(**{"fullgraph": True, "dynamic": False} | options)
 
 
 def hooks_run(*modules: nn.Module) -> AbstractContextManager:
