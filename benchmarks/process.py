@@ -21,7 +21,7 @@ from weaver import weave
 from weaver.cache import Cache
 from weaver.concepts.concept import Concept
 from weaver.embedded import concept_path
-from weaver.graphs import Graphs
+from weaver.graphs import CUDAGraphs
 from weaver.template import template_picture
 
 __all__ = ["STAGES", "parts_of_a_step", "process"]
@@ -41,7 +41,7 @@ def process(
     are captured before anything is timed, those of the fusion every time.
     """
     pipe, side, apart = case.pipe, case.plan.pixels[0], template_pipe is not case.pipe
-    graphs, of_template = (Graphs() if on_gpu else None for _ in range(2))
+    graphs, of_template = (CUDAGraphs() if on_gpu else None for _ in range(2))
     if model == "embedded":
         prompt, given = PROMPT, {}
         concepts = [Concept.load(concept_path(name)) for name in SHIPPED]
@@ -86,7 +86,7 @@ def process(
     return rows
 
 
-def _template(pipe, graphs: Graphs | None, prompt: str, size: tuple[int, int], steps: int):
+def _template(pipe, graphs: CUDAGraphs | None, prompt: str, size: tuple[int, int], steps: int):
     start = time.perf_counter()
     image = template_picture(pipe, prompt, size=size, seed=SEED, steps=steps, graphs=graphs)
     return image, time.perf_counter() - start

@@ -16,7 +16,7 @@ from pipeline_forms import controlnet_of, draw, make
 from weaver import attach, compile_parts, weave
 from weaver.features import collect_features
 from weaver.fusion import ConceptUse, FusionPlan, FusionSampler, sample_fusion
-from weaver.graphs import Graphs
+from weaver.graphs import CUDAGraphs
 from weaver.inversion import invert
 from weaver.layers import InjectionSites
 from weaver.schedule import ddim_scheduler
@@ -182,7 +182,7 @@ def test_own_queries_and_outputs_are_captured_too(pipe, how, replays):
 
 def test_inversion_and_features_by_graphs(pipe, plans, replays):
     expected, _ = plans
-    graphs = Graphs()
+    graphs = CUDAGraphs()
     for _ in range(2):
         inversion = invert(pipe, expected.z_0, PROMPT, STEPS, graphs=graphs)
         close(inversion.latents, expected.latents)

@@ -13,13 +13,13 @@ from pipeline_forms import make
 
 from weaver import InjectionSites, WeaverError, collect_features, ddim_scheduler, invert, weave
 from weaver.fusion import ConceptUse, FusionPlan, attach
-from weaver.graphs import CapturedForward, Graphs, captured, uncaptured
+from weaver.graphs import CapturedForward, CUDAGraphs, captured, uncaptured
 from weaver.replay import forward_until
 
 PATH = "up_blocks.1.resnets.0.conv2"
 
 
-class Held(Graphs):
+class Held(CUDAGraphs):
     """Calls instead of graphs, with the same tensors each time."""
 
     def __init__(self):
@@ -90,7 +90,7 @@ def test_a_forward_is_captured_within_the_block_and_only_by_itself(tiny_pipe):
 
 
 def test_graphs_are_there_before_anything_is_captured():
-    assert Graphs() and not len(Graphs())
+    assert CUDAGraphs() and not len(CUDAGraphs())
 
 
 def test_numbers_of_other_types_and_what_can_not_be_compared():
@@ -106,7 +106,7 @@ def test_numbers_of_other_types_and_what_can_not_be_compared():
 
 
 def test_graphs_follow_one_unet_as_it_is(tiny_pipe, tiny_pipe_v):
-    graphs, unet = Graphs(), tiny_pipe.unet
+    graphs, unet = CUDAGraphs(), tiny_pipe.unet
     for change, forgets in {
         "none": (lambda: None, False),
         "another": (lambda: tiny_pipe_v.unet, True),
@@ -143,7 +143,7 @@ def attached(monkeypatch, tiny_pipe):
     made = []
     module = sys.modules["weaver.fusion.attach"]
     monkeypatch.setattr(module, "graph_reasons", lambda *_: [])
-    monkeypatch.setattr(module, "Graphs", lambda: made.append(Held()) or made[-1])
+    monkeypatch.setattr(module, "CUDAGraphs", lambda: made.append(Held()) or made[-1])
     return made
 
 
@@ -206,10 +206,10 @@ def test_graphs_need_a_gpu(tiny_pipe, concepts):
     with pytest.raises(WeaverError, match="graphs need a CUDA device, the U-Net is on cpu"):
         with attach(tiny_pipe, plan, graphs=True):
             pass
-    for graphs in (True, Graphs()):
+    for graphs in (True, CUDAGraphs()):
         with pytest.raises(WeaverError, match="graphs need a CUDA device, the U-Net is on cpu"):
             weave(tiny_pipe, "a dog", concepts[:1], graphs=graphs)
-    with pytest.raises(WeaverError, match="graphs is a str, expected True or a weaver.graphs.Graphs"):
+    with pytest.raises(WeaverError, match="graphs is a str, expected True or a weaver.graphs.CUDAGraphs"):
         weave(tiny_pipe, "a dog", concepts[:1], graphs="yes")
     with pytest.raises(WeaverError, match="graphs need a CUDA device, the U-Net is on cpu"):
-        invert(tiny_pipe, torch.zeros(1, 4, 16, 16), "a dog", 2, graphs=Graphs())
+        invert(tiny_pipe, torch.zeros(1, 4, 16, 16), "a dog", 2, graphs=CUDAGraphs())

@@ -18,7 +18,7 @@ import torch
 from weaver.cache import Cache, features_identity, reverse_identity
 from weaver.choices import FEATURES
 from weaver.errors import raise_if
-from weaver.graphs import Graphs, graph_reasons
+from weaver.graphs import CUDAGraphs, graph_reasons
 from weaver.inversion import Inversion
 from weaver.latents import decode_latents, psnr
 from weaver.layers import InjectionSites, site_reasons
@@ -96,7 +96,7 @@ def collect_features(
     reconstruct: bool = True,
     storage: torch.device | str | None = None,
     cache: Cache | None = None,
-    graphs: Graphs | None = None,
+    graphs: CUDAGraphs | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
     """Draw the template again from its noise, under its prompt and without guidance, and have the features of that.

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from weaver.errors import WeaverError
 from weaver.memory.resting import hooked
 
-__all__ = ["CapturedForward", "Graphs", "captured", "graph_reasons", "lasting", "uncaptured"]
+__all__ = ["CapturedForward", "CUDAGraphs", "captured", "graph_reasons", "lasting", "uncaptured"]
 
 # What of a module its forward depends on besides its weights: PEFT's adapters and diffusers' FreeU.
 _SWITCHES = ("scaling", "active_adapters", "disable_adapters", "merged", "s1", "s2", "b1", "b2")
@@ -25,8 +25,8 @@ def graph_reasons(unet, graphs) -> list[str]:
     """Why a U-Net's forwards can't be captured, where that is asked for: `graphs` is neither None nor False."""
     if graphs is None or graphs is False or not isinstance(unet, nn.Module):
         return []
-    if not isinstance(graphs, Graphs | bool):
-        return [f"graphs is a {type(graphs).__name__}, expected True or a weaver.graphs.Graphs"]
+    if not isinstance(graphs, CUDAGraphs | bool):
+        return [f"graphs is a {type(graphs).__name__}, expected True or a weaver.graphs.CUDAGraphs"]
     if unet.device.type != "cuda":
         return [f"graphs need a CUDA device, the U-Net is on {unet.device}"]
     if hooked(unet):
@@ -34,7 +34,7 @@ def graph_reasons(unet, graphs) -> list[str]:
     return []
 
 
-class Graphs:
+class CUDAGraphs:
     """One graph for each kind of call; all of them share their memory.
 
     What a call reads besides the tensors it is given, weights above all, must stay where it is. What is on the host is
@@ -128,19 +128,19 @@ class Graphs:
 class CapturedForward:
     """In the place of a U-Net's `forward`; `kind` says what else than its arguments a call depends on."""
 
-    def __init__(self, forward: Callable, graphs: Graphs, kind: Callable[[], Hashable]):
+    def __init__(self, forward: Callable, graphs: CUDAGraphs, kind: Callable[[], Hashable]):
         self._forward, self._graphs, self._kind = forward, graphs, kind
-        self.aside = False
+        self.eager = False
 
     def __call__(self, sample: torch.Tensor, timestep, *args, **kwargs):
-        if self.aside or torch.is_grad_enabled() or not sample.is_cuda or torch.is_autocast_enabled("cuda"):
+        if self.eager or torch.is_grad_enabled() or not sample.is_cuda or torch.is_autocast_enabled("cuda"):
             return self._forward(sample, timestep, *args, **kwargs)
         timestep = torch.as_tensor(timestep, device=sample.device)  # a number would be one graph for each
         return self._graphs.call(self._kind(), self._forward, sample, timestep, *args, **kwargs)
 
 
 @contextmanager
-def captured(unet, graphs: Graphs | None, kind: Callable[[], Hashable] = lambda: None) -> Iterator[None]:
+def captured(unet, graphs: CUDAGraphs | None, kind: Callable[[], Hashable] = lambda: None) -> Iterator[None]:
     """Within the block the U-Net's forwards, whoever calls it, are replayed from graphs; None changes nothing.
 
     Only under `torch.no_grad()` and on a GPU. Adapters, processors and hooks must stay as they are within the block.
@@ -169,11 +169,11 @@ def uncaptured(unet) -> Iterator[None]:
     if not isinstance(forward, CapturedForward):
         yield
         return
-    before, forward.aside = forward.aside, True
+    before, forward.eager = forward.eager, True
     try:
         yield
     finally:
-        forward.aside = before
+        forward.eager = before
 
 
 def lasting(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:

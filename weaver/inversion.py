@@ -13,7 +13,7 @@ from weaver.cache import Cache, inversion_identity
 from weaver.concepts.prompts import encode
 from weaver.conditioning import added_reasons, make_time_ids, time_id_reasons, unet_arguments
 from weaver.errors import raise_if
-from weaver.graphs import Graphs, graph_reasons
+from weaver.graphs import CUDAGraphs, graph_reasons
 from weaver.latents import encode_image, vae_scale_factor
 from weaver.limits import size_reasons, step_reasons
 from weaver.replay import forward_until
@@ -79,7 +79,7 @@ def invert(
     *,
     time_ids: Sequence[float] | None = None,
     cache: Cache | None = None,
-    graphs: Graphs | None = None,
+    graphs: CUDAGraphs | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inversion:
     """Invert a picture under the source prompt, by DDIM without guidance (arXiv 2010.02502, section 4.3).

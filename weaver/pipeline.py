@@ -24,7 +24,7 @@ from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
 from weaver.fusion.support import model_reasons
-from weaver.graphs import Graphs, graph_reasons
+from weaver.graphs import CUDAGraphs, graph_reasons
 from weaver.inversion import invert
 from weaver.job import MaskSpec
 from weaver.latents import decode_latents, tensor_to_images
@@ -115,7 +115,7 @@ def weave(
     size: tuple[int, int] | None = None,
     cache: Cache | None = None,
     memory: MemoryPlan | None = None,
-    graphs: Graphs | bool = False,
+    graphs: CUDAGraphs | bool = False,
     stages: Stages | None = None,
 ) -> WeaveResult:
     """Draw several personalised concepts into one picture, each in its place (Concept Weaver, section 3).
@@ -147,7 +147,7 @@ def weave(
     cache : where the template's inversion is looked for, and kept; None keeps nothing
     memory : what is kept off the device to save its memory; None keeps everything there
     graphs : replay every stage's steps from CUDA graphs, which take the memory of a step's activations; a
-        `weaver.graphs.Graphs` keeps those of the template, inversion and features for later calls with this pipeline
+        `weaver.graphs.CUDAGraphs` keeps those of template, inversion and features for later calls with this pipeline
     stages : takes the seconds and shows progress; None shows nothing
 
     Raises `WeaverError` when anything does not fit.
@@ -185,7 +185,7 @@ def weave(
         reasons.append(str(error))
     raise_if(reasons, "Cannot weave")
 
-    of_stages = Graphs() if graphs is True else graphs or None
+    of_stages = CUDAGraphs() if graphs is True else graphs or None
     if not isinstance(template, Image.Image):
         template = template_picture(
             pipe,

@@ -10,7 +10,7 @@ import torch
 
 from weaver.compiled import hooks_run
 from weaver.errors import raise_if
-from weaver.graphs import Graphs, uncaptured
+from weaver.graphs import CUDAGraphs, uncaptured
 
 __all__ = ["forward_until"]
 
@@ -28,7 +28,7 @@ def forward_until(
     *,
     keep: Callable[[torch.Tensor], torch.Tensor] | None = None,
     whole: bool = False,
-    graphs: Graphs | None = None,
+    graphs: CUDAGraphs | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """Run the U-Net on latents [B, C, h, w] and take the outputs of the modules at the paths `wanted`.
 

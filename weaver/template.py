@@ -11,7 +11,7 @@ from PIL import Image
 
 from weaver.defaults import defaults_for
 from weaver.errors import WeaverError, raise_if
-from weaver.graphs import Graphs, captured, graph_reasons
+from weaver.graphs import CUDAGraphs, captured, graph_reasons
 from weaver.memory.resting import lent, modules_of
 from weaver.pictures import fit, open_picture, open_rgb
 from weaver.progress import Stages
@@ -90,7 +90,7 @@ def template_picture(
     steps: int = 50,
     guidance: float | None = None,
     negative_prompt: str | None = None,
-    graphs: Graphs | None = None,
+    graphs: CUDAGraphs | None = None,
     stages: Stages | None = None,
 ) -> Image.Image:
     """The template at `size` (height, width): read from a `Path`, or made by `pipe` from a prompt.

@@ -18,7 +18,7 @@ from weaver.fusion.processors import FusedCrossAttnProcessor, InjectedSelfAttnPr
 from weaver.fusion.rows import FUSED, row_reasons
 from weaver.fusion.state import FusionState
 from weaver.fusion.support import processor_reasons, unet_reasons
-from weaver.graphs import Graphs, captured, graph_reasons
+from weaver.graphs import CUDAGraphs, captured, graph_reasons
 from weaver.layers import InjectionSites, cross_attention_paths
 
 __all__ = ["attach", "installable_reasons"]
@@ -86,7 +86,7 @@ def attach(
             for first, last in zip(sites.resnet_inputs(), sites.resnet_modules(), strict=True):
                 undo.callback(unet.get_submodule(first).register_forward_pre_hook(_skip(state, last)).remove)
                 undo.callback(unet.get_submodule(last).register_forward_hook(_inject(state, last)).remove)
-        undo.enter_context(captured(unet, Graphs() if graphs else None, lambda: state.kind))
+        undo.enter_context(captured(unet, CUDAGraphs() if graphs else None, lambda: state.kind))
         yield state
 
 

@@ -23,7 +23,7 @@ from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.rows import KINDS, picture_rows
 from weaver.fusion.state import FusionState
-from weaver.graphs import Graphs, graph_reasons, lasting
+from weaver.graphs import CUDAGraphs, graph_reasons, lasting
 
 __all__ = ["FusionSampler", "sample_fusion"]
 
@@ -109,7 +109,7 @@ class FusionSampler:
         self._draws = "generator" in inspect.signature(scheduler.step).parameters
         self._guided = plan.guidance > 1
         self._rows = picture_rows(self._pictures, plan.variants, self._guided)
-        self._graphs = Graphs() if graphs else None
+        self._graphs = CUDAGraphs() if graphs else None
         self._state: FusionState | None = None
         self._undo = ExitStack()
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from PIL import Image
 
-from weaver.graphs import Graphs
+from weaver.graphs import CUDAGraphs
 from weaver.job import Job, JobError
 from weaver.job.inputs import shipped_name
 from weaver.job.resolve import final_masks, mask_fields
@@ -53,7 +53,7 @@ def choose_template(
             steps=spec.steps,
             guidance=spec.guidance,
             negative_prompt=job.negative_prompt if takes_negative else "",
-            graphs=Graphs() if graphs else None,  # a maker that rests on the host comes back to another place
+            graphs=CUDAGraphs() if graphs else None,  # a maker that rests on the host comes back to another place
             stages=stages,
         )
         try:
