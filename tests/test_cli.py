@@ -13,6 +13,9 @@ from weaver import cli, run
 from weaver.demo import demo_job, with_shipped_concepts
 from weaver.embedded import CONCEPTS
 from weaver.errors import WeaverError
+from weaver.memory import estimate
+from weaver.memory.ledger import Peak
+from weaver.memory.plans import MemoryPlan
 from weaver.version import __version__
 
 
@@ -254,6 +257,19 @@ def test_max_memory_is_handed_on_as_a_plan(capsys, monkeypatch, job_file):
     code, out, _ = run_cli(capsys, "run", job_file, "--max-memory", "12GiB")
     assert code == 0 and str(seen["memory"]) == "features on the device" and out.startswith("at most ")
     assert run_cli(capsys, "run", job_file)[0] == 0 and seen["memory"] is None
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_graphs_that_do_not_fit_are_left_out_and_it_is_told(capsys, monkeypatch, job_file, fit):
+    seen, asked, report = {}, {}, {"concepts": {}, "total_seconds": 1}
+    monkeypatch.setattr(run, "run_job", lambda job, folder, **o: seen.update(o) or run.Run(folder, None, (), report))
+    found = estimate.Estimate("cuda", "float16", MemoryPlan(), fit, {"fusion": Peak(7)})
+    monkeypatch.setattr(estimate, "fit_job", lambda job, limit, **options: asked.update(options) or found)
+    code, out, _ = run_cli(capsys, "run", job_file, "--graphs", "--max-memory", "1GB")
+    assert code == 0 and asked["graphs"] is True and seen["graphs"] is fit
+    told = "steps in CUDA graphs" if fit else "no CUDA graphs, which do not fit"
+    assert out.splitlines()[0] == f"at most 7 B on cuda, in fusion: features on the device, {told}"
+    assert run_cli(capsys, "run", job_file, "--graphs")[0] == 0 and seen["graphs"] is True
 
 
 @pytest.mark.parametrize("size", ["12 parsecs", "-1GB", "", "GB"])

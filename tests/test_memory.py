@@ -24,6 +24,7 @@ from weaver.job.parse import job_from_mapping
 from weaver.latents import decode_latents, encode_image
 from weaver.layers import InjectionSites
 from weaver.masks.attention import attention_maps
+from weaver.memory.captures import GRAPHS, GraphsOnPaper
 from weaver.memory.estimate import estimate_job, fit_job
 from weaver.memory.ledger import WEIGHTS, Ledger
 from weaver.memory.plans import MemoryPlan, plans_for
@@ -193,6 +194,48 @@ def test_the_first_plan_that_fits_is_taken(job_folder):
     replayed = estimate_job(job, device="cpu", plan=MemoryPlan("replayed")).stages["fusion"]
     stored = estimate_job(job, device="cpu").stages["fusion"]
     assert "features" not in replayed.parts and replayed.total < stored.total
+
+
+def test_graphs_hold_a_call_s_memory_and_what_goes_in_and_out():
+    """Of kB: x is 1; a call makes two more, of which one is the result; the next kind makes three and keeps none."""
+
+    def small(x):
+        return (x + 1) * 2
+
+    def large(x):
+        _kept = x + 1, x + 2, x + 3
+
+    with torch.no_grad(), Ledger("cuda") as ledger:
+        x, graphs = torch.empty(256, device="meta"), GraphsOnPaper(ledger)
+        with ledger.peak() as peak:
+            graphs.call("kind", small, x)
+        assert ledger.held[GRAPHS] == 3 * 1024  # in, out, and what is free of the pool
+        with ledger.peak() as again:
+            graphs.call("kind", small, x)
+        assert peak.total == again.total == 5 * 1024  # x and a copy of the result
+        assert len(graphs) == 1
+        with ledger.peak() as peak:
+            graphs.call("other", large, x)
+        assert peak.total == (1 + 3 + 1 + 3) * 1024  # the call before its capture is beside the pool
+        assert ledger.held[GRAPHS] == (2 + 1 + 3) * 1024  # what goes in and out, and one pool as large as the larger
+        graphs.clear()
+        assert ledger.held[GRAPHS] == 0
+
+
+def test_graphs_are_counted_where_they_are_asked_for_and_left_out_where_they_do_not_fit(job_folder):
+    job = job_of(job_folder, steps=12)
+    plain, captured = (estimate_job(job, device="cuda", graphs=graphs) for graphs in (False, True))
+    held = {name for name, peak in captured.stages.items() if peak.parts.get(GRAPHS)}
+    assert {"template", "features", "fusion"} <= held and not {"reconstruction", "decoding"} & held
+    assert all(captured.stages[name].total > plain.stages[name].total for name in held)
+    assert plain.graphs is None and not any(peak.parts.get(GRAPHS) for peak in plain.stages.values())
+    least = estimate_job(job, device="cuda", plan=plans_for("cuda")[-1], graphs=True)
+    found = [fit_job(job, limit, device="cuda", graphs=True) for limit in (captured.nbytes, least.nbytes - 1)]
+    assert found[0].plan == MemoryPlan() and found[0].graphs is True and found[0].way.endswith("steps in CUDA graphs")
+    assert found[1].graphs is False and found[1].way.endswith("no CUDA graphs, which do not fit")
+    assert found[1].as_mapping()["graphs"] is False and table(found[1]).count("no CUDA graphs") == 1
+    with pytest.raises(WeaverError, match="job: device: graphs need a CUDA device, the run is on cpu: leave them out"):
+        estimate_job(job, device="cpu", graphs=True)
 
 
 def test_a_plan_of_another_kind_is_told():

@@ -158,11 +158,7 @@ def _common(parser: argparse.ArgumentParser, out: str | None, *, cache: str) -> 
         "--cache", choices=CHOICES, default=cache, help=f"what to keep of a template for later runs ({cache})"
     )
     add_max_memory(parser)
-    parser.add_argument(
-        "--graphs",
-        action="store_true",
-        help="on a GPU: replay steps from CUDA graphs, whose memory --max-memory does not count",
-    )
+    parser.add_argument("--graphs", action="store_true", help="on a GPU: replay steps from CUDA graphs")
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
 
 
@@ -202,7 +198,7 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
         out = out or Path("outputs") / f"{args.job.resolve().parent.name}-again"
     if args.seed is not None:
         job = replace(job, seed=args.seed, template=replace(job.template, seed=None))
-    memory = chosen_plan(args.max_memory, job, offline=args.offline, source=source)
+    memory, graphs = chosen_plan(args.max_memory, job, graphs=args.graphs, offline=args.offline, source=source)
     run = run_job(
         job,
         out or Path("outputs") / args.job.stem,
@@ -211,7 +207,7 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
         processes=None,
         cache=chosen_cache(args.cache),
         memory=memory,
-        graphs=args.graphs,
+        graphs=graphs,
         on_unused=args.on_unused,
         stages=args.stages,
         manifest=manifest,

@@ -27,7 +27,7 @@ def graph_reasons(unet, graphs) -> list[str]:
         return []
     if not isinstance(graphs, CUDAGraphs | bool):
         return [f"graphs is a {type(graphs).__name__}, expected True or a weaver.graphs.CUDAGraphs"]
-    if unet.device.type != "cuda":
+    if unet.device.type != (graphs.device_type if isinstance(graphs, CUDAGraphs) else CUDAGraphs.device_type):
         return [f"graphs need a CUDA device, the U-Net is on {unet.device}"]
     if hooked(unet):
         return ["graphs can't be had of a U-Net whose modules are hooked into (offload, caching): remove the hooks"]
@@ -41,12 +41,15 @@ class CUDAGraphs:
     settled when a call is captured. Under autocast, which makes tensors that go with it, nothing is replayed.
     """
 
+    device_type = "cuda"
+
     def __init__(self):
         self._follows: tuple = (lambda: None, None)
         self._device: torch.device | None = None
-        self._forget()
+        self.clear()
 
-    def _forget(self) -> None:
+    def clear(self) -> None:
+        """Forget all graphs, and give their memory back."""
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._calls: dict[Hashable, tuple[list[torch.Tensor], list]] = {}
         self._pool = None
@@ -62,7 +65,7 @@ class CUDAGraphs:
         its weights were moved, or adapters, processors or hooks have changed."""
         mark = _mark(unet)
         if self._follows[0]() is not unet or self._follows[1] != mark:
-            self._forget()
+            self.clear()
             self._follows = (weakref.ref(unet), mark)
 
     def run(self, kind: Hashable, call: Callable[[], None], written: Sequence[torch.Tensor]) -> None:
@@ -94,7 +97,7 @@ class CUDAGraphs:
         except TypeError:  # of a leaf without a hash
             return function(*args, **kwargs)
         if not known:
-            self._device = next(x.device for x in tensors if x.is_cuda)
+            self._device = next(x.device for x in tensors if x.device.type == self.device_type)
             self._calls[kind] = [lasting(x, self._device) for x in tensors], []
         inputs, results = self._calls[kind]
         for place, tensor in zip(inputs, tensors, strict=True):
@@ -133,7 +136,8 @@ class CapturedForward:
         self.eager = False
 
     def __call__(self, sample: torch.Tensor, timestep, *args, **kwargs):
-        if self.eager or torch.is_grad_enabled() or not sample.is_cuda or torch.is_autocast_enabled("cuda"):
+        elsewhere = sample.device.type != self._graphs.device_type
+        if self.eager or elsewhere or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
             return self._forward(sample, timestep, *args, **kwargs)
         timestep = torch.as_tensor(timestep, device=sample.device)  # a number would be one graph for each
         return self._graphs.call(self._kind(), self._forward, sample, timestep, *args, **kwargs)

@@ -220,8 +220,8 @@ def weave(
                 graphs=of_stages,
                 progress=move,
             )
+        of_stages = None  # unless the caller keeps them, their memory is free for the autoencoder and for the fusion's
         quality = reconstruction_psnr(pipe, inversion, found) if again else None
-    of_stages = None  # unless the caller keeps them, their memory is free for those of the fusion
     with stages.stage("fusion"), stages.bar("fusion", steps) as move:
         plan = FusionPlan.build(
             pipe,

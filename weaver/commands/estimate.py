@@ -22,6 +22,7 @@ def add_parser(commands, epilog: str) -> None:
     )
     parser.add_argument("job", type=Path, help="job.yaml, or the manifest.json of an earlier run")
     add_max_memory(parser)
+    parser.add_argument("--graphs", action="store_true", help="of a run with --graphs")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="another device than the job's; it need not be here")
     parser.add_argument("--json", action="store_true", help="the same as JSON, in bytes")
     parser.add_argument("--offline", action="store_true", help="take configurations from the local cache only")
@@ -39,15 +40,18 @@ def add_max_memory(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_plan(limit: int | None, job, *, offline: bool, source: str):
-    """The `MemoryPlan` that `--max-memory` means for a job, told in one line; None where it was not given."""
+def chosen_plan(limit: int | None, job, *, graphs: bool, offline: bool, source: str):
+    """The `MemoryPlan` that `--max-memory` means for a job, told in one line, and whether CUDA graphs fit beside it.
+
+    The plan is None where the option was not given; then graphs are as they were asked for.
+    """
     if limit is None:
-        return None
+        return None, graphs
     from weaver.memory.estimate import fit_job
 
-    found = fit_job(job, limit, offline=offline, source=source)
-    print(f"at most {format_bytes(found.nbytes)} on {found.device}, in {found.worst}: {found.plan}")
-    return found.plan
+    found = fit_job(job, limit, graphs=graphs, offline=offline, source=source)
+    print(f"at most {format_bytes(found.nbytes)} on {found.device}, in {found.worst}: {found.way}")
+    return found.plan, bool(found.graphs)
 
 
 def _estimate(args: argparse.Namespace) -> int:
@@ -62,7 +66,7 @@ def _estimate(args: argparse.Namespace) -> int:
         from weaver.memory.estimate import estimate_job, fit_job
         from weaver.memory.table import table
 
-        options = {"device": args.device, "offline": args.offline, "source": str(args.job)}
+        options = {"device": args.device, "graphs": args.graphs, "offline": args.offline, "source": str(args.job)}
         if args.max_memory is None:
             estimate = estimate_job(job, **options)
         else:

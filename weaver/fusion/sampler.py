@@ -37,7 +37,7 @@ def sample_fusion(
     *,
     eta: float = 0.0,
     generator: torch.Generator | None = None,
-    graphs: bool = False,
+    graphs: CUDAGraphs | bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """Sample over the fused U-Net with the plan's classifier-free guidance, by DDIM (arXiv 2010.02502) as a rule.
@@ -79,7 +79,7 @@ class FusionSampler:
     capacity : the most concepts, the background among them, and the most negative prompts of their own that later plans
         have in each variant; None is what `plan` has
     graphs : capture the steps in CUDA graphs, one for each set of injected sites: the host then only copies features
-        and weights between them
+        and weights between them. A `weaver.graphs.CUDAGraphs` is cleared first
 
     Where a concept changes `to_q` or `to_out`, only plans that have the same such concepts in the same places take
     turns, and with graphs none do. Raises `WeaverError` where graphs can't be had, and for numbers that can't be.
@@ -94,7 +94,7 @@ class FusionSampler:
         pictures: int | None = None,
         eta: float = 0.0,
         capacity: int | None = None,
-        graphs: bool = False,
+        graphs: CUDAGraphs | bool = False,
     ):
         raise_if(plan_reasons(plan), "Cannot draw the fusion")
         reasons = eta_reasons(eta) + count_reasons(pictures, capacity)
@@ -109,7 +109,9 @@ class FusionSampler:
         self._draws = "generator" in inspect.signature(scheduler.step).parameters
         self._guided = plan.guidance > 1
         self._rows = picture_rows(self._pictures, plan.variants, self._guided)
-        self._graphs = CUDAGraphs() if graphs else None
+        self._graphs = (graphs if isinstance(graphs, CUDAGraphs) else CUDAGraphs()) if graphs else None
+        if self._graphs is not None:
+            self._graphs.clear()
         self._state: FusionState | None = None
         self._undo = ExitStack()
 

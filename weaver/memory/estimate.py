@@ -37,13 +37,22 @@ class Estimate:
     ----------
     device, dtype : the kind of device, and the type of the weights
     plan : how the memory is used
+    graphs : whether steps are replayed from CUDA graphs; False where they were asked for and do not fit, None where
+        they were not asked for
     stages : name -> the most that the stage holds at a time, and of what that is, in the order of the run
     """
 
     device: str
     dtype: str
     plan: MemoryPlan
+    graphs: bool | None
     stages: Mapping[str, Peak]
+
+    @property
+    def way(self) -> str:
+        """How the run goes, in words; what was asked for and is left out is told."""
+        told = {None: "", True: ", steps in CUDA graphs", False: ", no CUDA graphs, which do not fit"}
+        return f"{self.plan}{told[self.graphs]}"
 
     @property
     def worst(self) -> str:
@@ -59,13 +68,15 @@ class Estimate:
         """Plain values, for JSON; all amounts in bytes."""
         stages = {name: {"total": peak.total, "parts": peak.parts} for name, peak in self.stages.items()}
         peak = {"stage": self.worst, "bytes": self.nbytes}
-        return {"device": self.device, "dtype": self.dtype, "plan": asdict(self.plan), "peak": peak, "stages": stages}
+        way = {"plan": asdict(self.plan), "graphs": self.graphs}
+        return {"device": self.device, "dtype": self.dtype, **way, "peak": peak, "stages": stages}
 
 
 def estimate_job(
     job: Job,
     *,
     plan: MemoryPlan | None = None,
+    graphs: bool = False,
     device: str | None = None,
     offline: bool = False,
     source: str = "job",
@@ -73,35 +84,48 @@ def estimate_job(
     """What `run_job` will take of the device's memory, from the configurations of the job's models alone.
 
     It is what PyTorch's allocator will say, with as many concepts in training at once as `weaver run` has. A cache of
-    inversions is taken to be empty. On a GPU what cuDNN takes for
-    itself is not in it, nor the driver's own few hundred MB.
+    inversions is taken to be empty. On a GPU what cuDNN takes for itself is not in it, nor the driver's own few hundred
+    MB. What CUDA graphs keep follows from how they are captured, and was not compared with a GPU yet.
 
     Parameters
     ----------
     plan : how the memory is used; None is the fastest way
+    graphs : steps are replayed from CUDA graphs, on a GPU
     device : "cpu" or "cuda", which need not be here; None is the job's
     offline : take configurations of Hub models from the local cache only
     source : what to call the job in errors
 
     Raises `WeaverError`, one line, for a job that can't be run.
     """
-    return _Estimator(job, device, offline, source)(plan or MemoryPlan())
+    return _Estimator(job, graphs, device, offline, source)(plan or MemoryPlan(), graphs or None)
 
 
-def fit_job(job: Job, limit: int, *, device: str | None = None, offline: bool = False, source: str = "job") -> Estimate:
+def fit_job(
+    job: Job,
+    limit: int,
+    *,
+    graphs: bool = False,
+    device: str | None = None,
+    offline: bool = False,
+    source: str = "job",
+) -> Estimate:
     """The fastest plan of a job whose peak is at most `limit` bytes; arguments are those of `estimate_job`.
+
+    Graphs are left out where no plan fits with them.
 
     Raises `WeaverError` where none fits, which names the least peak, its stage, and what would make it fit.
     """
-    estimator = _Estimator(job, device, offline, source)
+    estimator = _Estimator(job, graphs, device, offline, source)
     *plans, last = plans_for(estimator.device)
-    least = estimator(last)
-    if least.nbytes <= limit:
-        return next((found for found in map(estimator, plans) if found.nbytes <= limit), least)
+    for kept in (True, False) if graphs else (None,):
+        least = estimator(last, kept)
+        if least.nbytes <= limit:
+            others = (estimator(plan, kept) for plan in plans)
+            return next((found for found in others if found.nbytes <= limit), least)
     remedy = _REMEDIES.get(least.worst, _REMEDY)
     raise WeaverError(
         f"{source}: a run takes {format_bytes(least.nbytes)} on {least.device} at the least, in its stage "
-        f"{least.worst!r} ({least.plan}), and {format_bytes(limit)} are allowed: "
+        f"{least.worst!r} ({least.way}), and {format_bytes(limit)} are allowed: "
         f"raise --max-memory to {format_bytes(least.nbytes, up=True)}, or choose {remedy}"
     )
 
@@ -109,8 +133,12 @@ def fit_job(job: Job, limit: int, *, device: str | None = None, offline: bool = 
 class _Estimator:
     """Models and the resolved job, for any number of plans."""
 
-    def __init__(self, job: Job, device: str | None, offline: bool, source: str):
+    def __init__(self, job: Job, graphs: bool, device: str | None, offline: bool, source: str):
         self.device = device or in_field("device", source, choose_device, job.device)
+        if graphs and not self.device.startswith("cuda"):
+            raise WeaverError(
+                f"{source}: device: graphs need a CUDA device, the run is on {self.device}: leave them out"
+            )
         self.model = self._shapes("model", job.model, offline, source)
         prompts = [spec.prompt or job.prompt for spec in job.everyone]
         self.job = replace(resolve_job(job, self.model.pipe, prompts), device=self.device)
@@ -122,17 +150,19 @@ class _Estimator:
         self._known: dict[tuple, dict[str, Peak]] = {}
         self._rules = ShapeRules()
 
-    def __call__(self, plan: MemoryPlan) -> Estimate:
+    def __call__(self, plan: MemoryPlan, graphs: bool | None) -> Estimate:
         # Each group of stages with the part of the plan that it depends on.
-        stages = self._peaks(template_peaks, (self.model, self.maker), MemoryPlan(offload=plan.offload))
+        captured = {"graphs": bool(graphs)}
+        stages = self._peaks(template_peaks, (self.model, self.maker), MemoryPlan(offload=plan.offload), **captured)
         stages |= self._peaks(training_peaks, (self.model,), MemoryPlan(at_once=plan.at_once))
-        stages |= self._peaks(weave_peaks, (self.model,), replace(plan, at_once=None))
-        return Estimate(self.device, str(self.model.pipe.unet.dtype).removeprefix("torch."), plan, stages)
+        stages |= self._peaks(weave_peaks, (self.model,), replace(plan, at_once=None), **captured)
+        dtype = str(self.model.pipe.unet.dtype).removeprefix("torch.")
+        return Estimate(self.device, dtype, plan, graphs, stages)
 
-    def _peaks(self, function: Callable, models: tuple[Shapes, ...], plan: MemoryPlan) -> dict[str, Peak]:
-        key = function, plan
+    def _peaks(self, function: Callable, models: tuple[Shapes, ...], plan: MemoryPlan, **options) -> dict[str, Peak]:
+        key = function, plan, *options.items()
         if key not in self._known:
-            self._known[key] = function(self.job, *models, plan, Ledger(self.device, self._rules))
+            self._known[key] = function(self.job, *models, plan, Ledger(self.device, self._rules), **options)
         return dict(self._known[key])
 
     def _shapes(self, field: str, model: str, offline: bool, source: str, **options) -> Shapes:

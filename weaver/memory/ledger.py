@@ -80,6 +80,11 @@ class Ledger(TorchDispatchMode):
         self._raise_peaks(scratch_bytes(func, args, result) if self.device == "cpu" else 0)
         return result
 
+    @property
+    def total(self) -> int:
+        """Bytes that are held now."""
+        return sum(self.held.values())
+
     def size(self, tensor: torch.Tensor) -> int:
         """Bytes of a tensor's storage on the device; 0 if it is elsewhere."""
         if tensor.device.type not in self.kinds:
@@ -115,7 +120,7 @@ class Ledger(TorchDispatchMode):
         try:
             yield peak
         finally:
-            self._peaks.remove(peak)
+            self._peaks.pop()  # by place: nested ones may be equal
 
     def _note(self, tensor: torch.Tensor, name: str) -> None:
         if tensor.device.type not in self.kinds:
@@ -138,7 +143,7 @@ class Ledger(TorchDispatchMode):
         self.held[name] -= nbytes
 
     def _raise_peaks(self, scratch: int) -> None:
-        total = sum(self.held.values()) + scratch
+        total = self.total + scratch
         for peak in self._peaks:
             if total > peak.total:
                 peak.total = total

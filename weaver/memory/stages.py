@@ -12,17 +12,20 @@ from PIL import Image
 from weaver.features import Features, collect_features, reconstruction_psnr
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
+from weaver.graphs import CUDAGraphs
 from weaver.inversion import Inversion, invert
 from weaver.job import Job
 from weaver.latents import decode_latents, tensor_to_images
 from weaver.layers import SITES
 from weaver.masks.attention import attention_maps
+from weaver.memory.captures import graphs_on
 from weaver.memory.ledger import WEIGHTS, Ledger, Peak
 from weaver.memory.plans import MemoryPlan
 from weaver.memory.resting import lent, modules_of, resting
 from weaver.memory.shapes import Shapes
 from weaver.memory.stand_ins import BASE_HASH, PROMPT, WORD, delta_bytes, masks_for, uses_for
 from weaver.models import threads_for
+from weaver.replay import forward_until
 from weaver.schedule import ddim_scheduler
 from weaver.template import template_picture
 
@@ -32,7 +35,9 @@ FEATURE_TENSORS, INVERSION, PLAN, CONCEPT_WEIGHTS = "features", "inversion", "te
 _STEPS = 2  # the first injects features, the second does not
 
 
-def template_peaks(job: Job, model: Shapes, maker: Shapes, plan: MemoryPlan, ledger: Ledger) -> dict[str, Peak]:
+def template_peaks(
+    job: Job, model: Shapes, maker: Shapes, plan: MemoryPlan, ledger: Ledger, *, graphs: bool = False
+) -> dict[str, Peak]:
     """What making the template and finding masks in it take, of what a job needs of the two.
 
     Parameters
@@ -41,6 +46,7 @@ def template_peaks(job: Job, model: Shapes, maker: Shapes, plan: MemoryPlan, led
     model, maker : the model that fuses, and the one that makes the template; they may be one
     plan : how it is to be run
     ledger : of the device, with nothing on it
+    graphs : steps are replayed from CUDA graphs
     """
     found: dict[str, Peak] = {}
     for shapes in dict.fromkeys((model, maker)):
@@ -50,19 +56,19 @@ def template_peaks(job: Job, model: Shapes, maker: Shapes, plan: MemoryPlan, led
             if not job.template.image:
                 options = {"size": job.size, "steps": _STEPS, "guidance": job.template.guidance}
                 with ledger.peak() as found["template"]:
-                    template_picture(maker.pipe, PROMPT, **options)
+                    template_picture(maker.pipe, PROMPT, **options, graphs=graphs_on(ledger, graphs))
             if any(spec.mask.file is None and spec.mask.box is None for spec in job.concepts):
                 with ledger.peak() as found["masks"]:
                     _find_words(job, model.pipe, ledger.device)
     return found
 
 
-def weave_peaks(job: Job, model: Shapes, plan: MemoryPlan, ledger: Ledger) -> dict[str, Peak]:
+def weave_peaks(job: Job, model: Shapes, plan: MemoryPlan, ledger: Ledger, *, graphs: bool = False) -> dict[str, Peak]:
     """What inversion, features and fusion take, in their order; arguments are those of `template_peaks`."""
     others = [module for module in model.modules if module is not model.pipe.unet]
     ledger.hold(WEIGHTS, model.tensors())
     with threads_for(model.pipe, ledger.device), ledger, resting(others if plan.offload else []):
-        return _Weaving(job, model.pipe, plan, ledger).peaks()
+        return _Weaving(job, model.pipe, plan, ledger, graphs).peaks()
 
 
 def _find_words(job: Job, pipe, device: str) -> None:
@@ -79,8 +85,8 @@ def _find_words(job: Job, pipe, device: str) -> None:
 class _Weaving:
     """The stages of `weaver.pipeline.weave` from inversion on, each leaving its peak."""
 
-    def __init__(self, job: Job, pipe, plan: MemoryPlan, ledger: Ledger):
-        self.job, self.pipe, self.plan, self.ledger = job, pipe, plan, ledger
+    def __init__(self, job: Job, pipe, plan: MemoryPlan, ledger: Ledger, graphs: bool):
+        self.job, self.pipe, self.plan, self.ledger, self.graphs = job, pipe, plan, ledger, graphs
         self.found: dict[str, Peak] = {}
 
     def peaks(self) -> dict[str, Peak]:
@@ -90,8 +96,10 @@ class _Weaving:
                 held.enter_context(ledger.more(CONCEPT_WEIGHTS, len(job.everyone) * delta_bytes(self.pipe)))
             masks = masks_for(job)
             ledger.hold(PLAN, [masks])
-            inversion = self._invert(held)
-            features = self._collect(inversion, held)
+            graphs = graphs_on(ledger, self.graphs)
+            inversion = self._invert(held, graphs)
+            features = self._collect(inversion, held, graphs)
+            del graphs
             if features.reconstruction is not None:
                 with self._stage("reconstruction"):
                     reconstruction_psnr(self.pipe, inversion, features)
@@ -103,18 +111,18 @@ class _Weaving:
         with self.ledger.peak() as self.found[name]:
             yield
 
-    def _invert(self, held: ExitStack) -> Inversion:
+    def _invert(self, held: ExitStack, graphs: CUDAGraphs | None) -> Inversion:
         """Invert a picture; what its longer way holds is held from then on."""
         job, ledger = self.job, self.ledger
         with self._stage("inversion"):
-            inversion = invert(self.pipe, _picture(job.size), PROMPT, _STEPS)
+            inversion = invert(self.pipe, _picture(job.size), PROMPT, _STEPS, graphs=graphs)
             ledger.hold(INVERSION, [inversion.latents])
             latents = inversion.z_0.numel() * inversion.z_0.itemsize
             held.enter_context(ledger.more(INVERSION, (job.steps - _STEPS) * latents))
-            self._forward(inversion)  # the last step
+            self._forward(inversion, graphs)  # the last step
         return inversion
 
-    def _collect(self, inversion: Inversion, held: ExitStack) -> Features:
+    def _collect(self, inversion: Inversion, held: ExitStack, graphs: CUDAGraphs | None) -> Features:
         """Collect features; those of all steps are held from then on."""
         job, ledger = self.job, self.ledger
         sites = replace(
@@ -128,9 +136,8 @@ class _Weaving:
             short = replace(sites, resnet_window=first * (resnets > 0), attention_window=first * (attentions > 0))
             kind = self.plan.kind_of(job.fusion.features)
             again = kind != "inversion"
-            features = collect_features(
-                self.pipe, inversion, short, kind=kind, reconstruct=again, storage=self.plan.storage
-            )
+            options = {"reconstruct": again, "storage": self.plan.storage, "graphs": graphs}
+            features = collect_features(self.pipe, inversion, short, kind=kind, **options)
             if again:
                 ledger.hold(INVERSION, [features.path])
                 latents = inversion.z_0.numel() * inversion.z_0.itemsize
@@ -140,13 +147,15 @@ class _Weaving:
             ledger.hold(FEATURE_TENSORS, here.values())
             total = sum(counts[path] * ledger.size(tensor) for path, tensor in here.items())
             held.enter_context(ledger.more(FEATURE_TENSORS, total - ledger.held[FEATURE_TENSORS]))
-            # The steps after the last that keeps any go on to the end with all of them held.
-            self._forward(inversion)
+            # The steps after the last that keeps any go on to the end with all of them held. Where one window ends
+            # before the other, another graph is captured then, with its forward beside the pool.
+            self._forward(inversion, None if here and resnets != attentions else graphs)
         return features
 
     @torch.no_grad()
-    def _forward(self, inversion: Inversion) -> None:
-        self.pipe.unet(inversion.z_T, inversion.timesteps[0], **inversion.unet_arguments, return_dict=False)
+    def _forward(self, inversion: Inversion, graphs: CUDAGraphs | None) -> None:
+        t, arguments = inversion.timesteps[0], inversion.unet_arguments
+        forward_until(self.pipe.unet, (), inversion.z_T, t, arguments, whole=True, graphs=graphs)
 
     def _fuse(self, features: Features, masks: torch.Tensor) -> None:
         job, ledger, pipe = self.job, self.ledger, self.pipe
@@ -167,7 +176,9 @@ class _Weaving:
             kept = [kv.keys for kv in plan.keys_values.values()]
             ledger.hold(PLAN, [plan.text, *kept, *plan.weights.values()])
             scheduler = ddim_scheduler(pipe.scheduler)
-            z = sample_fusion(pipe.unet, features.z_T, scheduler, plan, eta=job.fusion.eta)
+            options = {"eta": job.fusion.eta, "graphs": graphs_on(ledger, self.graphs) or False}
+            z = sample_fusion(pipe.unet, features.z_T, scheduler, plan, **options)
+            del options
         with self._stage("decoding"):
             tensor_to_images(decode_latents(pipe.vae, z))
 

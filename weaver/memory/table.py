@@ -18,7 +18,7 @@ def table(estimate: Estimate) -> str:
         cells = [format_bytes(peak.parts[name]) if peak.parts.get(name) else "-" for name in names]
         rows.append([stage, *cells, format_bytes(peak.total)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [f"on {estimate.device} in {estimate.dtype}, {estimate.plan}:"]
+    lines = [f"on {estimate.device} in {estimate.dtype}, {estimate.way}:"]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("  ".join(cells) + ("  <- peak" if row[0] == estimate.worst else ""))
