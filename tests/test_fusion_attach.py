@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -75,6 +76,15 @@ def test_restores_everything(tiny_pipe, plan):
         assert state_of(tiny_pipe.unet)[0] != before[0]
     assert_same(before, state_of(tiny_pipe.unet))
     assert torch.equal(plain, draw(tiny_pipe, plan)) and not torch.allclose(plain, fused)
+
+
+def test_what_it_held_is_freed_when_it_is_left(tiny_pipe, plan):
+    """Without waiting for Python's garbage collection: on a GPU it is a step's features and all keys and values."""
+    with attach(tiny_pipe, plan) as state:
+        draw(tiny_pipe, plan)
+        held = weakref.ref(state)
+    del state
+    assert held() is None
 
 
 def test_restores_after_an_exception_and_draws_the_same_again(tiny_pipe, plan):

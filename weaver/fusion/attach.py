@@ -76,6 +76,7 @@ def attach(
     raise_if(_reasons(unet, pipe, plan, rows) + graph_reasons(unet, graphs), "Cannot attach the plan")
     state = FusionState(plan, pipe, rows, held=graphs)
     with ExitStack() as undo:
+        undo.callback(state.installed.clear)  # processors know the state: what it holds is freed with it, at once
         undo.callback(unet.register_forward_pre_hook(state.before_forward, with_kwargs=True).remove)
         for path in plan.keys_values:
             _install(state, unet, path, partial(FusedCrossAttnProcessor, state, state.context_reads[path]), undo)
