@@ -15,6 +15,7 @@ from PIL import Image
 from benchmarks.memory import estimated, make_job, measured
 from benchmarks.model_shapes import write_model
 from benchmarks.timing import host_peak
+from weaver.cache import Cache
 from weaver.embedded import load_pipeline
 from weaver.errors import WeaverError
 from weaver.features import collect_features, reconstruction_psnr
@@ -24,6 +25,7 @@ from weaver.job.parse import job_from_mapping
 from weaver.latents import decode_latents, encode_image
 from weaver.layers import InjectionSites
 from weaver.masks.attention import attention_maps
+from weaver.memory import feature_home
 from weaver.memory.captures import GRAPHS, GraphsOnPaper
 from weaver.memory.estimate import estimate_job, fit_job
 from weaver.memory.ledger import WEIGHTS, Ledger
@@ -236,6 +238,36 @@ def test_graphs_are_counted_where_they_are_asked_for_and_left_out_where_they_do_
     assert found[1].as_mapping()["graphs"] is False and table(found[1]).count("no CUDA graphs") == 1
     with pytest.raises(WeaverError, match="job: device: graphs need a CUDA device, the run is on cpu: leave them out"):
         estimate_job(job, device="cpu", graphs=True)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_features_go_to_the_host_where_they_would_take_over_half_of_what_is_free(fits, tiny_pipe, monkeypatch, caplog):
+    z = torch.zeros(1, 4, 24, 24, dtype=torch.float64)
+    nbytes = collect_features(tiny_pipe, invert(tiny_pipe, z, "a cat", STEPS), SITES).nbytes
+    monkeypatch.setattr(feature_home, "free_bytes", lambda device: 2 * nbytes - (not fits))
+    pipe, ledger = on_paper(tiny_pipe)
+    with ledger:
+        inversion = invert(pipe, z.to("meta"), "a cat", STEPS)
+        features = collect_features(pipe, inversion, SITES)
+        there = collect_features(pipe, inversion, SITES, storage="meta")  # as it was asked for
+    assert features.nbytes == there.nbytes == nbytes
+    homes = [{x.device.type for step in found.tensors for x in step.values()} for found in (features, there)]
+    assert homes == [{"meta" if fits else "cpu"}, {"meta"}]
+    assert caplog.text.count("they are kept in the host's memory") == (not fits)
+
+
+def test_features_from_the_cache_go_to_the_host_too(tiny_pipe, tmp_path, monkeypatch, caplog):
+    cache, z = Cache(tmp_path, features=True), torch.zeros(1, 4, 16, 16, dtype=torch.float64)
+
+    def collect():
+        return collect_features(tiny_pipe, invert(tiny_pipe, z, "a cat", STEPS, cache=cache), SITES, cache=cache)
+
+    expected = collect()
+    monkeypatch.setattr(feature_home, "free_bytes", lambda device: 0)
+    found = collect()
+    assert found.cached and caplog.text.count("they are kept in the host's memory") == 1
+    for ours, theirs in zip(found.tensors, expected.tensors, strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[path], theirs[path]) for path in ours)
 
 
 def test_a_plan_of_another_kind_is_told():

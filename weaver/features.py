@@ -22,6 +22,7 @@ from weaver.graphs import CUDAGraphs, graph_reasons
 from weaver.inversion import Inversion
 from weaver.latents import decode_latents, psnr
 from weaver.layers import InjectionSites, site_reasons
+from weaver.memory.feature_home import home_for, kept_in
 from weaver.replay import forward_until
 from weaver.schedule import ddim_scheduler
 
@@ -108,8 +109,8 @@ def collect_features(
     kind : "stored" or "replayed", which give the same picture, or "inversion", which approximates
     reconstruct : go on to the end, to know how well the inversion held; False stops after the last injected step, and
         of the kind "inversion" does not draw the template again at all
-    storage : device to keep stored features on; None is the U-Net's. From the CPU's memory they are brought to a GPU a
-        step ahead of their use
+    storage : device to keep stored features on; None is the U-Net's, or the CPU where they would take more than half of
+        a GPU's free memory. From the CPU's memory they are brought to a GPU a step ahead of their use
     cache : where the reverse pass, and features if it keeps them, are looked for and kept; for an inversion that was
         made with a cache
     graphs : replay the steps from these CUDA graphs
@@ -128,7 +129,7 @@ def collect_features(
     kept = features_identity(identity, sites, kind) if identity and cache.features and kind != "replayed" else None
     stored = cache.get(kept) if kept and (path is not None or not reconstruct) else None
     if stored is not None:
-        tensors = _by_step(stored, run.steps, run.device if storage is None else storage)
+        tensors = run.by_step(stored)
         run.finish()
         return run.features(tensors, path, kind, cached=True)
 
@@ -180,13 +181,22 @@ class _Run:
             self._tell(step + 1, self.injected)
         return self._each_step(found)
 
+    def by_step(self, stored: Mapping[str, torch.Tensor]) -> tuple[Mapping[str, torch.Tensor], ...]:
+        """Tensors named "<step>.<module path>" as a mapping for each step."""
+        self._settle(sum(tensor.nbytes for tensor in stored.values()))
+        found: list[dict[str, torch.Tensor]] = [{} for _ in range(self.steps)]
+        for name, tensor in stored.items():
+            step, path = name.split(".", 1)
+            found[int(step)][path] = self._keep(tensor)
+        return tuple(map(MappingProxyType, found))
+
     def features(self, tensors, path: torch.Tensor | None, kind: str, cached: bool = False) -> Features:
         arguments, timesteps = self.inversion.unet_arguments, self.scheduler.timesteps
         return Features(self.sites, timesteps, tensors, self.inversion.z_T, path, arguments, kind, cached)
 
     def finish(self) -> None:
         """Wait for what is on its way to the CPU's memory, and tell the end where nothing was to be done."""
-        if self._storage is not None and self.device.type == "cuda":
+        if self.device.type == "cuda" and torch.device(self._storage or self.device).type == "cpu":
             torch.cuda.synchronize(self.device)
         if not self._told:
             self._tell(self.steps, self.steps)
@@ -197,15 +207,23 @@ class _Run:
         options = {"keep": self._keep, "whole": whole, "graphs": self._graphs}
         taken, output = forward_until(self.unet, wanted, z, t, arguments, **options)
         if found is not None:
+            if not found and self._storage is None:  # the first step says how large those of all steps are
+                self._settle(self._whole_size(taken))
+                taken = {path: self._keep(x) for path, x in taken.items()}
             found.append(MappingProxyType(taken))
         return output
 
-    def _keep(self, output: torch.Tensor) -> torch.Tensor:
+    def _whole_size(self, taken: Mapping[str, torch.Tensor]) -> int:
+        """Bytes of the features of all steps, of which these are the first step's."""
+        steps = self.sites.resnet_steps(self.steps), self.sites.attention_steps(self.steps)
+        return sum(tensor.nbytes * steps[path not in self._modules[0]] for path, tensor in taken.items())
+
+    def _settle(self, nbytes: int) -> None:
         if self._storage is None:
-            return output
-        if output.is_cuda and torch.device(self._storage).type == "cpu":
-            return torch.empty_like(output, device="cpu", pin_memory=True).copy_(output, non_blocking=True)
-        return output.to(self._storage)
+            self._storage = home_for(nbytes, self.device)
+
+    def _keep(self, output: torch.Tensor) -> torch.Tensor:
+        return output if self._storage is None else kept_in(self._storage, output, self.device)
 
     def _each_step(self, found: list[Mapping]) -> tuple[Mapping, ...]:
         return (*found, *({},) * (self.steps - len(found)))
@@ -235,12 +253,3 @@ def reconstruction_psnr(pipe, inversion: Inversion, features: Features) -> float
         "Cannot measure the reconstruction",
     )
     return psnr(decode_latents(pipe.vae, features.reconstruction), decode_latents(pipe.vae, inversion.z_0))
-
-
-def _by_step(stored: Mapping[str, torch.Tensor], steps: int, device) -> tuple[Mapping[str, torch.Tensor], ...]:
-    """Tensors named "<step>.<module path>" as a mapping for each step."""
-    found: list[dict[str, torch.Tensor]] = [{} for _ in range(steps)]
-    for name, tensor in stored.items():
-        step, path = name.split(".", 1)
-        found[int(step)][path] = tensor.to(device)
-    return tuple(map(MappingProxyType, found))

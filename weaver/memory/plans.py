@@ -23,8 +23,8 @@ class MemoryPlan:
 
     Parameters
     ----------
-    features : "device" keeps the template's features there; "host" in the host's memory, from where they are brought a
-        step at a time; "replayed" keeps none (`weaver.features`)
+    features : "device" keeps the template's features there, where they fit (`collect_features`); "host" in the host's
+        memory, from where they are brought a step at a time; "replayed" keeps none (`weaver.features`)
     offload : text encoders, autoencoder and the template's model are on the host while they have nothing to do
     at_once : how many pictures training makes or encodes in one pass; None is 4 and 8
 
