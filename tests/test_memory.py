@@ -19,7 +19,7 @@ from weaver.cache import Cache
 from weaver.embedded import load_pipeline
 from weaver.errors import WeaverError
 from weaver.features import collect_features, reconstruction_psnr
-from weaver.fusion import ConceptUse, FusionPlan, sample_fusion
+from weaver.fusion import ConceptUse, FusionPlan, sample_fusion, stack_plans
 from weaver.inversion import invert
 from weaver.job.parse import job_from_mapping
 from weaver.latents import decode_latents, encode_image
@@ -27,7 +27,7 @@ from weaver.layers import InjectionSites
 from weaver.masks.attention import attention_maps
 from weaver.memory import feature_home
 from weaver.memory.captures import GRAPHS, GraphsOnPaper
-from weaver.memory.estimate import estimate_job, fit_job
+from weaver.memory.estimate import estimate_job, fit_job, most_variants
 from weaver.memory.ledger import WEIGHTS, Ledger
 from weaver.memory.plans import MemoryPlan, plans_for
 from weaver.memory.resting import home_of, lent, modules_of, resting
@@ -67,8 +67,9 @@ def work(pipe, side: int):
     masks[0, :, : side // 2], masks[1, :, side // 2 :] = 1, 1
     uses = [ConceptUse(None, "a dog"), ConceptUse(None, "a cat")]
 
-    def fuse():
+    def fuse(variants=1):
         plan = FusionPlan.build(pipe, uses, masks, prompt="a dog and a cat", suppression=0.2, features=features)
+        plan = stack_plans([plan] * variants)
         return sample_fusion(pipe.unet, features.z_T, ddim_scheduler(pipe.scheduler), plan)
 
     return {
@@ -78,6 +79,7 @@ def work(pipe, side: int):
         "features": lambda: collect_features(pipe, inversion, z_sites),
         "reconstruction": lambda: reconstruction_psnr(pipe, inversion, features),
         "fusion": fuse,
+        "variants": lambda: fuse(3),
         "decoding": lambda: decode_latents(pipe.vae, features.reconstruction),
     }
 
@@ -238,6 +240,17 @@ def test_graphs_are_counted_where_they_are_asked_for_and_left_out_where_they_do_
     assert found[1].as_mapping()["graphs"] is False and table(found[1]).count("no CUDA graphs") == 1
     with pytest.raises(WeaverError, match="job: device: graphs need a CUDA device, the run is on cpu: leave them out"):
         estimate_job(job, device="cpu", graphs=True)
+
+
+def test_as_many_variants_as_fit(job_folder):
+    job = job_of(job_folder)
+    one, five = (estimate_job(job, device="cuda", variants=n) for n in (1, 5))
+    assert five.worst == "fusion" and five.stages["fusion"].total > one.stages["fusion"].total
+    assert five.stages["features"].total == one.stages["features"].total
+    assert most_variants(job, five.nbytes, device="cuda") == 5
+    assert most_variants(job, one.nbytes - 1, device="cuda") == 0
+    with pytest.raises(WeaverError, match="Cannot estimate: variants is 0, expected 1 or more"):
+        estimate_job(job, variants=0)
 
 
 @pytest.mark.parametrize("fits", [True, False])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, raise_if, told
 from weaver.job import SAME_MODEL, Job
 from weaver.job.resolve import check_model, in_field, resolve_job
 from weaver.memory.ledger import Ledger, Peak
@@ -16,8 +16,9 @@ from weaver.memory.stages import template_peaks, weave_peaks
 from weaver.memory.training import training_peaks
 from weaver.models import choose_device
 from weaver.sizes import format_bytes
+from weaver.values import is_whole
 
-__all__ = ["Estimate", "estimate_job", "fit_job"]
+__all__ = ["Estimate", "estimate_job", "fit_job", "most_variants"]
 
 # What makes a stage take less, where its peak is the highest.
 _REMEDIES = {
@@ -51,8 +52,8 @@ class Estimate:
     @property
     def way(self) -> str:
         """How the run goes, in words; what was asked for and is left out is told."""
-        told = {None: "", True: ", steps in CUDA graphs", False: ", no CUDA graphs, which do not fit"}
-        return f"{self.plan}{told[self.graphs]}"
+        graphs = {None: "", True: ", steps in CUDA graphs", False: ", no CUDA graphs, which do not fit"}
+        return f"{self.plan}{graphs[self.graphs]}"
 
     @property
     def worst(self) -> str:
@@ -77,6 +78,7 @@ def estimate_job(
     *,
     plan: MemoryPlan | None = None,
     graphs: bool = False,
+    variants: int = 1,
     device: str | None = None,
     offline: bool = False,
     source: str = "job",
@@ -91,13 +93,16 @@ def estimate_job(
     ----------
     plan : how the memory is used; None is the fastest way
     graphs : steps are replayed from CUDA graphs, on a GPU
+    variants : how many pictures are fused in one batch, as by `stack_plans` of plans like the job's, and then decoded
+        one by one; a run has one
     device : "cpu" or "cuda", which need not be here; None is the job's
     offline : take configurations of Hub models from the local cache only
     source : what to call the job in errors
 
     Raises `WeaverError`, one line, for a job that can't be run.
     """
-    return _Estimator(job, graphs, device, offline, source)(plan or MemoryPlan(), graphs or None)
+    raise_if([] if is_whole(variants, 1) else [f"variants is {told(variants)}, expected 1 or more"], "Cannot estimate")
+    return _Estimator(job, graphs, device, offline, source)(plan or MemoryPlan(), graphs or None, variants)
 
 
 def fit_job(
@@ -130,6 +135,39 @@ def fit_job(
     )
 
 
+def most_variants(
+    job: Job,
+    limit: int,
+    *,
+    plan: MemoryPlan | None = None,
+    graphs: bool = False,
+    device: str | None = None,
+    offline: bool = False,
+    source: str = "job",
+) -> int:
+    """How many variants can be fused in one batch within `limit` bytes; arguments are those of `estimate_job`.
+
+    0 where not even the job's own run fits.
+    """
+    estimator, plan = _Estimator(job, graphs, device, offline, source), plan or MemoryPlan()
+
+    def fusion(variants: int) -> int:
+        return estimator(plan, graphs or None, variants).stages["fusion"].total
+
+    def fits(variants: int) -> bool:
+        return estimator(plan, graphs or None, variants).nbytes <= limit
+
+    if not fits(1):
+        return 0
+    one = fusion(1)
+    found = 1 + (limit - one) // (fusion(2) - one)  # each takes as much as another, but for rounding
+    while not fits(found):
+        found -= 1
+    while fits(found + 1):
+        found += 1
+    return found
+
+
 class _Estimator:
     """Models and the resolved job, for any number of plans."""
 
@@ -150,12 +188,13 @@ class _Estimator:
         self._known: dict[tuple, dict[str, Peak]] = {}
         self._rules = ShapeRules()
 
-    def __call__(self, plan: MemoryPlan, graphs: bool | None) -> Estimate:
+    def __call__(self, plan: MemoryPlan, graphs: bool | None, variants: int = 1) -> Estimate:
         # Each group of stages with the part of the plan that it depends on.
         captured = {"graphs": bool(graphs)}
         stages = self._peaks(template_peaks, (self.model, self.maker), MemoryPlan(offload=plan.offload), **captured)
         stages |= self._peaks(training_peaks, (self.model,), MemoryPlan(at_once=plan.at_once))
-        stages |= self._peaks(weave_peaks, (self.model,), replace(plan, at_once=None), **captured)
+        fused = captured | {"variants": variants}
+        stages |= self._peaks(weave_peaks, (self.model,), replace(plan, at_once=None), **fused)
         dtype = str(self.model.pipe.unet.dtype).removeprefix("torch.")
         return Estimate(self.device, dtype, plan, graphs, stages)
 

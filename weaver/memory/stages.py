@@ -12,6 +12,7 @@ from PIL import Image
 from weaver.features import Features, collect_features, reconstruction_psnr
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
+from weaver.fusion.variants import stack_plans
 from weaver.graphs import CUDAGraphs
 from weaver.inversion import Inversion, invert
 from weaver.job import Job
@@ -63,12 +64,17 @@ def template_peaks(
     return found
 
 
-def weave_peaks(job: Job, model: Shapes, plan: MemoryPlan, ledger: Ledger, *, graphs: bool = False) -> dict[str, Peak]:
-    """What inversion, features and fusion take, in their order; arguments are those of `template_peaks`."""
+def weave_peaks(
+    job: Job, model: Shapes, plan: MemoryPlan, ledger: Ledger, *, graphs: bool = False, variants: int = 1
+) -> dict[str, Peak]:
+    """What inversion, features and fusion take, in their order; arguments are those of `template_peaks`.
+
+    variants : how many pictures are fused at once, as by `stack_plans`; they are then decoded one by one
+    """
     others = [module for module in model.modules if module is not model.pipe.unet]
     ledger.hold(WEIGHTS, model.tensors())
     with threads_for(model.pipe, ledger.device), ledger, resting(others if plan.offload else []):
-        return _Weaving(job, model.pipe, plan, ledger, graphs).peaks()
+        return _Weaving(job, model.pipe, plan, ledger, graphs, variants).peaks()
 
 
 def _find_words(job: Job, pipe, device: str) -> None:
@@ -85,8 +91,9 @@ def _find_words(job: Job, pipe, device: str) -> None:
 class _Weaving:
     """The stages of `weaver.pipeline.weave` from inversion on, each leaving its peak."""
 
-    def __init__(self, job: Job, pipe, plan: MemoryPlan, ledger: Ledger, graphs: bool):
-        self.job, self.pipe, self.plan, self.ledger, self.graphs = job, pipe, plan, ledger, graphs
+    def __init__(self, job: Job, pipe, plan: MemoryPlan, ledger: Ledger, graphs: bool, variants: int):
+        self.job, self.pipe, self.plan, self.ledger = job, pipe, plan, ledger
+        self.graphs, self.variants = graphs, variants
         self.found: dict[str, Peak] = {}
 
     def peaks(self) -> dict[str, Peak]:
@@ -173,6 +180,8 @@ class _Weaving:
                 features=features,
                 base_hash=BASE_HASH,
             )
+            if self.variants > 1:
+                plan = stack_plans([plan] * self.variants)
             kept = [kv.keys for kv in plan.keys_values.values()]
             ledger.hold(PLAN, [plan.text, *kept, *plan.weights.values()])
             scheduler = ddim_scheduler(pipe.scheduler)
@@ -180,7 +189,7 @@ class _Weaving:
             z = sample_fusion(pipe.unet, features.z_T, scheduler, plan, **options)
             del options
         with self._stage("decoding"):
-            tensor_to_images(decode_latents(pipe.vae, z))
+            tensor_to_images(decode_latents(pipe.vae, z[:1]))
 
 
 def _picture(size: tuple[int, int]) -> Image.Image:
