@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -168,13 +169,26 @@ def test_all_reasons_come_at_once(tiny_pipe, concepts, concepts_v):
     assert "\n" not in message
 
 
-def test_a_model_that_is_moved_to_its_device_at_each_call_is_an_error(tiny_pipe):
-    tiny_pipe.unet.conv_in._hf_hook = object()
+@pytest.mark.parametrize("hook", ["_hf_hook", "_diffusers_hook"])
+def test_a_model_that_is_moved_to_its_device_at_each_call_is_an_error(tiny_pipe, hook):
+    setattr(tiny_pipe.unet.conv_in, hook, object())
     try:
         with pytest.raises(WeaverError, match=r"CPU offload.*remove_all_hooks"):
             build(tiny_pipe, [], None)
     finally:
-        del tiny_pipe.unet.conv_in._hf_hook
+        delattr(tiny_pipe.unet.conv_in, hook)
+
+
+@pytest.mark.parametrize("name", ["to_k", "to_v"])
+def test_hooks_that_contexts_would_leave_out_are_an_error(tiny_pipe, name):
+    """Keys and values are made of the weights, before any forward."""
+    path = f"mid_block.attentions.0.transformer_blocks.0.attn2.{name}"
+    handle = tiny_pipe.unet.get_submodule(path).register_forward_hook(lambda module, args, output: 0 * output)
+    try:
+        with pytest.raises(WeaverError, match=f"{path} has forward hooks, which are never called"):
+            build(tiny_pipe, [], None)
+    finally:
+        handle.remove()
 
 
 def test_other_models_are_an_error(tiny_pipe):
@@ -244,15 +258,12 @@ def test_texts_are_projected_once(tiny_pipe, concepts, masks):
     """No key or value projection of any cross-attention runs while drawing."""
     plan = build(tiny_pipe, [ConceptUse(c) for c in concepts[:2]], masks, steps=2)
     calls = []
-    hooks = [
-        getattr(tiny_pipe.unet.get_submodule(path), name).register_forward_hook(lambda *_: calls.append(1))
-        for path in plan.keys_values
-        for name in ("to_k", "to_v")
-    ]
-    with attach(tiny_pipe, plan):
+    with attach(tiny_pipe, plan), ExitStack() as hooks:
+        for path in plan.keys_values:
+            for name in ("to_k", "to_v"):
+                projection = getattr(tiny_pipe.unet.get_submodule(path), name)
+                hooks.callback(projection.register_forward_hook(lambda *_: calls.append(1)).remove)
         tiny_pipe(**plan.pipeline_arguments(), output_type="latent")
-    for hook in hooks:
-        hook.remove()
     assert calls == []
 
 

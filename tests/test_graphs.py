@@ -13,7 +13,7 @@ from pipeline_forms import make
 
 from weaver import InjectionSites, WeaverError, collect_features, ddim_scheduler, invert, weave
 from weaver.fusion import ConceptUse, FusionPlan, attach
-from weaver.graphs import CapturedForward, CUDAGraphs, captured, uncaptured
+from weaver.graphs import CapturedForward, CUDAGraphs, captured, graph_reasons, uncaptured
 from weaver.replay import forward_until
 
 PATH = "up_blocks.1.resnets.0.conv2"
@@ -196,6 +196,20 @@ def test_features_by_graphs_are_those_of_the_forward(tiny_pipe):
     assert len(graphs.held) == 2
     kept = forward_until(*given, graphs=graphs, keep=lambda x: x[:, :1])[0]
     assert kept[PATH].shape[1] == 1
+
+
+@pytest.mark.parametrize("path", ["", PATH, "mid_block.attentions.0.transformer_blocks.0.attn2"], ids=str)
+def test_forward_hooks_are_refused_since_a_replay_does_not_call_them(tiny_pipe, path):
+    z, unet = torch.zeros(1, 4, 16, 16).double(), tiny_pipe.unet
+    called, module = [], unet.get_submodule(path)
+    for add in (module.register_forward_hook, module.register_forward_pre_hook):
+        handle = add(lambda *_: called.append(1))
+        try:
+            with pytest.raises(WeaverError, match=f"graphs don't call forward hooks .* {path or 'the U-Net'} has some"):
+                invert(tiny_pipe, z, "a dog", 2, graphs=Held())
+        finally:
+            handle.remove()
+    assert not called and graph_reasons(unet, Held()) == []
 
 
 def test_graphs_need_a_gpu(tiny_pipe, concepts):

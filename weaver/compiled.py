@@ -10,7 +10,7 @@ from torch import nn
 from weaver.errors import WeaverError
 from weaver.layers import InjectionSites, sites_for
 
-__all__ = ["compile_parts", "hooks_run", "is_compiled"]
+__all__ = ["compile_parts", "hook_paths", "hooks_run", "is_compiled"]
 
 _PARTS = ("Transformer2DModel", "ResnetBlock2D", "Upsample2D", "Downsample2D")
 
@@ -37,6 +37,11 @@ def compile_parts(unet: nn.Module, sites: InjectionSites | None = None, **option
     for path, part in parts.items():
         if path not in hooked:
             part.compile(**{"fullgraph": True, "dynamic": False} | options)
+
+
+def hook_paths(module: nn.Module) -> list[str]:
+    """Paths of the modules in it, itself as "", that have forward hooks or pre-hooks, whoever added them."""
+    return [path for path, part in module.named_modules() if part._forward_hooks or part._forward_pre_hooks]
 
 
 def hooks_run(*modules: nn.Module) -> AbstractContextManager:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from weaver.compiled import hook_paths
 from weaver.errors import WeaverError
 from weaver.memory.resting import hooked
 
@@ -31,6 +32,10 @@ def graph_reasons(unet, graphs) -> list[str]:
         return [f"graphs need a CUDA device, the U-Net is on {unet.device}"]
     if hooked(unet):
         return ["graphs can't be had of a U-Net whose modules are hooked into (offload, caching): remove the hooks"]
+    if paths := hook_paths(unet):
+        return [
+            f"graphs don't call forward hooks when they are replayed, {paths[0] or 'the U-Net'} has some: remove them"
+        ]
     return []
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from weaver.compiled import is_compiled
+from weaver.compiled import hook_paths, is_compiled
 from weaver.conditioning import added_reasons
 from weaver.layers import attention_paths, cross_attention_paths
+from weaver.memory.resting import hooked
 from weaver.processors import PLAIN_PROCESSORS
 
 __all__ = ["model_reasons", "processor_reasons", "unet_reasons"]
@@ -28,10 +29,11 @@ def unet_reasons(unet) -> list[str]:
             return ["the U-Net is compiled as a whole: take unet._orig_mod and compile it by compile_repeated_blocks()"]
         return [f"the U-Net is a {type(unet).__name__}, expected a diffusers UNet2DConditionModel"]
     reasons = []
-    if any(hasattr(module, "_hf_hook") for module in unet.modules()):
+    if hooked(unet):
         reasons.append(
-            "the U-Net's weights are not on its device between calls (CPU offload): "
-            "call pipe.remove_all_hooks() and pipe.to(device) first"
+            "the U-Net's weights are not on its device or not in its type between calls, or parts are skipped (CPU "
+            "offload, layerwise casting, caching): call pipe.remove_all_hooks() and pipe.to(device) first, or load the "
+            "pipeline without"
         )
     if unet.config.encoder_hid_dim_type is not None:
         reasons.append(f"the U-Net projects its text by {unet.config.encoder_hid_dim_type}: unload the image adapter")
@@ -42,6 +44,10 @@ def unet_reasons(unet) -> list[str]:
                 reasons.append(f"{path} has {part}, which can't be shared by contexts")
         if attention.residual_connection:
             reasons.append(f"{path} adds its own input, which can't be shared by contexts")
+    projections = [f"{path}.{name}" for path in cross_attention_paths(unet) for name in ("to_k", "to_v")]
+    if hooked_into := [path for path in projections if hook_paths(unet.get_submodule(path))]:
+        where = _of_such(hooked_into)
+        reasons.append(f"{where} has forward hooks, which are never called where texts are projected once: remove them")
     reasons += [
         f"{path} reads the text, where only the U-Net's own picture is expected"
         for path in attention_paths(unet, "attn1")
@@ -63,10 +69,14 @@ def processor_reasons(unet, paths: Iterable[str], own: tuple[type, ...]) -> list
 
 
 def _other(name: str, paths: list[str]) -> str:
-    where = paths[0] if len(paths) == 1 else f"{paths[0]} (of {len(paths)} such)"
+    where = _of_such(paths)
     if name.startswith("Fused"):
         return f"{where} has fused projections ({name}): call pipe.unfuse_qkv_projections() first"
     return (
         f"{where} has a {name}, whose work would be lost: "
         "call unet.set_default_attn_processor() or unload what installed it"
     )
+
+
+def _of_such(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} (of {len(paths)} such)"
