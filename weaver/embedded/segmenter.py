@@ -133,23 +133,25 @@ def _believe(logits: Tensor, probabilities: Tensor, told: list[int]) -> Tensor:
             return probabilities
     words = sorted(set(told))
     believed = torch.zeros_like(probabilities)
-    believed[words] = animal * _give_out(logits[words], animal > 0.5, [told.count(word) for word in words])
+    # The root: between a share for each word and one for each animal, which overlap where there are more of a word.
+    counts = [told.count(word) ** 0.5 for word in words]
+    believed[words] = animal * _give_out(logits[words], animal > 0.5, counts)
     return believed
 
 
 def _give_out(
-    logits: Tensor, animal: Tensor, counts: Sequence[int], softness: float = 8.0, reach: int = 4, rounds: int = 50
+    logits: Tensor, animal: Tensor, shares: Sequence[float], softness: float = 8.0, reach: int = 4, rounds: int = 50
 ) -> Tensor:
-    """How the pixels `animal` [h, w] bool are divided among words [K, h, w]: each gets about a share for each animal.
+    """How the pixels `animal` [h, w] bool are divided among words [K, h, w], about in proportion to `shares`.
 
     Logits are averaged over a pixel's neighbours that are animals too. A bias a word is found so that, softly
-    assigned, all words hold an area in proportion to their `counts` (one side of Sinkhorn's balancing).
+    assigned, all words hold an area in proportion to their share (one side of Sinkhorn's balancing).
     """
     animal = animal[None].to(logits)
     window = {"kernel_size": 2 * reach + 1, "stride": 1, "padding": reach}
     around = F.avg_pool2d(logits * animal, **window) / F.avg_pool2d(animal, **window).clamp(min=1e-3)
     inside = around[:, animal[0] > 0]
-    wanted = torch.tensor(counts).to(logits).view(-1, 1) / sum(counts)
+    wanted = torch.tensor(shares).to(logits).view(-1, 1) / sum(shares)
     bias = torch.zeros(len(inside), 1)
     for _ in range(rounds if inside.numel() else 0):
         share = ((inside + bias) / softness).softmax(0).mean(1, keepdim=True)
