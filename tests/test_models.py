@@ -56,7 +56,7 @@ def test_a_copy_of_the_embedded_model_is_the_embedded_model(folder):
     assert (own.masks.source, own.fusion.sites, own.template.model) == ("segmenter", "embedded", "same")
     assert own.fusion.guidance == defaults_for(pipe).guidance != defaults_for(make_pipeline()).guidance
     assert dict(own.background.train.settings)["batch"] == TrainSettings.embedded().batch
-    check_model(resolved, {}, pipe, "job.yaml")
+    check_model(resolved, pipe, "job.yaml")
 
 
 def test_a_model_of_the_same_kind_with_other_weights_is_not_the_embedded_one(folder):

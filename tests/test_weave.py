@@ -101,14 +101,14 @@ def test_a_model_that_can_not_be_attached_to_is_told_before_the_first_step(tiny_
             weave(tiny_pipe, PROMPT, concepts[:2], masks=halves(), steps=2)
         assert f"{paths[0]} " in str(caught.value) and "has a Foreign" in str(caught.value)
         with pytest.raises(JobError, match=r"job.yaml: model: up_blocks.*attn2 .*has a Foreign"):
-            check_model(job, {}, tiny_pipe, "job.yaml")
+            check_model(job, tiny_pipe, "job.yaml")
     finally:
         for attention, processor in zip(attentions, own, strict=True):
             attention.processor = processor
     with pytest.raises(JobError, match=r"job.yaml: fusion.guidance: is nan, .*; fusion.lambda: is -1, "):
         wrong = dataclasses.replace(job.fusion, suppression=-1, guidance=float("nan"))
-        check_model(dataclasses.replace(job, fusion=wrong), {}, tiny_pipe, "job.yaml")
-    check_model(job, {}, tiny_pipe, "job.yaml")
+        check_model(dataclasses.replace(job, fusion=wrong), tiny_pipe, "job.yaml")
+    check_model(job, tiny_pipe, "job.yaml")
     assert calls == []
 
 

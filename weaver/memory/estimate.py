@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 from weaver.errors import WeaverError, raise_if, told
@@ -201,8 +203,22 @@ class _Estimator:
     def _peaks(self, function: Callable, models: tuple[Shapes, ...], plan: MemoryPlan, **options) -> dict[str, Peak]:
         key = function, plan, *options.items()
         if key not in self._known:
-            self._known[key] = function(self.job, *models, plan, Ledger(self.device, self._rules), **options)
+            with _no_collection():
+                self._known[key] = function(self.job, *models, plan, Ledger(self.device, self._rules), **options)
         return dict(self._known[key])
 
     def _shapes(self, field: str, model: str, offline: bool, source: str, **options) -> Shapes:
         return in_field(field, source, load_shapes, model, device=self.device, offline=offline, **options)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Within the block what only garbage collection frees stays: an estimate does not hang on when that comes."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
