@@ -226,19 +226,33 @@ def concepts_sdxl(tiny_sdxl):
 
 
 @pytest.fixture(scope="session")
-def job_pipe():
-    """A noise-predicting pipeline in float32, as jobs have it."""
+def pipe():
+    """A noise-predicting pipeline in float32, as jobs have it; only read."""
     return make_pipeline(dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
-def job_folder(job_pipe, tmp_path_factory):
+def sdxl():
+    """`tiny_sdxl` in float32; only read."""
+    from tiny_sdxl import make_sdxl
+
+    return make_sdxl(dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def job_folder(pipe, tmp_path_factory):
     """The model with concept files, pictures and masks beside it; only read."""
     from jobs import write_folder
 
     folder = tmp_path_factory.mktemp("job")
-    write_folder(job_pipe, folder)
+    write_folder(pipe, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(job_folder):
+    """The folder of the model alone."""
+    return job_folder / "model"
 
 
 @pytest.fixture(scope="session")

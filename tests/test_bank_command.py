@@ -30,18 +30,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "bank"
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return make_pipeline(dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def model(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    pipe.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def rex(pipe, tmp_path):
     """Our own file."""

@@ -32,11 +32,6 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return make_pipeline(dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
 def rex(pipe):
     return replace(make_concept(pipe, 1, "dog"), name="rex", settings={"steps": 5})
 

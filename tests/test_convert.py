@@ -28,11 +28,6 @@ NAMED = PROMPT.replace("dog", "<v1> dog")
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return make_pipeline(dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
 def concept(pipe):
     """Whole matrices on every projection of cross-attention, and a token of two vectors."""
     made = make_concept(pipe, 1, "dog", 0.3, ALL)
@@ -47,13 +42,6 @@ def drawn(pipe, concept):
     )
     with attach(pipe, plan):
         return latents_of(pipe, PROMPT)
-
-
-@pytest.fixture(scope="module")
-def model(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    pipe.save_pretrained(folder)
-    return folder
 
 
 def products(changes):

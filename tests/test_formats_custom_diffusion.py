@@ -8,9 +8,7 @@ from dataclasses import replace
 import format_files as files
 import pytest
 import torch
-from conftest import make_pipeline
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
-from tiny_sdxl import make_sdxl
 
 from weaver.concepts.concept import ConceptError, attn2_projections
 from weaver.concepts.formats import read_concept_file
@@ -19,16 +17,6 @@ from weaver_kernels import LowRank
 OWN = "a <new1> dog"
 KEYS_VALUES = ("to_k", "to_v")
 PROJECTIONS = pytest.mark.parametrize("names", [KEYS_VALUES, files.ALL], ids=["keys-values", "queries-outputs-too"])
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return make_pipeline(dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def sdxl():
-    return make_sdxl(dtype=torch.float32)
 
 
 def concept_of(path, pipe, **told):

@@ -7,24 +7,12 @@ import copy
 import format_files as files
 import pytest
 import torch
-from conftest import make_pipeline
-from tiny_sdxl import make_sdxl
 
 from weaver.concepts.concept import ConceptError
 from weaver.concepts.formats import read_concept_file
 from weaver.concepts.prompts import encode
 
 OWN = "a {} dog, mountain"
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return make_pipeline(dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def sdxl():
-    return make_sdxl(dtype=torch.float32)
 
 
 def automatic(rows: torch.Tensor) -> dict:

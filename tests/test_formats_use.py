@@ -76,7 +76,7 @@ def test_what_is_not_used_can_be_refused(folder, tmp_path):
 
 
 def test_in_the_library(folder, tiny_pipe):
-    with pytest.warns(UnusedPartsWarning, match="concept 'style': 1 of its changes"):
+    with pytest.warns(UnusedPartsWarning, match="style.safetensors: 1 of its changes"):
         concept = load_concept(folder / "style.safetensors", tiny_pipe, word="cat")
     assert (concept.name, concept.token, concept.word, concept.base_hash) == ("style", "", "cat", "")
     with pytest.raises(WeaverError, match="style.safetensors"):

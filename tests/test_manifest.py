@@ -75,8 +75,8 @@ def test_other_weights_are_not_taken_for_the_same_model(changed, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_hash_alike_in_any_precision_and_tell_every_part(job_folder, job_pipe):
-    found = weights_hash(job_pipe)
+def test_weights_hash_alike_in_any_precision_and_tell_every_part(job_folder, pipe):
+    found = weights_hash(pipe)
     half = load_model(str(job_folder / "model"), device="cpu", dtype=torch.float16)
     assert weights_hash(half) == found
     with torch.no_grad():

@@ -164,17 +164,17 @@ REACHES = {
 
 
 @pytest.fixture(scope="module")
-def plain_plan(job_folder, job_pipe, tmp_path_factory):
+def plain_plan(job_folder, pipe, tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         job = job_of(job_folder, steps=2, template=PICTURE, concepts=job_concepts())
-        return plan_of(job, job_pipe, monkeypatch, tmp_path_factory.mktemp("plain"))
+        return plan_of(job, pipe, monkeypatch, tmp_path_factory.mktemp("plain"))
 
 
 @pytest.mark.parametrize("name", REACHES)
-def test_every_field_reaches_the_plan(job_folder, job_pipe, plain_plan, monkeypatch, tmp_path, name):
+def test_every_field_reaches_the_plan(job_folder, pipe, plain_plan, monkeypatch, tmp_path, name):
     changes, parts = REACHES[name]
     mapping = {"steps": 2, "template": PICTURE, "concepts": job_concepts()} | changes
-    plan = plan_of(job_of(job_folder, **mapping), job_pipe, monkeypatch, tmp_path)
+    plan = plan_of(job_of(job_folder, **mapping), pipe, monkeypatch, tmp_path)
     assert {part for part in plan if plan[part] != plain_plan[part]} == parts
 
 
@@ -183,10 +183,10 @@ def test_every_field_reaches_the_plan(job_folder, job_pipe, plain_plan, monkeypa
     [{"seed": 3}, {"guidance": 1}, {"steps": 4}, {"prompt": "two pets"}],
     ids=["seed", "guidance", "steps", "prompt"],
 )
-def test_every_field_of_the_template_reaches_it(job_folder, job_pipe, monkeypatch, tmp_path, template):
+def test_every_field_of_the_template_reaches_it(job_folder, pipe, monkeypatch, tmp_path, template):
     mine = {"steps": 2, "model": "same"}
     plain, other = (
-        plan_of(job_of(job_folder, steps=1, template=mine | changes), job_pipe, monkeypatch, tmp_path)["noise"]
+        plan_of(job_of(job_folder, steps=1, template=mine | changes), pipe, monkeypatch, tmp_path)["noise"]
         for changes in ({}, template)
     )
     assert plain != other
@@ -217,16 +217,14 @@ def test_masks_from_attention(job_folder, tmp_path):
     assert all(mask.any() for mask in done.result.masks[:2])
 
 
-def test_the_template_comes_from_sdxl_unless_said_otherwise(job_folder, job_pipe):
+def test_the_template_comes_from_sdxl_unless_said_otherwise(job_folder, pipe):
     prompts = ["a <v1> cat", "a <v2> dog"]
     models = {
-        wish: resolve_job(
-            job_of(job_folder, template={"model": wish} if wish else {}), job_pipe, prompts
-        ).template.model
+        wish: resolve_job(job_of(job_folder, template={"model": wish} if wish else {}), pipe, prompts).template.model
         for wish in (None, "same", "model", "embedded")
     }
     assert models == {None: TEMPLATE_MODEL, "same": "same", "model": "same", "embedded": "embedded"}
-    assert resolve_job(job_of(job_folder, template=PICTURE), job_pipe, prompts).template.model is None
+    assert resolve_job(job_of(job_folder, template=PICTURE), pipe, prompts).template.model is None
 
 
 def test_the_device_is_written_down(finished):
@@ -235,15 +233,15 @@ def test_the_device_is_written_down(finished):
 
 
 def test_another_model_makes_the_template_without_a_negative_prompt_it_does_not_know(
-    job_folder, job_pipe, monkeypatch, tmp_path
+    job_folder, pipe, monkeypatch, tmp_path
 ):
-    class Plain(type(job_pipe)):
+    class Plain(type(pipe)):
         def __call__(self, prompt, num_inference_steps, generator, guidance_scale=1.0):
             return super().__call__(
                 prompt, num_inference_steps=num_inference_steps, generator=generator, guidance_scale=guidance_scale
             )
 
-    loaded = {str(job_folder / "model"): job_pipe, "some/model": Plain(**job_pipe.components)}
+    loaded = {str(job_folder / "model"): pipe, "some/model": Plain(**pipe.components)}
     monkeypatch.setattr(run, "load_model", lambda model, **options: loaded[model])
     template = {"model": "some/model", "steps": 1}
     job = job_of(job_folder, negative_prompt="ugly", template=template, steps=1)

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from weaver.choices import ON_UNUSED
 from weaver.commands.bank import add_parser as add_bank_parser
 from weaver.commands.cache import CHOICES, chosen_cache
 from weaver.commands.cache import add_parser as add_cache_parser
@@ -127,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("job", type=Path, help="job.yaml, or the manifest.json of an earlier run")
     run.add_argument(
         "--on-unused",
-        choices=("warn", "refuse"),
+        choices=ON_UNUSED,
         default="warn",
         help="what to do where a concept's file has parts that fusion does not use (warn)",
     )

@@ -1,4 +1,4 @@
-"""Folders that are written into: seen to be fit before a run, given all results or none, one writer at a time."""
+"""Files and folders that are written: seen to be fit before a run, whole or not at all, by one writer at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from filelock import FileLock
 
 from weaver.errors import WeaverError
 
-__all__ = ["LOCK", "PARTIAL", "all_or_nothing", "check_folder", "clashes", "writing_alone", "written_through"]
+__all__ = [
+    "LOCK",
+    "PARTIAL",
+    "all_or_nothing",
+    "check_folder",
+    "clashes",
+    "whole_file",
+    "writing_alone",
+    "written_through",
+]
 
 LOCK = ".lock"
 PARTIAL = ".partial-"  # of the scratch folders
@@ -87,6 +96,22 @@ def writing_alone(folder: Path, wait: float) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A scratch file beside `path` that takes its place at the end, unless something goes wrong: then it is gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        os.chmod(partial, 0o666 & ~_umask())  # mkstemp makes files only their owner can read
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink()
+        raise
+
+
 def written_through(path: Path) -> None:
     """Return when what was written into a file is on the disk, so that a rename after it can't overtake it."""
     with open(path, "rb+") as file:
@@ -127,3 +152,9 @@ def _remove(made: Path) -> None:
         made.unlink()
     elif made.is_dir() and not any(made.iterdir()):
         made.rmdir()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -30,13 +30,6 @@ def opened_model(args: argparse.Namespace):
 
 def read_whole(path: Path, args: argparse.Namespace, pipe, name: str | None = None):
     """The concept in a file, on its base where it needs one; what of it a fusion does not use is told."""
-    from weaver.concepts.concept import ConceptError
-    from weaver.concepts.formats.reading import ConceptReading
-    from weaver.concepts.formats.unused import tell_unused
+    from weaver.concepts.formats.reading import load_concept
 
-    try:
-        concept = ConceptReading.of(path, name=name, word=args.word, token=args.token).concept(pipe)
-    except ConceptError as error:
-        raise error if str(path) in str(error) else ConceptError(f"{path}: {error}") from error
-    tell_unused(concept, what=str(path))
-    return concept
+    return load_concept(path, pipe, name=name, word=args.word, token=args.token)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from weaver.concepts.changes import ranks_of
 from weaver.concepts.concept import Concept, ConceptError
 from weaver.hashing import file_hash
-from weaver_kernels import LowRank
 
 __all__ = ["CARD_SUFFIX", "ConceptCard"]
 
@@ -47,14 +47,13 @@ class ConceptCard:
     def of(cls, concept: Concept, path: Path, previews: list[str]) -> ConceptCard:
         """The card of a concept whose file is at `path`."""
         groups = (concept.deltas, concept.text_deltas, concept.outside)
-        factors = [change for group in groups for change in group.values() if isinstance(change, LowRank)]
         return cls(
             name=concept.name,
             token=concept.token,
             word=concept.word,
             base=concept.base_hash,
             method=str(concept.settings.get("format", "Concept Weaver")),
-            ranks=sorted({len(change.down) for change in factors}),
+            ranks=ranks_of(change for group in groups for change in group.values()),
             settings=dict(concept.settings),
             bytes=path.stat().st_size,
             sha256=file_hash(path),

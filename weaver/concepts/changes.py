@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from math import hypot
 
 import torch
 import torch.nn.functional as F
 
 from weaver_kernels import LowRank
 
-__all__ = ["Delta", "added_to", "apply_change", "change_norm", "change_shape", "moved", "parts_of", "scaled"]
+__all__ = [
+    "Delta",
+    "added_to",
+    "apply_change",
+    "change_norm",
+    "change_shape",
+    "moved",
+    "norm_of",
+    "parts_of",
+    "ranks_of",
+    "scaled",
+]
 
 Delta = torch.Tensor | LowRank
 """A change of a weight [out, in]: a matrix, or factors down [r, in] and up [out, r].
@@ -37,6 +49,16 @@ def change_norm(delta: Delta) -> float:
         return delta.double().norm().item()
     down, up = delta.down.double().flatten(1), delta.up.double().flatten(1)
     return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt().item()  # |UD|^2 = <U^T U, D D^T>
+
+
+def norm_of(changes: Iterable[Delta]) -> float:
+    """The Frobenius norm of several changes together."""
+    return hypot(*map(change_norm, changes))
+
+
+def ranks_of(changes: Iterable[Delta]) -> list[int]:
+    """The different ranks of those changes that are factors, the smallest first."""
+    return sorted({len(change.down) for change in changes if isinstance(change, LowRank)})
 
 
 def scaled(delta: Delta, factor: float, dtype: torch.dtype) -> Delta:

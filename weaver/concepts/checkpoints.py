@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 
 from weaver.concepts.images import TrainingSet
 from weaver.errors import WeaverError
+from weaver.folder import whole_file
 
 __all__ = ["Checkpoint", "data_hash"]
 
@@ -70,15 +69,8 @@ class Checkpoint:
         state = {name: part.state_dict() for name, part in self._parts.items()}
         state |= {"identity": dict(self.identity), "step": step, "generator": self._generator.get_state()}
         state["learned"] = [tensor.detach() for tensor in self._learned]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".part", dir=self.path.parent)
-        os.close(handle)
-        try:
+        with whole_file(self.path) as partial:
             torch.save(state, partial)
-            os.replace(partial, self.path)
-        except BaseException:
-            os.unlink(partial)
-            raise
 
     def finish(self) -> None:
         """The training is at its end: its result takes the file's place."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 
 from weaver.concepts.changes import Delta, parts_of
 from weaver.errors import WeaverError
+from weaver.folder import whole_file
 from weaver_kernels import LowRank
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "ConceptError", "read_concept_tensors", "write_concept_tensors"]
@@ -42,16 +41,8 @@ def write_concept_tensors(path: Path, texts: Mapping[str, object], groups: Mappi
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     metadata |= {key: texts[key] for key in _TEXTS}
     metadata |= {key: json.dumps(dict(texts[key]), sort_keys=True) for key in _OBJECTS}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    try:
+    with whole_file(path) as partial:
         save_file(tensors, partial, metadata)
-        os.chmod(partial, 0o666 & ~_umask())  # mkstemp makes files only their owner can read
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def read_concept_tensors(path: Path, groups: tuple[str, ...]) -> tuple[dict[str, object], dict[str, dict[str, Delta]]]:
@@ -93,9 +84,3 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
         raise ConceptError(f"{path}: concept format version {version}, this release reads up to {FORMAT_VERSION}")
     if missing := [key for key in (*_TEXTS, *_OBJECTS) if key not in metadata]:
         raise ConceptError(f"{path}: metadata lacks {', '.join(missing)}")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

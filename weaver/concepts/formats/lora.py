@@ -16,6 +16,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 
+from weaver.concepts.changes import ranks_of
 from weaver.concepts.formats.opening import OpenedFile
 from weaver.concepts.formats.parsed import ParsedFile
 from weaver.concepts.formats.untrusted import Refusal
@@ -26,6 +27,7 @@ __all__ = ["parse"]
 
 _DOWN = re.compile(r"(\.lora_A|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)(\.\w+)?\.weight$")
 _FACTOR = re.compile(r"^(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
+_NOTES = ("ss_base_model_version", "ss_sd_model_name", "ss_steps", "ss_learning_rate", "ss_network_alpha")
 _PEFT_PREFIX = "base_model.model."
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -185,9 +187,6 @@ def _flat(change: LowRank) -> LowRank:
 
 def _settings(metadata: Mapping[str, str], changes: list[LowRank]) -> dict[str, object]:
     """What is known of how it was trained: ranks, and a few of the notes that kohya's scripts leave."""
-    ranks = sorted({len(change.down) for change in changes})
+    ranks = ranks_of(changes)
     notes = {key.removeprefix("ss_"): metadata[key] for key in _NOTES if metadata.get(key) not in (None, "", "None")}
     return {"rank": ranks[0] if len(ranks) == 1 else ranks} | notes
-
-
-_NOTES = ("ss_base_model_version", "ss_sd_model_name", "ss_steps", "ss_learning_rate", "ss_network_alpha")

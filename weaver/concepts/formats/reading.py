@@ -66,7 +66,7 @@ class ConceptReading:
 
 def load_concept(
     path: str | os.PathLike,
-    pipe,
+    pipe=None,
     *,
     word: str | None = None,
     token: str | None = None,
@@ -80,6 +80,7 @@ def load_concept(
 
     Parameters
     ----------
+    pipe : None as in `ParsedFile.concept`
     word : the class word, such as "dog"; None only for this package's own files, which tell it
     token : which of the file's tokens, None for its only one; of a LoRA the words that it was trained on, if any
     name : what to call it; None is the file's own name
@@ -90,7 +91,7 @@ def load_concept(
     """
     try:
         concept = ConceptReading.of(path, name=name, word=word, token=token).concept(pipe)
-        tell_unused(concept, on_unused)
+        tell_unused(concept, on_unused, str(path))
     except ConceptError as error:
         raise error if str(path) in str(error) else ConceptError(f"{path}: {error}") from error
     return concept

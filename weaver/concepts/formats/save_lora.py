@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from weaver.concepts.changes import ranks_of
 from weaver.concepts.concept import Concept, ConceptError
 from weaver.concepts.decompose import Losses, factors_of
 from weaver_kernels import LowRank
@@ -59,7 +60,7 @@ def kohya_lora(concept: Concept, rank: int) -> LoraFile:
             tensors[f"{name}.lora_down.weight"] = change.down.contiguous()
             tensors[f"{name}.lora_up.weight"] = change.up.contiguous()
             tensors[f"{name}.alpha"] = torch.tensor(float(len(change.down)))
-    ranks = {len(change.down) for changes in parts.values() for change in changes.values()}
+    ranks = ranks_of(change for changes in parts.values() for change in changes.values())
     dim = {"ss_network_dim": str(*ranks)} if len(ranks) == 1 else {}
     return LoraFile(tensors, {"format": "pt"} | dim, losses)
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from math import sqrt
+from math import hypot
 from pathlib import Path
 
 import torch
 
-from weaver.concepts.changes import Delta, change_norm
+from weaver.concepts.changes import Delta, norm_of, ranks_of
 from weaver.concepts.concept import Concept
 from weaver.concepts.formats import read_concept_file
 from weaver.concepts.formats.parsed import ParsedFile
 from weaver.hashing import file_hash
-from weaver_kernels import LowRank
 
 __all__ = ["summarise"]
 
@@ -62,13 +61,13 @@ def _parts(file: Concept | ParsedFile, weights: Mapping[str, torch.Tensor]) -> l
             groups.setdefault((kind, used), []).append(change)
     if file.text_deltas:
         groups[_TEXT, True] = list(file.text_deltas.values())
-    norms = {group: sqrt(sum(change_norm(x) ** 2 for x in of if x is not None)) for group, of in groups.items()}
-    total = sqrt(sum(norm**2 for norm in norms.values()))
+    norms = {group: norm_of(x for x in of if x is not None) for group, of in groups.items()}
+    total = hypot(*norms.values())
     return [
         {
             "name": kind,
             "changes": len(changes),
-            "ranks": sorted({len(change.down) for change in changes if isinstance(change, LowRank)}),
+            "ranks": ranks_of(changes),
             "share": round(norms[kind, used] / total, 4) if total and not weights else None,
             "used": used,
         }

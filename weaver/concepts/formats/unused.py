@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from math import sqrt
+from math import hypot
 
-from weaver.concepts.changes import change_norm
+from weaver.choices import ON_UNUSED
+from weaver.concepts.changes import norm_of
 from weaver.concepts.concept import Concept, ConceptError
 from weaver.concepts.formats.parsed import ParsedFile
 
-__all__ = ["ON_UNUSED", "UnusedPartsWarning", "parts_of_norm", "tell_unused", "unused_reason"]
-
-ON_UNUSED = ("warn", "refuse")
+__all__ = ["UnusedPartsWarning", "parts_of_norm", "tell_unused", "unused_reason"]
 
 
 class UnusedPartsWarning(UserWarning):
@@ -44,7 +43,6 @@ def unused_reason(concept: Concept) -> str | None:
 
 def parts_of_norm(concept: Concept | ParsedFile) -> Mapping[str, float]:
     """How large "deltas", "text_deltas" and "outside" are: Frobenius norms, as shares of the norm of all together."""
-    groups = ("deltas", "text_deltas", "outside")
-    squares = {group: sum(change_norm(change) ** 2 for change in getattr(concept, group).values()) for group in groups}
-    total = sqrt(sum(squares.values()))
-    return {group: sqrt(square) / total if total else 0.0 for group, square in squares.items()}
+    norms = {group: norm_of(getattr(concept, group).values()) for group in ("deltas", "text_deltas", "outside")}
+    total = hypot(*norms.values())
+    return {group: norm / total if total else 0.0 for group, norm in norms.items()}
