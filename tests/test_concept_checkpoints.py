@@ -33,10 +33,12 @@ def whole(tiny_pipe):
     return train(tiny_pipe)
 
 
-@pytest.mark.parametrize("rank", [0, 2], ids=["matrices", "factors"])
+@pytest.mark.parametrize(
+    ("rank", "optimiser"), [(0, "adamw"), (2, "adamw"), (0, "muon")], ids=["matrices", "factors", "muon"]
+)
 @pytest.mark.parametrize("stop", [2, 3, 5])
-def test_an_interrupted_training_ends_as_a_whole_one(tiny_pipe, tmp_path, stop, rank):
-    settings, file = replace(SETTINGS, rank=rank), tmp_path / "deep" / "rex.ckpt"
+def test_an_interrupted_training_ends_as_a_whole_one(tiny_pipe, tmp_path, stop, rank, optimiser):
+    settings, file = replace(SETTINGS, rank=rank, optimiser=optimiser), tmp_path / "deep" / "rex.ckpt"
     with pytest.raises(Interrupted):
         train(tiny_pipe, stop=stop, settings=settings, checkpoint=file)
     assert file.exists() == (stop >= 3) and len(list(tmp_path.rglob("*.part"))) == 0

@@ -54,7 +54,7 @@ def test_the_embedded_models_own_defaults(tmp_path):
     given = ["train", str(concept_images("pug")), "--word", "dog", "--token", "<pug>", "--out", str(out)]
     assert main([*given, "--steps", "1", "--woven-batch", "1"]) == 0
     settings = Concept.load(out).settings
-    assert settings["learning_rate"] == 2e-3 and settings["woven"] == 64 and settings["steps"] == 1
+    assert settings["optimiser"] == "muon" and settings["woven"] == 64 and settings["steps"] == 1
 
 
 @pytest.mark.parametrize(

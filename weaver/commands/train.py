@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from weaver.concepts.settings import TrainSettings
+from weaver.concepts.settings import OPTIMISERS, TrainSettings
 from weaver.errors import WeaverError
 
 __all__ = ["add_parser"]
@@ -44,6 +44,8 @@ def add_parser(commands, epilog: str) -> None:
         name = f"--{field.name.replace('_', '-')}"
         if field.type == "bool":
             settings.add_argument(name, action="store_true", default=None)
+        elif field.type == "str":
+            settings.add_argument(name, choices=OPTIMISERS)
         else:
             settings.add_argument(name, type=_KINDS[field.type], metavar=field.name.rpartition("_")[2].upper())
     parser.set_defaults(command=_train)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from weaver.concepts.changes import Delta, parts_of
 from weaver.concepts.checkpoints import Checkpoint
 from weaver.concepts.concept import ConceptError
 from weaver.concepts.examples import Examples, encode_captions, encode_fixed_captions, pick
+from weaver.concepts.muon import Muon
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.woven import WovenExamples, woven
 from weaver.defaults import defaults_for
@@ -52,12 +54,8 @@ def optimise(
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     alphas = pipe.scheduler.alphas_cumprod.to(device, torch.float32)
     velocity = pipe.scheduler.config.prediction_type == "v_prediction"
-    rate = settings.learning_rate
-    optimiser = torch.optim.AdamW([
-        {"params": learned.weights(), "lr": rate},
-        {"params": [learned.vectors], "lr": settings.token_learning_rate or rate},
-    ], betas=(0.9, 0.99), weight_decay=0)  # fmt: skip
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, settings))
+    optimisers = _optimisers(learned, settings)
+    schedules = {key: LambdaLR(one, lambda step: _rate(step, settings)) for key, one in optimisers.items()}
     # Gradients of float16 activations vanish below 6e-8 unless the loss is scaled up.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     prior_text = None if other is None else encode_fixed_captions(pipe.text_encoder, other)
@@ -65,7 +63,8 @@ def optimise(
     n_own = settings.batch + settings.woven_batch - n_woven
     with ExitStack() as stack:
         forward = stack.enter_context(woven(pipe.unet, scenes, defaults_for(pipe).sites)) if n_woven else None
-        state = {"optimiser": optimiser, "schedule": schedule, "scaler": scaler}
+        state = {f"optimiser of {key}": one for key, one in optimisers.items()}
+        state |= {f"schedule of {key}": one for key, one in schedules.items()} | {"scaler": scaler}
         begun = checkpoint.begin([learned.vectors, *learned.weights()], generator, **state) if checkpoint else 0
         for step in range(begun, settings.steps):
             picks, z, text = [], [], []
@@ -100,16 +99,29 @@ def optimise(
                 loss = loss + settings.prior_weight * parts[2].mean()
             if not torch.isfinite(loss):
                 raise ConceptError(f"training diverged at step {step + 1} of {settings.steps}: lower the learning rate")
-            optimiser.zero_grad(set_to_none=True)
+            for optimiser in optimisers.values():
+                optimiser.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scale = scaler.get_scale()
-            scaler.step(optimiser)
+            for optimiser in optimisers.values():
+                scaler.step(optimiser)
             scaler.update()
             if scaler.get_scale() >= scale:  # it falls where gradients overflowed and the step was left out
-                schedule.step()
+                for schedule in schedules.values():
+                    schedule.step()
             if checkpoint:
                 checkpoint.after(step + 1)
             report(step + 1)
+
+
+def _optimisers(learned: Learned, settings: TrainSettings) -> dict[str, torch.optim.Optimizer]:
+    """One of the changes of weights and one of the token's vectors, neither of which decays what it learns."""
+    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0)
+    rate = settings.learning_rate
+    return {
+        "weights": {"adamw": adamw, "muon": Muon}[settings.optimiser](learned.weights(), lr=rate),
+        "vectors": adamw([learned.vectors], lr=settings.token_learning_rate or rate),
+    }
 
 
 def _mean(error: torch.Tensor, region: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from weaver.errors import WeaverError
 
-__all__ = ["TrainSettings"]
+__all__ = ["OPTIMISERS", "TrainSettings"]
+
+OPTIMISERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class TrainSettings:
     steps : optimisation steps.
     rank : 0 learns whole changes of `to_k` and `to_v`, as Custom Diffusion does; more learns a LoRA's two factors
         of each, which have this rank (arXiv 2106.09685): a smaller file.
+    optimiser : of the changes of `to_k` and `to_v`: "adamw", as Custom Diffusion has it, or "muon", whose steps are
+        orthogonal matrices (arXiv 2502.16982) and learn small details in fewer. The token's vectors are AdamW's.
     learning_rate : of the changes of `to_k` and `to_v`.
     token_learning_rate : of the token's vectors; None for `learning_rate`.
     batch : pictures of the concept in a step.
@@ -40,6 +44,7 @@ class TrainSettings:
 
     steps: int = 500
     rank: int = 0
+    optimiser: str = "adamw"
     learning_rate: float = 1e-5
     token_learning_rate: float | None = None
     batch: int = 2
@@ -64,12 +69,13 @@ class TrainSettings:
         Woven scenes are what keeps small animals whole beside each other.
         """
         defaults = {
-            "steps": 350,
-            "learning_rate": 2e-3,
+            "steps": 450,
+            "optimiser": "muon",
+            "learning_rate": 1e-2,
             "token_learning_rate": 1e-2,
             "batch": 1,
-            "woven_batch": 3,
-            "prior_batch": 2,
+            "woven_batch": 2,
+            "prior_batch": 1,
             "prior_weight": 0.5,
             "prior_images": 48,
             "prior_steps": 25,
@@ -90,6 +96,8 @@ class TrainSettings:
         for key in ("learning_rate", "token_learning_rate"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 reasons.append(f"{key} is {getattr(self, key)!r}, expected more than 0")
+        if self.optimiser not in OPTIMISERS:
+            reasons.append(f"optimiser is {self.optimiser!r}, expected {' or '.join(OPTIMISERS)}")
         if self.batch + self.woven_batch < 1:
             reasons.append("batch and woven_batch are both 0, expected a picture in a step")
         if not 0 <= self.final_rate <= 1 or not self.prior_weight >= 0:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weaver.concepts.bank_folder import BankFolder
 from weaver.concepts.prompts import names_token
-from weaver.concepts.settings import TrainSettings
+from weaver.concepts.settings import OPTIMISERS, TrainSettings
 from weaver.errors import WeaverError
 from weaver.job import BackgroundSpec, ConceptSpec, MaskSpec, TrainSpec
 from weaver.job.fields import BANK, EMBEDDED, Fields
@@ -81,7 +81,7 @@ def _train(fields: Fields) -> TrainSpec:
     caption = fields.text("caption")
     if caption and not names_token(caption.replace("{token}", token), token):
         fields.complain("caption", f"{caption!r} lacks the token; write {{token}} in it, as in 'a {{token}} dog'")
-    readers = {"int": fields.whole, "bool": fields.truth}
+    readers = {"int": fields.whole, "bool": fields.truth, "str": lambda name: fields.choice(name, OPTIMISERS)}
     settings = {f.name: readers.get(f.type, fields.number)(f.name) for f in dataclass_fields(TrainSettings)}
     settings = {name: value for name, value in settings.items() if value is not None}
     fields.finish()

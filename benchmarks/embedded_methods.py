@@ -1,0 +1,156 @@
+"""Which way of learning a concept holds it best? ``python -m benchmarks.embedded_methods``
+
+Learns two animals of the embedded model in several ways, each in a process of its own on one thread, and fuses them
+before a trained background over ten seeds: every way by itself, and mixed, the first animal by Custom Diffusion and the
+second as a LoRA. Prints each way's seconds and bytes a concept, and its concepts' similarities inside their masks: to
+their own pictures (`own`), to their base class and to the nearest other concept. It shows where `own` is the largest.
+
+The textual inversion is the token's vectors of the first way alone, as diffusers writes them.
+Results go to ``outputs/methods``: one folder a run, ``embedded_methods.json`` and ``methods.png``, a row a way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from benchmarks.embedded_seeds import RESULTS, shows
+from weaver import Concept, TrainSettings, train_concept
+from weaver.concepts.bank import prior_and_scenes
+from weaver.concepts.images import load_images
+from weaver.demo import demo_job, with_shipped_concepts
+from weaver.embedded import CONCEPTS, concept_hashes, load_pipeline, model_hash
+from weaver.embedded.catalog import concept_images
+from weaver.models import quiet_libraries
+from weaver.run import run_job
+from weaver.version import __version__
+
+ANIMALS, GROUND = ("tuxedo-cat", "blue-panda"), "autumn-forest"
+_ADAMW = {"optimiser": "adamw", "learning_rate": 2e-3, "steps": 350, "woven_batch": 3, "prior_batch": 2}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of learning: its name, what its settings change of the embedded model's, and of whom it takes files."""
+
+    name: str
+    changes: dict = field(default_factory=dict)
+
+
+METHODS = (
+    Method("Custom Diffusion"),
+    Method("Custom Diffusion by AdamW", _ADAMW),
+    Method("LoRA of rank 16", {"rank": 16}),
+    Method("LoRA of rank 4", {"rank": 4}),
+)
+TOKEN_ONLY, MIXED = "textual inversion", "Custom Diffusion and a LoRA"
+
+
+def learn(name: str, changes: dict, file: Path) -> float:
+    """Learn one concept into `file`, on one thread; the seconds that it took, the model's loading left out."""
+    torch.set_num_threads(1)
+    quiet_libraries()
+    pipe, card, settings = load_pipeline(), CONCEPTS[name], TrainSettings.embedded(**changes)
+    began = time.perf_counter()
+    pictures = load_images(concept_images(name), card.token, card.word)
+    prior, woven = prior_and_scenes(pipe, pictures, card.token, card.word, settings)
+    named = {"token": card.token, "word": card.word, "name": name}
+    concept = train_concept(pipe, pictures, prior=prior, woven=woven, settings=settings, progress=False, **named)
+    seconds = time.perf_counter() - began
+    concept.save(file)
+    return seconds
+
+
+def save_token(concept: Path, file: Path) -> None:
+    """The token's vectors alone, as diffusers' textual inversion example saves them."""
+    read = Concept.load(concept)
+    save_file({read.token: read.embeddings["text_encoder"].float()}, file)
+
+
+def fuse(files: dict[str, Path], folder: Path, seeds: int) -> tuple[list[dict], list[Image.Image]]:
+    """Each seed's similarities of every concept, and its picture."""
+    rows, pictures = [], []
+    shipped = with_shipped_concepts(demo_job(",".join(ANIMALS), GROUND))
+    named = {name: {"token": CONCEPTS[name].token, "word": CONCEPTS[name].word} for name in files}
+    concepts = tuple(replace(spec, file=files[spec.name], **named[spec.name]) for spec in shipped.concepts)
+    for seed in range(seeds):
+        job = replace(shipped, concepts=concepts, seed=seed, template=replace(shipped.template, seed=None))
+        run = run_job(job, folder / f"seed{seed}", source="methods")
+        rows.append(run.report["concepts"])
+        pictures.append(run.result.image)
+    return rows, pictures
+
+
+def figures(name: str, rows: list[dict], files: dict[str, Path], seconds: float | None) -> dict:
+    """One row of the table."""
+    every = [scores for row in rows for who, scores in row.items() if who in ANIMALS]
+    everyone = sum(all(map(shows, row.values())) for row in rows)
+    told = {key: round(mean(scores[key] for scores in every), 3) for key in ("own", "base", "others")}
+    size = round(mean(file.stat().st_size for file in files.values()))
+    return {
+        "method": name,
+        "seconds": None if seconds is None else round(seconds),
+        "bytes": size,
+        **told,
+        "shows": f"{everyone} of {len(rows)}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--processes", type=int, default=2, help="concepts that are learned at once (2)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/methods"))
+    parser.add_argument("--record", action="store_true", help="keep the figures in benchmarks/results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    quiet_libraries()
+    folder = args.out / "concepts"
+    folder.mkdir(parents=True, exist_ok=True)
+    ways = {method.name: {name: _file(folder, method.name, name) for name in ANIMALS} for method in METHODS}
+    tasks = [(name, m.changes, ways[m.name][name]) for m in METHODS for name in ANIMALS]
+    with get_context("spawn").Pool(args.processes, maxtasksperchild=1) as pool:
+        took = pool.starmap(learn, tqdm(tasks, desc="learning", disable=None), chunksize=1)
+    seconds = {m.name: mean(took[i * len(ANIMALS) : (i + 1) * len(ANIMALS)]) for i, m in enumerate(METHODS)}
+    full, lora = ways["Custom Diffusion"], ways["LoRA of rank 16"]
+    ways[MIXED] = {ANIMALS[0]: full[ANIMALS[0]], ANIMALS[1]: lora[ANIMALS[1]]}
+    ways[TOKEN_ONLY] = {name: _file(folder, TOKEN_ONLY, name) for name in ANIMALS}
+    for name in ANIMALS:
+        save_token(full[name], ways[TOKEN_ONLY][name])
+    table, sheet = [], []
+    for name, files in ways.items():
+        rows, pictures = fuse(files, args.out / name.replace(" ", "-").lower(), args.seeds)
+        table.append(figures(name, rows, files, seconds.get(name)))
+        sheet.append(pictures)
+        print("  ".join(f"{key} {value}" for key, value in table[-1].items()), flush=True)
+    told = {"model": model_hash(), "background": concept_hashes([GROUND]), "animals": ANIMALS, "seeds": args.seeds}
+    told |= {"versions": {"concept-weaver": __version__, "torch": torch.__version__}, "rows": table}
+    for place in [args.out] + [RESULTS] * args.record:
+        (place / "embedded_methods.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    _draw(sheet).save(args.out / "methods.png")
+
+
+def _file(folder: Path, method: str, name: str) -> Path:
+    return folder / f"{method.replace(' ', '-').lower()}-{name}.safetensors"
+
+
+def _draw(rows: list[list[Image.Image]], side: int = 160) -> Image.Image:
+    sheet = Image.new("RGB", (side * len(rows[0]), side * len(rows)), "white")
+    for y, pictures in enumerate(rows):
+        for x, picture in enumerate(pictures):
+            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (x * side, y * side))
+    return sheet
+
+
+if __name__ == "__main__":
+    main()
