@@ -207,6 +207,80 @@ def test_of_two_text_encoders(tmp_path):
         convert(concept, "custom-diffusion", tmp_path / "out.bin", pipe=pipe)
 
 
+MOST_OF_SDXL = ["to_k", "to_v", "to_q", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1"]
+MOST_OF_SDXL += ["conv2", "conv_shortcut", "time_emb_proj", "conv", "linear_1", "linear_2", "conv_in", "conv_out"]
+
+
+def test_sdxl_has_kohyas_names_for_it(tmp_path):
+    """Those of Stability AI's U-Net, which other programs look for; diffusers and our reader find every factor."""
+    file = saved(make_sdxl(dtype=torch.float32), tmp_path, unet_targets=MOST_OF_SDXL, rank_pattern={}, alpha_pattern={})
+    concept = read_concept_file(file).concept(name="rex", word="dog")
+    out = convert(concept, "kohya-lora", tmp_path / "kohya.safetensors").files[0]
+    names = {key.partition(".")[0] for key in load_file(out)}
+    assert names >= {
+        "lora_unet_input_blocks_0_0",
+        "lora_unet_input_blocks_3_0_op",
+        "lora_unet_input_blocks_4_0_skip_connection",
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k",
+        "lora_unet_input_blocks_8_1_transformer_blocks_2_attn2_to_out_0",
+        "lora_unet_middle_block_1_proj_in",
+        "lora_unet_middle_block_2_emb_layers_1",
+        "lora_unet_output_blocks_0_1_transformer_blocks_2_ff_net_0_proj",
+        "lora_unet_output_blocks_5_1_transformer_blocks_1_attn2_to_v",
+        "lora_unet_output_blocks_5_2_conv",
+        "lora_unet_output_blocks_8_0_in_layers_2",
+        "lora_unet_out_2",
+        "lora_unet_time_embed_2",
+        "lora_unet_label_emb_0_0",
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+        "lora_te2_text_model_encoder_layers_1_self_attn_q_proj",
+    }
+    assert not any("_blocks" in name and "put_blocks" not in name and "middle" not in name for name in names)
+    again = read_concept_file(out)
+    for group in ("deltas", "outside", "text_deltas"):
+        expected, found = getattr(concept, group), getattr(again, group)
+        assert expected and found.keys() == expected.keys()
+        for key, change in expected.items():
+            assert all(torch.equal(a, b) for a, b in zip(found[key], change, strict=True)), key
+    pictures = []
+    for path in (file, out):
+        stock = make_sdxl(dtype=torch.float32)
+        stock.load_lora_weights(tmp_path, weight_name=path.name)
+        pictures.append(latents_of(stock))
+    torch.testing.assert_close(*pictures, rtol=1e-4, atol=1e-4)
+
+
+def kohya_names_of(concept, folder):
+    out = convert(concept, "kohya-lora", folder / "kohya.safetensors", replace=True).files[0]
+    return {key.partition(".")[0] for key in load_file(out)}
+
+
+def test_sdxl_is_known_by_its_parts(tmp_path):
+    mid, first = (
+        f"{path}.transformer_blocks.0.attn2" for path in ("mid_block.attentions.0", "up_blocks.0.attentions.0")
+    )
+    pair, other = (LowRank(torch.ones(1, 6), torch.ones(8, 1)) for _ in range(2))
+    wide = LowRank(torch.ones(1, 2048), torch.ones(8, 1))
+    sd = Concept("rex", "", "dog", deltas={f"{mid}.to_k": pair})
+    text = LowRank(torch.ones(1, 4), torch.ones(4, 1))
+    encoder = {"text_encoder.encoder.layers.0.mlp.fc1": text}
+    assert kohya_names_of(replace(sd, text_deltas=encoder), tmp_path) == {
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k",
+        "lora_te_text_model_encoder_layers_0_mlp_fc1",
+    }
+    middle = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k"
+    for changes in (
+        {"embeddings": {"text_encoder": torch.ones(1, 4), "text_encoder_2": torch.ones(1, 5)}, "token": "<v1>"},
+        {"text_deltas": {"text_encoder_2.encoder.layers.0.mlp.fc1": text}},
+        {"deltas": {f"{mid}.to_k": wide}},
+        {"deltas": {f"{mid}.to_k": pair, f"{first}.to_q": other}},
+        {"deltas": {f"{mid}.to_k": pair, f"{mid.replace('blocks.0', 'blocks.9')}.to_k": other}},
+    ):
+        assert middle in kohya_names_of(replace(sd, **changes), tmp_path), changes
+    of_one = replace(sd, deltas={f"{mid}.to_k": wide}, text_deltas=encoder)
+    assert "lora_te1_text_model_encoder_layers_0_mlp_fc1" in kohya_names_of(of_one, tmp_path)
+
+
 def test_our_own_format_is_the_concept_itself(concept, tmp_path):
     again = Concept.load(converted(concept, "weaver", tmp_path, "--token", "<rex>"))
     assert (again.token, again.word, again.base_hash) == ("<rex>", "dog", concept.base_hash)

@@ -255,6 +255,17 @@ def test_what_is_no_plain_lora_is_refused(file):
     assert parsed_of({"<v1>": torch.zeros(4)}, {}) is None
 
 
+def test_factors_under_names_of_two_kinds_are_not_lost(tmp_path):
+    """diffusers' converter drops those under SDXL's own names without a word."""
+    names = ("lora_unet_input_blocks_4_1_proj_in", "lora_unet_down_blocks_1_attentions_1_proj_in")
+    tensors = {f"{name}.lora_down.weight": torch.ones(1, 4) for name in names}
+    tensors |= {f"{name}.lora_up.weight": torch.ones(4, 1) for name in names}
+    path = tmp_path / "rex.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(ConceptError, match="2 of its 4 factors are lost among names of two kinds"):
+        read_concept_file(path)
+
+
 def test_a_lora_of_another_size_is_refused(file):
     tensors, metadata = read(file)
     wider = {key: torch.cat([x, x], 1) if "attn2.to_k.lora_A" in key else x for key, x in tensors.items()}

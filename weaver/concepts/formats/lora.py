@@ -107,10 +107,17 @@ def _from_kohya(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if middle.ndim != 4 or middle.shape[1] != rank:
                 raise Refusal(f"{name}.lora_mid has shape {tuple(middle.shape)}, expected [r, {rank}, h, w]")
             tensors[key] = torch.einsum("ijhw,jc->ichw", middle.float(), tensors[key].flatten(1).float())
+    count = len(tensors)
     try:
-        return StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=_LAYERS_PER_BLOCK)[0]
+        named = StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=_LAYERS_PER_BLOCK)[0]
     except (KeyError, ValueError, IndexError, AttributeError) as error:  # a converter's, led there by odd names
         raise Refusal(f"its layers are not Stable Diffusion's, or not LoRA's: {told(str(error))}") from error
+    if len(named) != count:  # the converter drops what is under names of both kinds, and lets one overwrite another
+        raise Refusal(
+            f"{count - len(named)} of its {count} factors are lost among names of two kinds (input_blocks and "
+            "down_blocks): save it under those of one"
+        )
+    return named
 
 
 def _by_part(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -11,13 +11,12 @@ import torch
 from weaver.concepts.changes import ranks_of
 from weaver.concepts.concept import Concept, ConceptError
 from weaver.concepts.decompose import Losses, factors_of
+from weaver.concepts.formats.kohya_names import is_of_sdxl, kohya_name
 from weaver_kernels import LowRank
 
 __all__ = ["LoraFile", "diffusers_lora", "kohya_lora"]
 
 _NESTED = "text_model."
-_KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
-_KOHYA_OF_TWO = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 
 class LoraFile(NamedTuple):
@@ -52,11 +51,10 @@ def diffusers_lora(concept: Concept, rank: int) -> LoraFile:
 def kohya_lora(concept: Concept, rank: int) -> LoraFile:
     """All changes under the names of kohya's scripts, each with its rank as alpha."""
     parts, losses = _parts(concept, rank)
-    prefixes = _KOHYA_OF_TWO if "text_encoder_2" in {*parts, *concept.embeddings} else _KOHYA
-    tensors = {}
+    sdxl, tensors = is_of_sdxl(concept), {}
     for part, changes in parts.items():
         for path, change in changes.items():
-            name = f"{prefixes[part]}_{path.replace('.', '_')}"
+            name = kohya_name(part, path, sdxl)
             tensors[f"{name}.lora_down.weight"] = change.down.contiguous()
             tensors[f"{name}.lora_up.weight"] = change.up.contiguous()
             tensors[f"{name}.alpha"] = torch.tensor(float(len(change.down)))
