@@ -178,13 +178,13 @@ def tiny_pipe_v():
 def make_concept(pipe, number: int, word: str, amount: float = 0.3, changed: Sequence[str] = ("to_k", "to_v")):
     """A concept `c<number>` with token `<v<number>>` and random deltas of `amount`, for this pipeline's base.
 
-    `changed` are the projections of every attn2 that have deltas.
+    `changed` are the projections of every attn2 that have deltas, and "to_out.0.bias".
     """
-    from weaver.concepts.concept import Concept, attn2_hash, attn2_projections
+    from weaver.concepts.concept import Concept, attn2_hash, attn2_parameters
     from weaver.conditioning import text_encoders
 
     rng = torch.Generator().manual_seed(number)
-    projections = attn2_projections(pipe.unet, changed)
+    parameters = {name: x for name, x in attn2_parameters(pipe.unet).items() if name.partition(".attn2.")[2] in changed}
     widths = {name: encoder.config.hidden_size for name, encoder in text_encoders(pipe).items()}
     return Concept(
         name=f"c{number}",
@@ -192,7 +192,7 @@ def make_concept(pipe, number: int, word: str, amount: float = 0.3, changed: Seq
         word=word,
         base_hash=attn2_hash(pipe.unet),
         embeddings={name: torch.randn(1, width, generator=rng) for name, width in widths.items()},
-        deltas={name: amount * torch.randn(linear.weight.shape, generator=rng) for name, linear in projections.items()},
+        deltas={name: amount * torch.randn(x.shape, generator=rng) for name, x in parameters.items()},
     )
 
 

@@ -39,7 +39,7 @@ def contents() -> dict[str, tuple[dict, dict[str, str]]]:
     processors = {key.replace(".to_", ".processor.to_").replace(".weight", "_custom_diffusion.weight"): value
                   for key, value in keys_values.items()}  # fmt: skip
     own = {f"deltas/{key.removesuffix('.weight')}": value for key, value in keys_values.items()}
-    texts = {"format": "concept-weaver/concept", "format_version": "2", "name": "rex", "token": "<v1>", "word": "dog"}
+    texts = {"format": "concept-weaver/concept", "format_version": "3", "name": "rex", "token": "<v1>", "word": "dog"}
     texts |= {"base_hash": "0" * 64, "settings": '{"steps": 3}', "versions": "{}"}
     automatic = {"string_to_token": {"*": 265}, "string_to_param": {"*": vector}, "name": "toy", "step": 9}
     return {

@@ -105,13 +105,14 @@ class CrossAttention:
         if concept is not None:
             w_k = w_k + self.run.case.scale * concept.deltas.get(f"{self.path}.to_k", 0 * w_k)
             w_v = w_v + self.run.case.scale * concept.deltas.get(f"{self.path}.to_v", 0 * w_v)
-        w_q, w_o = attn.to_q.weight, attn.to_out[0].weight
-        if concept is not None:  # a LoRA's
+        w_q, w_o, b_o = attn.to_q.weight, attn.to_out[0].weight, attn.to_out[0].bias
+        if concept is not None:  # a LoRA's, and Custom Diffusion's of all of cross-attention
             w_q = w_q + self.run.case.scale * concept.deltas.get(f"{self.path}.to_q", 0 * w_q)
             w_o = w_o + self.run.case.scale * concept.deltas.get(f"{self.path}.to_out.0", 0 * w_o)
+            b_o = b_o + self.run.case.scale * concept.deltas.get(f"{self.path}.to_out.0.bias", 0 * b_o)
         q, k, v = heads(F.linear(h, w_q), attn), heads(F.linear(text, w_k), attn), heads(F.linear(text, w_v), attn)
         out = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
-        return F.linear(out.transpose(1, 2).flatten(-2), w_o, attn.to_out[0].bias)
+        return F.linear(out.transpose(1, 2).flatten(-2), w_o, b_o)
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
         run, case = self.run, self.run.case

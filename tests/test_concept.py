@@ -131,7 +131,7 @@ KEY = "deltas/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     [
         ({"format": None}, {}, "not a concept file"),
         ({"format": "pt"}, {}, "format 'pt'"),
-        ({"format_version": "3"}, {}, "version 3, this release reads up to 2"),
+        ({"format_version": "4"}, {}, "version 4, this release reads up to 3"),
         ({"token": None, "base_hash": None}, {}, "metadata lacks token, base_hash"),
         ({"settings": "{"}, {}, "not a readable"),
         ({"settings": "[]"}, {}, "settings is not a JSON object"),
@@ -144,6 +144,7 @@ KEY = "deltas/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
         ({}, {KEY: torch.full((8, 16), torch.nan)}, f"{KEY} has NaN"),
         ({}, {KEY: torch.full((8, 16), torch.inf)}, "NaN or infinite"),
         ({}, {KEY: torch.zeros(8)}, r"shape \(8,\), expected two axes"),
+        ({}, {"deltas/a.attn2.to_out.0.bias": torch.ones(8, 8)}, r"shape \(8, 8\), expected one axis"),
         ({}, {KEY: torch.zeros(8, 16, dtype=torch.int32)}, "expected floating point"),
         ({}, {"embeddings/text_encoder": torch.zeros(0, 16)}, r"shape \(0, 16\)"),
         ({}, {"deltas/conv_in": torch.zeros(8, 16)}, "no cross-attention projection"),

@@ -84,7 +84,7 @@ def test_our_own_reader_reads_a_lora_back(pipe, concept, tmp_path, capsys, to):
     assert token.token == "<v1>" and torch.equal(token.embeddings["text_encoder"], concept.embeddings["text_encoder"])
 
 
-@pytest.mark.parametrize("changed", [("to_k", "to_v"), ALL], ids=["keys-values", "all"])
+@pytest.mark.parametrize("changed", [("to_k", "to_v"), (*ALL, "to_out.0.bias")], ids=["keys-values", "all"])
 def test_custom_diffusion_draws_what_the_concept_draws(pipe, model, tmp_path, changed):
     concept = make_concept(pipe, 1, "dog", 0.3, changed)
     plan = FusionPlan.build(
@@ -167,6 +167,22 @@ def test_the_error_that_is_told_is_the_true_one(concept, tmp_path, capsys, to):
     assert float(told[1]) == pytest.approx(overall.item(), rel=1e-3) and overall > 0.3
     assert float(told[2]) == pytest.approx(max(parts.values()).item(), rel=1e-3)
     assert told[3] == max(parts, key=parts.get)
+
+
+@pytest.mark.parametrize("to", LORAS)
+def test_biases_have_no_place_in_a_lora_which_is_told(pipe, tmp_path, capsys, to):
+    concept = make_concept(pipe, 1, "dog", 0.3, (*ALL, "to_out.0.bias"))
+    out = converted(concept, to, tmp_path, "--rank", 99)
+    told = capsys.readouterr().out
+    assert "64 matrices become" in told and "16 changes of biases are left out" in told
+    found, whole = products(read_concept_file(out).deltas), products(concept.deltas)
+    assert whole.keys() - found.keys() == {key for key in whole if key.endswith(".bias")}
+    lost = sum(whole[key].norm() ** 2 for key in whole.keys() - found.keys()).sqrt()
+    expected = (lost / sum(x.norm() ** 2 for x in whole.values()).sqrt()).item()
+    assert float(re.search(r"relative error ([\d.]+) ", told)[1]) == pytest.approx(expected, rel=1e-3)
+    alone = replace(concept, deltas={key: x for key, x in concept.deltas.items() if key.endswith(".bias")})
+    with pytest.raises(ConceptError, match="changes biases alone: a LoRA has no place for them"):
+        convert(alone, to, tmp_path / "out.safetensors")
 
 
 def test_no_other_factors_of_a_rank_are_nearer():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 
-from weaver.concepts.concept import ConceptError, attn2_projections
+from weaver.concepts.concept import Concept, ConceptError, attn2_projections
 from weaver.concepts.formats import read_concept_file
 from weaver_kernels import LowRank
 
@@ -28,6 +28,11 @@ def assert_drawn(path, pipe, weights, vectors):
     torch.testing.assert_close(files.draw_fused(pipe, concept_of(path, pipe), OWN), expected, **files.CLOSE)
 
 
+def trained_biases(pipe):
+    generator = files.rng(5)
+    return {name: files.noisy(value, generator) for name, value in biases(pipe).items()}
+
+
 def biases(pipe):
     return {name: x.detach() for name, x in pipe.unet.named_parameters() if name.endswith("attn2.to_out.0.bias")}
 
@@ -35,8 +40,8 @@ def biases(pipe):
 @PROJECTIONS
 def test_delta_of_the_authors(pipe, names, tmp_path):
     weights, vectors = files.changed_weights(pipe, names), files.vectors(pipe)
-    whole = weights | (biases(pipe) if "to_out.0" in names else {})
-    delta = {"unet": whole, "modifier_token": {"<new1>": vectors["text_encoder"][0]}}
+    weights |= trained_biases(pipe) if "to_out.0" in names else {}
+    delta = {"unet": weights, "modifier_token": {"<new1>": vectors["text_encoder"][0]}}
     assert_drawn(files.save(delta, tmp_path / "delta.bin"), pipe, weights, vectors)
 
 
@@ -80,10 +85,7 @@ def save_by_diffusers(pipe, weights, folder, safe):
             continue
         rows, width = weights[f"{path}.to_k.weight"].shape
         processor = CustomDiffusionAttnProcessor(True, queries, rows, width)
-        state = {
-            key: weights.get(f"{path}.{key.replace('_custom_diffusion', '')}", unet.get_submodule(path).to_out[0].bias)
-            for key in processor.state_dict()
-        }
+        state = {key: weights[f"{path}.{key.replace('_custom_diffusion', '')}"] for key in processor.state_dict()}
         processor.load_state_dict(state)
         processors[name] = processor
     unet.set_attn_processor(processors)
@@ -96,6 +98,7 @@ def save_by_diffusers(pipe, weights, folder, safe):
 @pytest.mark.parametrize("safe", [False, True], ids=["bin", "safetensors"])
 def test_what_diffusers_saves(pipe, names, safe, tmp_path):
     weights, vectors = files.changed_weights(pipe, names), files.vectors(pipe)
+    weights |= trained_biases(pipe) if "to_out.0" in names else {}
     path = save_by_diffusers(pipe, weights, tmp_path, safe)
     files.save({"<new1>": vectors["text_encoder"][0]}, tmp_path / f"<new1>{path.suffix}")
     assert_drawn(path, pipe, weights, vectors)
@@ -144,13 +147,21 @@ def test_a_damaged_token_file_is_named(pipe, tmp_path):
         read_concept_file(path)
 
 
-@pytest.mark.parametrize("change", [1e-3, 1.0], ids=["trained", "another"])
-def test_an_output_bias_that_was_trained_is_refused(pipe, change, tmp_path):
-    trained = {name: value + change for name, value in biases(pipe).items()}
-    weights = files.changed_weights(pipe) | trained
+def test_a_file_with_biases_is_our_own_again(pipe, tmp_path):
+    """Saved and loaded, they are what they were; and they belong to one layer's output."""
+    weights = files.changed_weights(pipe) | trained_biases(pipe)
     path = files.save({"unet": weights, "modifier_token": {"<new1>": torch.ones(16)}}, tmp_path / "delta.bin")
-    with pytest.raises(ConceptError, match=r"changes 16 parameters that can't be fused, unet\..*to_out\.0\.bias most"):
-        concept_of(path, pipe)
+    concept = concept_of(path, pipe)
+    again = Concept.load(concept.save(tmp_path / "rex.safetensors"))
+    assert again.deltas.keys() == concept.deltas.keys() and len(concept.deltas) == 80
+    assert all(torch.equal(again.deltas[key], delta) for key, delta in concept.deltas.items())
+    name = next(iter(biases(pipe)))
+    short = {"unet": weights | {name: torch.ones(3)}, "modifier_token": {"<new1>": torch.ones(16)}}
+    with pytest.raises(ConceptError, match="1 of its 80 weights do not fit the U-Net"):
+        concept_of(files.save(short, path), pipe)
+    wide = {"unet": weights | {name: torch.ones(3, 3)}, "modifier_token": {"<new1>": torch.ones(16)}}
+    with pytest.raises(ConceptError, match=r"shape \(3, 3\), expected one axis"):
+        concept_of(files.save(wide, path), pipe)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

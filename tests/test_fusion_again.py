@@ -106,7 +106,7 @@ def test_variants_take_turns(tiny_pipe, plans):
 def test_plans_of_another_shape_are_refused_and_change_nothing(tiny_pipe, plans, masks, concepts, templates):
     expected = alone(tiny_pipe, plans[0])
     uses = [ConceptUse(concept) for concept in concepts[:2]]
-    every = ("to_k", "to_v", "to_q", "to_out.0")
+    every = ("to_k", "to_v", "to_q", "to_out.0", "to_out.0.bias")
     others = {
         "steps differ": FusionPlan.build(tiny_pipe, prompt=PROMPT, steps=4),
         "size differ": FusionPlan.build(tiny_pipe, prompt=PROMPT, steps=STEPS, height=48),
@@ -174,7 +174,7 @@ def test_a_block_that_is_not_entered_leaves_nothing(tiny_pipe, plans, monkeypatc
 
 
 def test_other_masks_for_a_concept_that_changes_queries_and_outputs(tiny_pipe, masks, templates):
-    every = ("to_k", "to_v", "to_q", "to_out.0")
+    every = ("to_k", "to_v", "to_q", "to_out.0", "to_out.0.bias")
     use = ConceptUse(make_concept(tiny_pipe, 1, "dog", changed=every))
     again = ConceptUse(make_concept(tiny_pipe, 2, "dog", changed=every))
     first, second, third = (

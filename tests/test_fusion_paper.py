@@ -48,9 +48,9 @@ LORA_CASES = [
 
 @pytest.fixture(scope="module")
 def lora_concepts(tiny_pipe):
-    """Of some all projections are changed, of others the queries or the output alone, or only in some layers."""
-    every = ("to_k", "to_v", "to_q", "to_out.0")
-    parts = [every, ("to_k", "to_v", "to_q"), ("to_out.0",), ("to_k", "to_v"), every]
+    """Of some all is changed, of others the queries, the output or its bias alone, or only some layers."""
+    every = ("to_k", "to_v", "to_q", "to_out.0", "to_out.0.bias")
+    parts = [every, ("to_k", "to_v", "to_q"), ("to_out.0",), ("to_k", "to_v", "to_out.0.bias"), every]
     made = [
         make_concept(tiny_pipe, i + 1, word, changed=names)
         for i, (word, names) in enumerate(zip(WORDS_OF_CONCEPTS, parts, strict=True))

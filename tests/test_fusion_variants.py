@@ -126,7 +126,7 @@ def test_variants_with_projections_of_their_own(tiny_pipe, features):
     """A plan with a changed query and output beside one without, whose contexts have other numbers when stacked."""
     masks = torch.zeros(1, 32, 32)
     masks[0, 4:28, 4:28] = 1
-    every = ("to_k", "to_v", "to_q", "to_out.0")
+    every = ("to_k", "to_v", "to_q", "to_out.0", "to_out.0.bias")
     uses = [ConceptUse(make_concept(tiny_pipe, 1, "dog", changed=names)) for names in (every[:2], every)]
     plans = [FusionPlan.build(tiny_pipe, [use], masks, prompt=PROMPT, features=features) for use in uses]
     scheduler = ddim_scheduler(tiny_pipe.scheduler)

@@ -27,7 +27,7 @@ __all__ = [
 Delta = torch.Tensor | LowRank
 """A change of a weight [out, in]: a matrix, or factors down [r, in] and up [out, r].
 
-Of a convolution it is [out, in, h, w], or down [r, in, h, w] and up [out, r, 1, 1].
+Of a convolution it is [out, in, h, w], or down [r, in, h, w] and up [out, r, 1, 1]; of a bias it is [out].
 """
 
 

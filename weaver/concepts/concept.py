@@ -10,18 +10,14 @@ from pathlib import Path
 
 import torch
 
-from weaver.concepts.changes import Delta, change_shape, parts_of
+from weaver.concepts.changes import Delta, change_shape
+from weaver.concepts.concept_checks import CHANGED, GROUPS, OUTPUT_BIAS, concept_reasons
 from weaver.concepts.concept_file import ConceptError, read_concept_tensors, write_concept_tensors
 from weaver.conditioning import text_encoders
 from weaver.hashing import remembered
 from weaver.layers import cross_attention_paths
-from weaver_kernels import LowRank
 
-__all__ = ["Concept", "ConceptError", "attn2_hash", "attn2_projections", "text_module"]
-
-_CHANGED = ("to_k", "to_v", "to_q", "to_out.0")
-_PARTNERS = {"to_k": "to_v", "to_v": "to_k"}
-_GROUPS = ("embeddings", "deltas", "text_deltas", "outside")
+__all__ = ["Concept", "ConceptError", "attn2_hash", "attn2_parameters", "attn2_projections", "text_module"]
 
 
 def attn2_projections(unet: torch.nn.Module, names: Sequence[str] = ("to_k", "to_v")) -> dict[str, torch.nn.Linear]:
@@ -35,6 +31,19 @@ def attn2_projections(unet: torch.nn.Module, names: Sequence[str] = ("to_k", "to
         for name in names:
             linear = unet.get_submodule(f"{path}.{name}")
             found[f"{path}.{name}"] = getattr(linear, "base_layer", linear)
+    return found
+
+
+def attn2_parameters(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Whatever a concept can change of every cross-attention, by the keys of its `Concept.deltas`.
+
+    Returns ``{"<path>.attn2.to_k": [out, in], ..., "<path>.attn2.to_out.0.bias": [out]}``.
+    """
+    found = {}
+    for key, linear in attn2_projections(unet, CHANGED).items():
+        found[key] = linear.weight
+        if key.endswith(OUTPUT_BIAS.removesuffix(".bias")) and linear.bias is not None:
+            found[f"{key}.bias"] = linear.bias
     return found
 
 
@@ -76,7 +85,8 @@ class Concept:
     embeddings : ``{"text_encoder": [V, C]}``, the V vectors that the token stands for, per text encoder: for SDXL with
         ``"text_encoder_2": [V, C_2]``.
     deltas : ``{"<path>.attn2.to_k": change, ...}``, added to the U-Net's weights. Custom Diffusion learns `to_k` and
-        `to_v`; LoRA has `to_q` and `to_out.0` too, which are fused exactly, each at the cost of what it changes.
+        `to_v`; LoRA has `to_q` and `to_out.0` too, which are fused exactly, each at the cost of what it changes. So is
+        "<path>.attn2.to_out.0.bias" [out].
     text_deltas : ``{"text_encoder.<path>": change, ...}``, added to a text encoder's weights for this concept's prompt.
     outside : ``{"<path>": change, ...}``, changes of the U-Net outside cross-attention: kept, but no part of a fusion.
         Of a convolution down is [r, in, h, w] and up [out, r, 1, 1].
@@ -98,7 +108,7 @@ class Concept:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if reasons := _reasons(self):
+        if reasons := concept_reasons(self):
             raise ConceptError(f"concept {self.name!r} can't be used: " + "; ".join(reasons))
 
     @property
@@ -114,14 +124,14 @@ class Concept:
     def save(self, path: str | os.PathLike) -> Path:
         """Write one safetensors file, whole or not at all; returns its path."""
         path = Path(path)
-        write_concept_tensors(path, vars(self), {group: getattr(self, group) for group in _GROUPS})
+        write_concept_tensors(path, vars(self), {group: getattr(self, group) for group in GROUPS})
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Concept:
         """Read a file written by `save`; anything else is refused by a `ConceptError` that names the file."""
         path = Path(path)
-        texts, groups = read_concept_tensors(path, _GROUPS)
+        texts, groups = read_concept_tensors(path, GROUPS)
         try:
             return cls(**texts, **groups)
         except ConceptError as error:
@@ -152,8 +162,12 @@ class Concept:
 
         `base_hash` is the `attn2_hash` of its U-Net where it is known already; None computes it.
         """
-        weights = {name: tuple(linear.weight.shape) for name, linear in attn2_projections(pipe.unet, _CHANGED).items()}
-        odd = sorted(name for name, delta in self.deltas.items() if weights.get(name) != change_shape(delta))
+        weights = attn2_parameters(pipe.unet)
+        odd = sorted(
+            name
+            for name, delta in self.deltas.items()
+            if name not in weights or tuple(weights[name].shape) != change_shape(delta)
+        )
         reasons = []
         if odd:
             reasons.append(f"{len(odd)} of its {len(self.deltas)} weights do not fit the U-Net, {odd[0]} among them")
@@ -175,51 +189,3 @@ def text_module(pipe, key: str) -> torch.nn.Linear | None:
         except AttributeError:
             continue
     return None
-
-
-def _reasons(concept: Concept) -> list[str]:
-    reasons = [f"{key} is empty" for key in ("name", "word") if not getattr(concept, key)]
-    if concept.embeddings and not concept.token:
-        reasons.append("token is empty, and there are embeddings for it")
-    if concept.embeddings and any(c.isspace() for c in concept.token):
-        reasons.append(f"token {concept.token!r} has white space in it")
-    if not (concept.embeddings or concept.deltas or concept.text_deltas):
-        kept = f": its {len(concept.outside)} changes outside cross-attention are no part of a fusion"
-        reasons.append("there is nothing in it to fuse" + kept * bool(concept.outside))
-    reasons += [
-        f"{key} is not a JSON object"
-        for key in ("settings", "versions")
-        if not isinstance(getattr(concept, key), Mapping)
-    ]
-    counts = {value.shape[0] for value in concept.embeddings.values() if value.ndim == 2}
-    if len(counts) > 1:
-        reasons.append(f"its text encoders disagree on the number of vectors: {sorted(counts)}")
-    for group in _GROUPS:
-        for key, value in getattr(concept, group).items():
-            axes = (2, 4) if group == "outside" else (2,)
-            reasons += [f"{group}/{key} {reason}" for reason in _change_reasons(value, axes)]
-    for key, delta in concept.deltas.items():
-        head, found, kind = key.rpartition("attn2.")
-        if kind not in _CHANGED or not (not head or head.endswith(".")):
-            reasons.append(f"deltas/{key} is no cross-attention projection (....attn2. and {', '.join(_CHANGED)})")
-        elif isinstance(delta, LowRank):
-            continue
-        elif kind in _PARTNERS and f"{head}{found}{_PARTNERS[kind]}" not in concept.deltas:
-            reasons.append(f"deltas/{key} has no partner for the other of to_k and to_v")
-    return reasons
-
-
-def _change_reasons(value: Delta, axes: tuple[int, ...]) -> list[str]:
-    """What is wrong with one change, or with one token's vectors."""
-    for name, part in parts_of(value).items():
-        name = f" ({name})" if name else ""
-        if part.ndim not in axes or 0 in part.shape:
-            expected = " or ".join({2: "two", 4: "four"}[count] for count in axes)
-            return [f"has shape {tuple(part.shape)}{name}, expected {expected} axes"]
-        if not part.is_floating_point():
-            return [f"has dtype {part.dtype}{name}, expected floating point"]
-        if not torch.isfinite(part).all():
-            return [f"has NaN or infinite values{name}"]
-    if isinstance(value, LowRank) and value.up.shape[1] != len(value.down):
-        return [f"has factors of ranks {len(value.down)} (down) and {value.up.shape[1]} (up)"]
-    return []

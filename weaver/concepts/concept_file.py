@@ -18,8 +18,8 @@ from weaver_kernels import LowRank
 __all__ = ["FORMAT", "FORMAT_VERSION", "ConceptError", "read_concept_tensors", "write_concept_tensors"]
 
 FORMAT = "concept-weaver/concept"
-FORMAT_VERSION = 2
-_READABLE = (1, 2)  # version 1 had neither factors nor parts beside keys and values
+FORMAT_VERSION = 3
+_READABLE = (1, 2, 3)  # version 1 had neither factors nor parts beside keys and values, 2 no biases
 _TEXTS = ("name", "token", "word", "base_hash")
 _OBJECTS = ("settings", "versions")
 

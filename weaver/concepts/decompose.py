@@ -21,10 +21,10 @@ class Losses:
     rank: int
     by_change: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def note(self, key: str, change: Delta, factors: LowRank) -> None:
-        """Compare what was changed with what its factors, as they are written, multiply to."""
-        lost = 0.0
-        if change is not factors:
+    def note(self, key: str, change: Delta, factors: LowRank | None) -> None:
+        """Compare what was changed with what its factors, as they are written, multiply to; None: all of it is lost."""
+        lost = change_norm(change) if factors is None else 0.0
+        if change is not factors and factors is not None:
             up, down = factors.up.double().flatten(1), factors.down.double().flatten(1)
             lost = (change.double().flatten(1) - up @ down).norm().item()
         self.by_change[key] = (lost, change_norm(change))

@@ -14,6 +14,7 @@ from torch import nn
 
 from weaver.concepts.changes import Delta, moved, scaled
 from weaver.concepts.concept import Concept, attn2_hash
+from weaver.concepts.concept_checks import OUTPUT_BIAS
 from weaver.concepts.own_prompts import own_prompt_reasons, own_prompts, token_reasons
 from weaver.concepts.prompts import Encoding, absent_is_zero, encode
 from weaver.conditioning import text_encoders
@@ -201,14 +202,14 @@ def context_keys_values(unet, text: torch.Tensor, uses: Sequence[ConceptUse]) ->
 
 
 def own_projections(unet, uses: Sequence[ConceptUse], dtype: torch.dtype) -> dict[str, OwnProjections]:
-    """What concepts change in `to_q` and `to_out` of every cross-attention, for those where one does.
+    """What concepts change in `to_q`, `to_out` and its bias of every cross-attention, for those where one does.
 
     Returns path of the attn2 -> changes in `dtype`, on the U-Net's device, by the number of the context.
     """
     found = {}
     for path in cross_attention_paths(unet):
         parts = []
-        for name in ("to_q", "to_out.0"):
+        for name in ("to_q", "to_out.0", OUTPUT_BIAS):
             changes = {
                 s: _change(use, f"{path}.{name}", dtype)
                 for s, use in enumerate(uses, start=_FIRST_USE)

@@ -193,7 +193,7 @@ class FusionPlan:
     def route(self, path: str) -> tuple:
         """The kind of layer that the attn2 at `path` is: its size, and which contexts have projections of their own."""
         own = self.own_projections.get(path)
-        return (self.sizes[path], *(own.which if own is not None else ((), ())))
+        return (self.sizes[path], *(own if own is not None else OwnProjections()).which)
 
     def leads(self, rows: Sequence[Row]) -> list[int]:
         """The first context of each row: the negative or the base prompt of its variant."""

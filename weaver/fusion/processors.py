@@ -40,7 +40,7 @@ class FusedCrossAttnProcessor:
 
     All contexts share the queries of the fused hidden state, but for a concept that changes `to_q`. They are summed
     before the output projection, which is shared too: exact, because the weights add up to one in every token and so
-    keep the projection's bias. What a concept changes in `to_out` is added apart (`weaver.fusion.routes`).
+    keep the projection's bias. What a concept changes in `to_out`, bias too, is added apart (`weaver.fusion.routes`).
     """
 
     def __init__(self, state, reads: ContextReads, original):

@@ -3,7 +3,8 @@
 Keys and values of a context are its own in any case. A concept may change `to_q` and `to_out` too, as LoRA does: then
 its context reads queries of its own, and what it attends to goes through an output projection of its own before the
 contexts are summed. `sum_s (W_o + delta_s) w_s h_s` is taken apart into `W_o sum_s w_s h_s + sum_s delta_s w_s h_s`, so
-that the base's projection runs once and each change on its own context alone.
+that the base's projection runs once and each change on its own context alone. A bias of its own adds
+`sum_s w_s delta_b_s`.
 """
 
 from __future__ import annotations
@@ -28,19 +29,26 @@ class OwnProjections:
     ----------
     queries : number of a context -> change of [H * D, C], added to `to_q`
     outputs : number of a context -> change of [C, H * D], added to `to_out`
+    biases : number of a context -> change of [C], added to the bias of `to_out`
     """
 
     queries: Mapping[int, Delta] = field(default_factory=dict)
     outputs: Mapping[int, Delta] = field(default_factory=dict)
+    biases: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     @property
-    def which(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The contexts that have queries, and those that have outputs of their own."""
-        return tuple(sorted(self.queries)), tuple(sorted(self.outputs))
+    def parts(self) -> tuple[Mapping[int, Delta], ...]:
+        """All of them by kind: queries, outputs, biases."""
+        return self.queries, self.outputs, self.biases
+
+    @property
+    def which(self) -> tuple[tuple[int, ...], ...]:
+        """The contexts that have queries, those that have outputs and those that have biases of their own."""
+        return tuple(tuple(sorted(part)) for part in self.parts)
 
     def moved(self, start: int) -> OwnProjections:
         """The same for contexts that are numbered from `start`."""
-        return OwnProjections(*({s + start: x for s, x in part.items()} for part in (self.queries, self.outputs)))
+        return OwnProjections(*({s + start: x for s, x in part.items()} for part in self.parts))
 
 
 class Routes:
@@ -61,9 +69,9 @@ class Routes:
     """
 
     def __init__(
-        self, weights: torch.Tensor, index: torch.Tensor, same_as: torch.Tensor, which=((), ()), capacity=None
+        self, weights: torch.Tensor, index: torch.Tensor, same_as: torch.Tensor, which=((), (), ()), capacity=None
     ):
-        own_queries, own_outputs = which
+        own_queries, own_outputs, own_biases = which
         self._index = index
         self._queries = [(s, *torch.nonzero(index == s, as_tuple=True)) for s in own_queries]
         self._pairs = torch.nonzero(torch.isin(index, index.new_tensor(own_outputs)), as_tuple=True)  # rows, slots: [P]
@@ -72,12 +80,16 @@ class Routes:
             self._together(weights), index, capacity=capacity, same_as=same_as, merge=not own_queries
         )
         self._apart = ContextPlan(*self._alone(weights), merge=False) if own_outputs else None
+        self._biases = [(s, *torch.nonzero(index == s, as_tuple=True)) for s in own_biases]
+        self._weights = weights.clone() if own_biases else None  # [B, S, T]
 
     def update(self, weights: torch.Tensor, index: torch.Tensor, same_as: torch.Tensor) -> None:
         """Take other weights [B, S, T] in place; and other contexts, where none has projections of its own."""
         self.plan.update(self._together(weights), index, same_as)
         if self._apart is not None:
             self._apart.update(*self._alone(weights))
+        if self._weights is not None:
+            self._weights.copy_(weights)
 
     def attend(self, attn, hidden_states: torch.Tensor, kv: ContextKV, own: OwnProjections | None) -> torch.Tensor:
         """What every row reads, through the output projections: [B, T, C] as `hidden_states` is."""
@@ -88,14 +100,18 @@ class Routes:
                 q[rows, slots] += apply_change(own.queries[s], hidden_states[rows])
         q = q.unflatten(-1, (attn.heads, -1))
         out = _attend(q, kv, self.plan, attn.scale)
-        if self._apart is None:
+        if self._apart is None and self._weights is None:
             return project_out(attn, out)
-        rows, slots = self._pairs
-        apart = _attend(q[rows, slots] if self._queries else q[rows], kv, self._apart, attn.scale)  # [P, T, H, D]
         added = torch.zeros_like(hidden_states)
-        for s, pairs in self._outputs:
-            added.index_add_(0, rows[pairs], apply_change(own.outputs[s], apart[pairs].flatten(-2)))
-        return project_out(attn, out.index_add(0, rows, apart), added)
+        if self._apart is not None:
+            rows, slots = self._pairs
+            apart = _attend(q[rows, slots] if self._queries else q[rows], kv, self._apart, attn.scale)  # [P, T, H, D]
+            out = out.index_add(0, rows, apart)
+            for s, pairs in self._outputs:
+                added.index_add_(0, rows[pairs], apply_change(own.outputs[s], apart[pairs].flatten(-2)))
+        for s, rows, slots in self._biases:
+            added.index_add_(0, rows, (self._weights[rows, slots, :, None] * own.biases[s]).to(added))
+        return project_out(attn, out, added)
 
     def _together(self, weights: torch.Tensor) -> torch.Tensor:
         """The weights without those of contexts that are attended to apart."""

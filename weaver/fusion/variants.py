@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from operator import attrgetter
 
 import torch
 from torch.nn.functional import pad
@@ -16,7 +15,6 @@ from weaver_kernels import ContextKV
 
 __all__ = ["stack_plans"]
 
-_PARTS = attrgetter("queries"), attrgetter("outputs")
 _SHARED = ("steps", "guidance", "size", "sizes")
 
 
@@ -82,8 +80,8 @@ def _merged(plans: Sequence[FusionPlan], starts: Sequence[int], path: str) -> Ow
         for plan, start in zip(plans, starts, strict=True)
         if path in plan.own_projections
     ]
-    queries, outputs = ({s: x for own in moved for s, x in part(own).items()} for part in _PARTS)
-    return OwnProjections(queries, outputs)
+    kinds = zip(*(own.parts for own in moved), strict=True)
+    return OwnProjections(*({s: x for part in kind for s, x in part.items()} for kind in kinds))
 
 
 def _kind_reasons(plans) -> list[str]:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from weaver.choices import LAYOUTS
 from weaver.concepts.concept import Concept, ConceptError
+from weaver.concepts.concept_checks import OUTPUT_BIAS
 from weaver.concepts.decompose import Losses
 from weaver.concepts.formats.save_custom_diffusion import custom_diffusion_weights
 from weaver.concepts.formats.save_lora import diffusers_lora, kohya_lora
@@ -111,10 +112,13 @@ def _weights(concept: Concept, to: str, out: Path, rank: int, pipe) -> tuple[Wri
 
 def _losses(concept: Concept, losses: Losses) -> list[str]:
     groups = (concept.deltas, concept.outside, concept.text_deltas)
-    matrices = sum(not isinstance(change, LowRank) for group in groups for change in group.values())
-    kept = len(losses.by_change) - matrices
+    biases = sum(key.endswith(OUTPUT_BIAS) for key in concept.deltas)
+    matrices = sum(not isinstance(change, LowRank) for group in groups for change in group.values()) - biases
+    kept = len(losses.by_change) - matrices - biases
     notes = [f"{kept} changes are factors already, which are kept as they are"] if kept else []
-    if matrices:
+    if biases:
+        notes.append(f"{biases} changes of biases are left out, for which a LoRA has no place: the error counts them")
+    if matrices or biases:
         worst, most = losses.worst
         notes.append(
             f"{matrices} matrices become factors of rank {losses.rank}: relative error {losses.overall:.4g} (Frobenius "

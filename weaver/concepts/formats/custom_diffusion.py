@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from weaver.concepts.changes import Delta
+from weaver.concepts.concept_checks import OUTPUT_BIAS
 from weaver.concepts.formats.opening import OpenedFile, open_tensors
 from weaver.concepts.formats.parsed import ParsedFile
 from weaver.concepts.formats.textual_inversion import as_vectors
@@ -19,6 +20,7 @@ __all__ = ["parse"]
 _ENCODERS = ("text_encoder", "text_encoder_2")
 _TOKENS = ("modifier_token", "modifier_token_2")
 _CHANGED = re.compile(r"(.+\.attn2\.(?:to_q|to_k|to_v|to_out\.0))\.weight")
+_BIAS = re.compile(r".+\.attn2\." + re.escape(OUTPUT_BIAS))
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out)_custom_diffusion((?:\.0)?\.(?:weight|bias))")
 _LACKS = (
     "the file with its token (such as <new1>.bin) does not lie beside it: put it there, or tell as token the plain "
@@ -30,7 +32,7 @@ def parse(opened: OpenedFile) -> ParsedFile | None:
     """Read either layout; None for files of another kind.
 
     Weights stand in the place of the base model's, factors u [out, r] and v [r, in] are added as u @ v. Parameters of
-    the U-Net that a concept can't change, such as the output's bias, are kept for a comparison with the base model.
+    the U-Net that a concept can't change are kept for a comparison with the base model.
     """
     tree = opened.tensors
     if any(isinstance(tree.get(key), Mapping) for key in ("unet", *_TOKENS)):
@@ -56,6 +58,8 @@ def _of_the_authors(opened: OpenedFile) -> ParsedFile:
             of[key.removesuffix(".weight")] = _factors(opened, key, value)
         elif place:
             weights[place[1]] = _matrix(opened, key, value)
+        elif _BIAS.fullmatch(key):
+            weights[key] = _vector(opened, key, value)
         else:
             unchanged[f"unet.{key}"] = _tensor(opened, key, value)
     kind = "Custom Diffusion's delta, compressed" if deltas or outside else "Custom Diffusion's delta"
@@ -81,6 +85,8 @@ def _of_diffusers(opened: OpenedFile) -> ParsedFile:
         name = f"{found[1]}.{found[2]}{found[3]}"
         if place := _CHANGED.fullmatch(name):
             weights[place[1]] = _matrix(opened, key, value)
+        elif _BIAS.fullmatch(name):
+            weights[name] = _vector(opened, key, value)
         else:
             unchanged[f"unet.{name}"] = _tensor(opened, key, value)
     if not weights:
@@ -139,6 +145,12 @@ def _factors(opened: OpenedFile, key: str, value: Mapping[str, object]) -> Delta
 def _matrix(opened: OpenedFile, key: str, value: object) -> torch.Tensor:
     if _tensor(opened, key, value).ndim != 2:
         raise opened.error(f"{told(key)} has shape {tuple(value.shape)}, expected two axes")
+    return value
+
+
+def _vector(opened: OpenedFile, key: str, value: object) -> torch.Tensor:
+    if _tensor(opened, key, value).ndim != 1:
+        raise opened.error(f"{told(key)} has shape {tuple(value.shape)}, expected one axis")
     return value
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from weaver.concepts.changes import Delta
-from weaver.concepts.concept import Concept, ConceptError, attn2_hash, attn2_projections
+from weaver.concepts.concept import Concept, ConceptError, attn2_hash, attn2_parameters
+from weaver.concepts.concept_checks import OUTPUT_BIAS
 from weaver.errors import told
 
 __all__ = ["ParsedFile"]
@@ -25,12 +26,13 @@ class ParsedFile:
     Parameters
     ----------
     format : what kind of file it is, as messages call it: "diffusers LoRA".
-    weights : ``{"<path>.attn2.to_k": [out, in], ...}``, in the place of the base model's (Custom Diffusion).
+    weights : ``{"<path>.attn2.to_k": [out, in], ..., "<path>.attn2.to_out.0.bias": [out]}``, in the place of the base
+        model's (Custom Diffusion).
     deltas, text_deltas, outside : what is added to weights, as in `Concept`.
     embeddings : ``{token: {"text_encoder": [V, C], ...}}``, of every token in the file.
     settings : what the file tells of its training; plain JSON values.
-    unchanged : ``{"unet.<parameter>": tensor}``, whole parameters that no concept can change, such as the bias of an
-        output projection: they must be the base model's.
+    unchanged : ``{"unet.<parameter>": tensor}``, whole parameters that no concept can change: they must be the base
+        model's.
     lacks : why there is no token and how to mend it, where the concept needs one; empty where it does not.
     """
 
@@ -99,30 +101,41 @@ class ParsedFile:
             base = _parameter(pipe, name)
             if base is None or base.shape != value.shape:
                 raise ConceptError(f"{name} does not fit the model: load the one it was trained on")
-            coarse = max(torch.finfo(value.dtype).eps, torch.finfo(base.dtype).eps)
-            value, base = value.double(), base.detach().double().cpu()
-            if not torch.allclose(value, base, rtol=coarse, atol=_HALF_STEP):
-                differing[name] = (value - base).abs().max().item()
+            if not _rounds_to(value, base):
+                differing[name] = (value.double() - base.detach().double().cpu()).abs().max().item()
         if differing:
             name, most = max(differing.items(), key=lambda entry: entry[1])
             raise ConceptError(
                 f"it changes {len(differing)} parameters that can't be fused, {name} most (by up to {most:.2g}): train "
-                "the cross-attention's keys and values alone (freeze_model crossattn_kv)"
+                "cross-attention alone (freeze_model crossattn_kv or crossattn)"
             )
 
     def _differences(self, pipe) -> dict[str, torch.Tensor]:
-        """The weights less those of the base model, in half precision, which keeps three digits of a small change."""
-        names = ("to_k", "to_v", "to_q", "to_out.0")
-        base = attn2_projections(pipe.unet, names) if self.weights else {}
-        odd = [key for key, value in self.weights.items() if key not in base or base[key].weight.shape != value.shape]
+        """The weights less those of the base model, in half precision, which keeps three digits of a small change.
+
+        Biases, which are few, are in single precision; those that were not trained are left out.
+        """
+        base = attn2_parameters(pipe.unet) if self.weights else {}
+        odd = [key for key, value in self.weights.items() if key not in base or base[key].shape != value.shape]
         if odd:
             raise ConceptError(
                 f"{len(odd)} of its {len(self.weights)} weights do not fit the U-Net, {sorted(odd)[0]} among them: "
                 "load the model it was trained on"
             )
-        return {
-            key: (value.float() - base[key].weight.detach().float().cpu()).half() for key, value in self.weights.items()
-        }
+        found = {}
+        for key, value in self.weights.items():
+            difference = value.float() - base[key].detach().float().cpu()
+            if not key.endswith(OUTPUT_BIAS):
+                found[key] = difference.half()
+            elif not _rounds_to(value, base[key]):
+                found[key] = difference
+        return found
+
+
+def _rounds_to(value: torch.Tensor, base: torch.Tensor) -> bool:
+    """Whether a parameter is the base model's but for the rounding of either's dtype."""
+    coarse = max(torch.finfo(value.dtype).eps, torch.finfo(base.dtype).eps)
+    return torch.allclose(value.double(), base.detach().double().cpu(), rtol=coarse, atol=_HALF_STEP)
 
 
 def _parameter(pipe, name: str) -> torch.Tensor | None:

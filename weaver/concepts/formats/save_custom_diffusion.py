@@ -5,12 +5,20 @@ from __future__ import annotations
 import torch
 
 from weaver.concepts.changes import Delta
-from weaver.concepts.concept import Concept, ConceptError, attn2_projections
+from weaver.concepts.concept import Concept, ConceptError, attn2_parameters
+from weaver.concepts.concept_checks import OUTPUT_BIAS
 from weaver_kernels import LowRank
 
 __all__ = ["custom_diffusion_weights"]
 
-_KEYS_VALUES, _QUERIES_OUTPUTS = ("to_k", "to_v"), ("to_q", "to_out.0")
+_PARAMETERS = {
+    "to_k": "to_k_custom_diffusion.weight",
+    "to_v": "to_v_custom_diffusion.weight",
+    "to_q": "to_q_custom_diffusion.weight",
+    "to_out.0": "to_out_custom_diffusion.0.weight",
+    OUTPUT_BIAS: "to_out_custom_diffusion.0.bias",
+}
+_KEYS_VALUES, _QUERIES_OUTPUTS = ("to_k", "to_v"), ("to_q", "to_out.0", OUTPUT_BIAS)
 
 
 def custom_diffusion_weights(concept: Concept, pipe) -> dict[str, torch.Tensor]:
@@ -37,24 +45,19 @@ def custom_diffusion_weights(concept: Concept, pipe) -> dict[str, torch.Tensor]:
         )
     concept.check_base(pipe)
     layers = dict.fromkeys(key.rpartition(".attn2.")[0] for key in concept.deltas)
-    linears = attn2_projections(pipe.unet, (*_KEYS_VALUES, *_QUERIES_OUTPUTS))
-    weights = {}
+    base, weights = attn2_parameters(pipe.unet), {}
     for layer in layers:
         names = _KEYS_VALUES
         if any(f"{layer}.attn2.{name}" in concept.deltas for name in _QUERIES_OUTPUTS):
             names += _QUERIES_OUTPUTS
         for name in names:
-            path = f"{layer}.attn2.{name}"
-            to = f"{layer}.attn2.processor." + name.replace("to_out", "to_out_custom_diffusion")
-            to += "" if "to_out" in name else "_custom_diffusion"
-            weights[f"{to}.weight"] = _changed(linears[path].weight, concept.deltas.get(path))
-            if "to_out" in name:
-                weights[f"{to}.bias"] = linears[path].bias.detach().cpu().clone()
+            key, to = f"{layer}.attn2.{name}", f"{layer}.attn2.processor.{_PARAMETERS[name]}"
+            weights[to] = _changed(base[key], concept.deltas.get(key))
     return weights
 
 
 def _changed(weight: torch.Tensor, change: Delta | None) -> torch.Tensor:
-    """A weight of the base model with a change added, in its own dtype."""
+    """A parameter of the base model with a change added, in its own dtype."""
     whole = weight.detach().float().cpu()
     if isinstance(change, LowRank):
         whole = whole + change.up.float() @ change.down.float()

@@ -10,6 +10,7 @@ import torch
 
 from weaver.concepts.changes import ranks_of
 from weaver.concepts.concept import Concept, ConceptError
+from weaver.concepts.concept_checks import OUTPUT_BIAS
 from weaver.concepts.decompose import Losses, factors_of
 from weaver.concepts.formats.kohya_names import is_of_sdxl, kohya_name
 from weaver_kernels import LowRank
@@ -72,9 +73,14 @@ def _parts(concept: Concept, rank: int) -> tuple[dict[str, dict[str, LowRank]], 
     if not changes:
         raise ConceptError(f"concept {concept.name!r} changes no weights, it is a token alone: a LoRA has none")
     parts: dict[str, dict[str, LowRank]] = {}
+    biases = {key: changes.pop(key) for key in list(changes) if key.endswith(OUTPUT_BIAS)}
+    if not changes:
+        raise ConceptError(f"concept {concept.name!r} changes biases alone: a LoRA has no place for them")
     matrices = [change.flatten(1) for change in changes.values() if not isinstance(change, LowRank)]
     rank = min(rank, max((min(matrix.shape) for matrix in matrices), default=rank))
     losses = Losses(rank)
+    for key, change in biases.items():
+        losses.note(key, change, None)
     for key, change in changes.items():
         factors = factors_of(change, rank)
         losses.note(key, change, factors)
