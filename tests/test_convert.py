@@ -9,16 +9,17 @@ import pytest
 import torch
 from conftest import make_concept, make_pipeline
 from pipeline_forms import full_mask
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_formats_lora import PROMPT, latents_of, saved
 from tiny_sdxl import make_sdxl
 
 from weaver import FusionPlan, attach, load_concept
 from weaver.cli import main
-from weaver.concepts.concept import Concept, ConceptError
+from weaver.concepts.concept import Concept, ConceptError, attn2_hash
 from weaver.concepts.decompose import Losses, factors_of
 from weaver.concepts.formats import read_concept_file
 from weaver.concepts.formats.convert import convert
+from weaver.concepts.formats.parsed import BASE_KEY
 from weaver.fusion import ConceptUse
 from weaver_kernels import LowRank
 
@@ -85,7 +86,7 @@ def test_our_own_reader_reads_a_lora_back(pipe, concept, tmp_path, capsys, to):
 
 
 @pytest.mark.parametrize("changed", [("to_k", "to_v"), (*ALL, "to_out.0.bias")], ids=["keys-values", "all"])
-def test_custom_diffusion_draws_what_the_concept_draws(pipe, model, tmp_path, changed):
+def test_custom_diffusion_draws_what_the_concept_draws(pipe, model, tmp_path, capsys, changed):
     concept = make_concept(pipe, 1, "dog", 0.3, changed)
     plan = FusionPlan.build(
         pipe, [ConceptUse(concept)], full_mask(), prompt=PROMPT, suppression=0.0, height=32, width=32
@@ -93,6 +94,7 @@ def test_custom_diffusion_draws_what_the_concept_draws(pipe, model, tmp_path, ch
     with attach(pipe, plan):
         expected = latents_of(pipe, PROMPT)
     out = converted(concept, "custom-diffusion", tmp_path, "--model", model, name="weights.bin")
+    assert f"training settings, base model (hash {concept.base_hash[:12]})\n" in capsys.readouterr().out
     stock = make_pipeline(dtype=torch.float32)
     stock.load_textual_inversion(out.parent, weight_name="<v1>.safetensors")
     stock.unet.load_attn_procs(out.parent, weight_name=out.name, _pipeline=stock)
@@ -183,6 +185,38 @@ def test_biases_have_no_place_in_a_lora_which_is_told(pipe, tmp_path, capsys, to
     alone = replace(concept, deltas={key: x for key, x in concept.deltas.items() if key.endswith(".bias")})
     with pytest.raises(ConceptError, match="changes biases alone: a LoRA has no place for them"):
         convert(alone, to, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("to", [*LORAS, "custom-diffusion"])
+def test_the_base_model_is_known_again_by_its_hash(pipe, model, concept, tmp_path, capsys, to):
+    out = converted(concept, to, tmp_path, *(("--model", model) if to == "custom-diffusion" else ()))
+    assert "base model" not in capsys.readouterr().out
+    assert main(["inspect", str(out)]) == 0 and concept.base_hash in capsys.readouterr().out
+    assert load_concept(out, pipe, word="dog").base_hash == concept.base_hash
+    with pytest.raises(
+        ConceptError, match=f"belongs to another base model: its base has hash {concept.base_hash[:12]}"
+    ):
+        load_concept(out, make_pipeline(dtype=torch.float32, seed=3), word="dog")
+
+
+def test_the_base_model_of_an_sdxl_lora_is_known_again(sdxl, tmp_path):
+    concept = replace(make_concept(sdxl, 1, "dog"), embeddings={}, token="")
+    other = make_sdxl(dtype=torch.float32, seed=3)
+    for to in LORAS:
+        out = convert(concept, to, tmp_path / to / "rex.safetensors").files[0]
+        assert load_concept(out, sdxl, word="dog").base_hash == concept.base_hash == attn2_hash(sdxl.unet)
+        with pytest.raises(ConceptError, match="belongs to another base model: its base has hash"):
+            load_concept(out, other, word="dog")
+
+
+def test_what_is_no_hash_of_a_base_model_is_refused(tmp_path):
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    tensors = {f"{key}.lora_A.weight": torch.ones(1, 4), f"{key}.lora_B.weight": torch.ones(4, 1)}
+    save_file(tensors, tmp_path / "rex.safetensors", {BASE_KEY: "sd21"})
+    with pytest.raises(ConceptError, match="rex.safetensors: the hash of its base model is 'sd21', expected 64 hex"):
+        read_concept_file(tmp_path / "rex.safetensors")
+    save_file(tensors, tmp_path / "rex.safetensors")
+    assert load_concept(tmp_path / "rex.safetensors", word="dog").base_hash == ""
 
 
 def test_no_other_factors_of_a_rank_are_nearer():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import replace
 
 from weaver.concepts.concept import Concept
 from weaver.concepts.concept_file import FORMAT
 from weaver.concepts.formats import custom_diffusion, lora, textual_inversion
 from weaver.concepts.formats.opening import open_tensors
-from weaver.concepts.formats.parsed import ParsedFile
+from weaver.concepts.formats.parsed import BASE_KEY, ParsedFile
 from weaver.concepts.formats.refused import refuse_known
 from weaver.errors import told
 
@@ -29,10 +31,13 @@ def read_concept_file(path: str | os.PathLike) -> ParsedFile | Concept:
         opened.loaded()
         return Concept.load(path)
     refuse_known(opened)
+    base_hash = opened.metadata.get(BASE_KEY, "")
+    if not re.fullmatch(r"([0-9a-f]{64})?", base_hash):
+        raise opened.error(f"the hash of its base model is {told(base_hash)}, expected 64 hex digits: save it again")
     opened = opened.loaded()
     for parse in _PARSERS:
         if parsed := parse(opened):
-            return parsed
+            return replace(parsed, base_hash=base_hash)
     names = ", ".join(told(name) for name in opened.names()[:3]) or "none"
     raise opened.error(
         f"its tensors ({names}, ...) are of no format that is known: concepts are our own files, Custom Diffusion, "

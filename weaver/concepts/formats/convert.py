@@ -15,6 +15,7 @@ from weaver.choices import LAYOUTS
 from weaver.concepts.concept import Concept, ConceptError
 from weaver.concepts.concept_checks import OUTPUT_BIAS
 from weaver.concepts.decompose import Losses
+from weaver.concepts.formats.parsed import BASE_KEY
 from weaver.concepts.formats.save_custom_diffusion import custom_diffusion_weights
 from weaver.concepts.formats.save_lora import diffusers_lora, kohya_lora
 from weaver.errors import told
@@ -86,16 +87,16 @@ def convert(
 
 def _weights(concept: Concept, to: str, out: Path, rank: int, pipe) -> tuple[Writer, list[str]]:
     """What writes a concept's changes in another layout than our own, and what is to be known of that."""
-    notes = []
+    notes, base = [], {BASE_KEY: concept.base_hash} if concept.base_hash else {}
     if to != _CUSTOM:
         file = _LORAS[to](concept, rank)
-        write, notes = partial(save_file, file.tensors, metadata=file.metadata), _losses(concept, file.losses)
+        write, notes = partial(save_file, file.tensors, metadata=file.metadata | base), _losses(concept, file.losses)
         alphas = {(name.split("_")[1], x.item()) for name, x in file.tensors.items() if name.endswith(".alpha")}
         if len(alphas) > len({part for part, _ in alphas}):
             notes.append("its ranks differ, and so its alphas: diffusers takes one for all, give it a diffusers-lora")
     else:
         weights = custom_diffusion_weights(concept, pipe)
-        write = partial(save_file, weights, metadata={"format": "pt"})
+        write = partial(save_file, weights, metadata={"format": "pt"} | base)
         if out.suffix == ".bin":
             # diffusers' loader wants an entry for every attention, and safetensors holds no empty ones.
             others = [name for name in pipe.unet.attn_processors if not any(key.startswith(name) for key in weights)]
@@ -103,7 +104,7 @@ def _weights(concept: Concept, to: str, out: Path, rank: int, pipe) -> tuple[Wri
         else:
             notes.append("diffusers' own loader reads this layout from a .bin alone: give --out such a name for it")
     untold = ["name", f"class word {concept.word!r}", "training settings"]
-    if concept.base_hash:
+    if concept.base_hash and out.suffix == ".bin":
         untold.append(f"base model (hash {concept.base_hash[:12]})")
     if concept.token and not concept.embeddings:
         untold.append(f"words {concept.token!r} that prompts need")

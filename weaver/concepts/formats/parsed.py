@@ -13,7 +13,10 @@ from weaver.concepts.concept import Concept, ConceptError, attn2_hash, attn2_par
 from weaver.concepts.concept_checks import OUTPUT_BIAS
 from weaver.errors import told
 
-__all__ = ["ParsedFile"]
+__all__ = ["BASE_KEY", "ParsedFile"]
+
+BASE_KEY = "concept_weaver_base"
+"""Where the header of a safetensors file in another program's layout has the `attn2_hash` of the base model."""
 
 _MODIFIER = re.compile(r"<\S+>")
 _HALF_STEP = 2.0**-24  # between float16's numbers next to zero
@@ -33,6 +36,8 @@ class ParsedFile:
     settings : what the file tells of its training; plain JSON values.
     unchanged : ``{"unet.<parameter>": tensor}``, whole parameters that no concept can change: they must be the base
         model's.
+    base_hash : `attn2_hash` of the U-Net that the changes belong to, which none but our own converter writes; "" if it
+        is not told
     lacks : why there is no token and how to mend it, where the concept needs one; empty where it does not.
     """
 
@@ -44,6 +49,7 @@ class ParsedFile:
     embeddings: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     unchanged: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    base_hash: str = ""
     lacks: str = ""
 
     @property
@@ -70,14 +76,15 @@ class ParsedFile:
         chosen, embeddings = self.token(token)
         self._check_unchanged(pipe)
         deltas = dict(self.deltas) | self._differences(pipe)
-        # Differences are this base's alone; what was learned as an addition is used on whatever it fits.
-        base_hash = attn2_hash(pipe.unet) if self.weights else ""
+        # Differences are this base's alone; what was learned as an addition is used on whatever it fits, unless told.
+        found = attn2_hash(pipe.unet) if self.weights else ""
+        base_hash = self.base_hash or found
         settings = {"format": self.format} | dict(self.settings)
         concept = Concept(
             name, chosen, word, base_hash, embeddings, deltas, self.text_deltas, self.outside, settings=settings
         )
         if pipe is not None:
-            concept.check_base(pipe, base_hash or None)
+            concept.check_base(pipe, found or None)
         return concept
 
     def token(self, token: str | None = None) -> tuple[str, Mapping[str, torch.Tensor]]:

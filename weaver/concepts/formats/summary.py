@@ -46,7 +46,7 @@ def summarise(path: str | os.PathLike) -> dict:
         "sha256": file_hash(path),
         "tokens": {token: len(next(iter(vectors.values()))) for token, vectors in tokens.items()},
         "word": file.word if whole else None,
-        "base": (file.base_hash or None) if whole else None,
+        "base": file.base_hash or None,
         "parts": _parts(file, {} if whole else file.weights),
         "settings": dict(file.settings),
     }
