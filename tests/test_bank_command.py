@@ -82,6 +82,29 @@ def test_own_files_are_added_listed_shown_and_removed(capsys, folder, rex, tmp_p
     assert bank(capsys, "list") == (0, f"{folder}: 0 concepts (0 B)\n", "")
 
 
+def test_cards_for_scripts(capsys, folder, rex, inversion, tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "look.png")
+    bank(capsys, "add", rex, "--preview", tmp_path / "look.png")
+    bank(capsys, "add", inversion, "--word", "cat")
+    (folder / "tom.json").unlink()
+    code, out, err = bank(capsys, "list", "--json")
+    told = json.loads(out)
+    assert (code, err, told["folder"]) == (0, "", str(folder))
+    of_rex, of_tom = told["concepts"]
+    path, preview = folder / "rex.safetensors", folder / "rex.preview-0.png"
+    assert (of_rex["name"], of_rex["token"], of_rex["word"]) == ("rex", "<v1>", "dog")
+    assert of_rex["base"] == Concept.load(rex).base_hash and of_rex["sha256"] == file_hash(path)
+    assert (of_rex["file"], of_rex["previews"]) == (str(path), [str(preview)])
+    assert of_tom.keys() == {"name", "fault"} and of_tom["name"] == "tom" and "has no card" in of_tom["fault"]
+    code, out, err = bank(capsys, "show", "rex", "--json")
+    shown = json.loads(out)
+    assert (code, err, shown["card"]) == (0, "", of_rex)
+    assert shown["parts"][0]["name"] == "keys and values of cross-attention" and shown["tokens"] == {"<v1>": 1}
+    assert json.loads(bank(capsys, "show", "tom", "--json")[1])["card"] == of_tom
+    bank(capsys, "remove", "rex", "tom")
+    assert json.loads(bank(capsys, "list", "--json")[1]) == {"folder": str(folder), "concepts": []}
+
+
 def test_several_files_and_names(capsys, folder, rex, inversion):
     code, out, _ = bank(capsys, "add", rex, inversion, "--word", "cat")
     assert code == 0 and out.startswith("rex: '<v1> cat'") and "tom: '<tom> cat', textual inversion of diffusers" in out
@@ -123,6 +146,11 @@ def test_a_lora_is_kept_whole_and_what_is_not_used_is_told(capsys, folder, tmp_p
     assert code == 2 and "a diffusers LoRA does not tell its class word, such as 'dog': name it" in err
     code, _, err = bank(capsys, "add", file, "--word", "dog", "--name", "lora")
     assert code == 0 and err.count("\n") == 1 and "of its changes lie outside cross-attention" in err
+    code, _, err = bank(capsys, "add", file, "--word", "dog", "--name", "none", "--on-unused", "refuse")
+    assert code == 2 and "of its changes lie outside cross-attention" in err and BankFolder().names() == ["lora"]
+    out = tmp_path / "out.safetensors"
+    refused = bank(capsys, "convert", "lora", "--to", "kohya-lora", "--out", out, "--on-unused", "refuse")
+    assert refused[0] == 2 and "of its changes lie outside cross-attention" in refused[2] and not out.exists()
     card, kept = BankFolder().card("lora"), Concept.load(folder / "lora.safetensors")
     assert (card.ranks, card.method, card.base, card.token) == ([2, 3], "diffusers LoRA", "", "")
     assert len(kept.outside) and len(kept.text_deltas) and len(kept.deltas) == 32
@@ -183,7 +211,7 @@ def test_a_concept_of_the_bank_is_converted_by_its_name(capsys, folder, rex, tmp
     code, out, _ = bank(capsys, "convert", "rex", "--to", "kohya-lora", "--out", tmp_path / "out" / "k.safetensors")
     assert code == 0 and "32 matrices become factors of rank 16: relative error" in out
     assert f"{tmp_path / 'out' / '<v1>.safetensors'}: the token <v1>, to be loaded as textual inversion" in out
-    assert "not told in this layout: name, class word 'dog', training settings, base model (hash" in out
+    assert "not told in this layout: name, class word 'dog', training settings\n" in out
     code, _, err = bank(capsys, "convert", "rox", "--to", "weaver", "--out", tmp_path / "x.safetensors")
     assert code == 2 and f"the bank {folder}: 'rox' is not there; did you mean 'rex'?" in err
     monkeypatch.chdir(tmp_path)

@@ -20,13 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from weaver.choices import ON_UNUSED
 from weaver.commands.bank import add_parser as add_bank_parser
 from weaver.commands.cache import CHOICES, chosen_cache
 from weaver.commands.cache import add_parser as add_cache_parser
 from weaver.commands.estimate import add_max_memory, chosen_plan
 from weaver.commands.estimate import add_parser as add_estimate_parser
 from weaver.commands.inspect import add_parser as add_inspect_parser
+from weaver.commands.reading import add_on_unused
 from weaver.commands.train import add_parser as add_train_parser
 from weaver.errors import WeaverError
 from weaver.progress import Stages
@@ -126,12 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a job file, or a manifest again", epilog=_EPILOG)
     run.add_argument("job", type=Path, help="job.yaml, or the manifest.json of an earlier run")
-    run.add_argument(
-        "--on-unused",
-        choices=ON_UNUSED,
-        default="warn",
-        help="what to do where a concept's file has parts that fusion does not use (warn)",
-    )
+    add_on_unused(run)
     _common(run, None, cache="latents")
     run.set_defaults(command=_run)
     add_estimate_parser(commands, _EPILOG)

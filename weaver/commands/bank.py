@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from weaver.commands.convert import add_convert_parser
@@ -31,10 +33,12 @@ def add_parser(commands, epilog: str) -> None:
     add.set_defaults(command=_add)
 
     listed = actions.add_parser("list", help="what there is", epilog=epilog)
+    listed.add_argument("--json", action="store_true", help="the cards as JSON")
     listed.set_defaults(command=_list)
 
     show = actions.add_parser("show", help="what one is, its card and previews", epilog=epilog)
     show.add_argument("name", metavar="NAME")
+    show.add_argument("--json", action="store_true", help="the same as JSON")
     show.set_defaults(command=_show)
 
     remove = actions.add_parser("remove", help="throw concepts away", epilog=epilog)
@@ -80,6 +84,10 @@ def _add(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     bank = _bank(args)
     entries = bank.entries()
+    if args.json:
+        concepts = [_told_of(bank, entry.name, entry.card, entry.fault) for entry in entries]
+        print(json.dumps({"folder": str(bank.folder), "concepts": concepts}, indent=2))
+        return 0
     rows = [("name", "token", "word", "method", "size", "base")] if entries else []
     for entry in entries:
         card = entry.card
@@ -104,11 +112,17 @@ def _show(args: argparse.Namespace) -> int:
         bank = _bank(args)
         path = bank.path(args.name)
         summary = summarise(path)
-    print_summary(path, summary)
+    card, fault = None, ""
     try:
         card = bank.card(args.name)
     except WeaverError as error:
-        print(f"  card: {error}")
+        fault = str(error)
+    if args.json:
+        print(json.dumps(summary | {"card": _told_of(bank, args.name, card, fault)}, indent=2))
+        return 0
+    print_summary(path, summary)
+    if card is None:
+        print(f"  card: {fault}")
         return 0
     print(f"  card: {_called(card)}, from {card.method}, SHA-256 {card.sha256[:12]}")
     for preview in card.previews:
@@ -140,6 +154,14 @@ def _bank(args: argparse.Namespace):
     from weaver.concepts.bank_folder import BankFolder
 
     return BankFolder(args.folder)
+
+
+def _told_of(bank, name: str, card, fault: str) -> dict:
+    """A card as plain JSON values with the paths of its files, or why there is none."""
+    if card is None:
+        return {"name": name, "fault": fault}
+    previews = [str(bank.folder / preview) for preview in card.previews]
+    return asdict(card) | {"file": str(bank.path(name)), "previews": previews}
 
 
 def _called(card) -> str:

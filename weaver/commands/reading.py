@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-__all__ = ["add_reading", "opened_model", "read_whole"]
+from weaver.choices import ON_UNUSED
+
+__all__ = ["add_on_unused", "add_reading", "opened_model", "read_whole"]
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +15,17 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--word", metavar="W", help="its class word, such as dog, which only our own files tell")
     parser.add_argument("--token", metavar="T", help="which of the file's tokens; of our own files, a new one")
     parser.add_argument("--model", metavar="M", help="its base model, a folder, a Hub id or embedded")
+    add_on_unused(parser)
+
+
+def add_on_unused(parser: argparse.ArgumentParser) -> None:
+    """Add the option that tells what to do with what a fusion does not use."""
+    parser.add_argument(
+        "--on-unused",
+        choices=ON_UNUSED,
+        default="warn",
+        help="what to do where a concept's file has parts that fusion does not use (warn)",
+    )
 
 
 def opened_model(args: argparse.Namespace):
@@ -32,4 +45,4 @@ def read_whole(path: Path, args: argparse.Namespace, pipe, name: str | None = No
     """The concept in a file, on its base where it needs one; what of it a fusion does not use is told."""
     from weaver.concepts.formats.reading import load_concept
 
-    return load_concept(path, pipe, name=name, word=args.word, token=args.token)
+    return load_concept(path, pipe, name=name, word=args.word, token=args.token, on_unused=args.on_unused)
