@@ -206,7 +206,7 @@ def own_projections(unet, uses: Sequence[ConceptUse], dtype: torch.dtype) -> dic
 
     Returns path of the attn2 -> changes in `dtype`, on the U-Net's device, by the number of the context.
     """
-    found = {}
+    found, device = {}, unet.device  # which is found by walking through all modules
     for path in cross_attention_paths(unet):
         parts = []
         for name in ("to_q", "to_out.0", OUTPUT_BIAS):
@@ -215,7 +215,7 @@ def own_projections(unet, uses: Sequence[ConceptUse], dtype: torch.dtype) -> dic
                 for s, use in enumerate(uses, start=_FIRST_USE)
                 if use.concept is not None
             }
-            parts.append({s: moved(change, unet.device, dtype) for s, change in changes.items() if change is not None})
+            parts.append({s: moved(change, device, dtype) for s, change in changes.items() if change is not None})
         if any(parts):
             found[path] = OwnProjections(*parts)
     return found
