@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from pipeline_forms import full_mask
 
-from weaver import ConceptUse, FusionPlan, attach
+from weaver import ConceptUse, FusionPlan, attach, stack_plans
 from weaver.concepts.concept import attn2_projections
 from weaver.conditioning import text_encoders
 
@@ -76,12 +76,18 @@ def draw_by_hand(changed, prompt: str) -> torch.Tensor:
 
 def draw_fused(pipe, concept, prompt: str) -> torch.Tensor:
     """Latents of a fusion whose one region is the whole picture, without suppression, at guidance 1."""
-    use = ConceptUse(concept, prompt=prompt)
+    return draw_each(pipe, [concept], prompt)
+
+
+def draw_each(pipe, concepts, prompt: str) -> torch.Tensor:
+    """The same of each concept by itself, from the same noise, in one batch."""
     arguments = {"prompt": PROMPT, "steps": STEPS, "guidance": 1.0, "height": 32, "width": 32}
-    plan = FusionPlan.build(pipe, [use], full_mask(), suppression=0.0, **arguments)
+    uses = [ConceptUse(concept, prompt=prompt) for concept in concepts]
+    plan = stack_plans([FusionPlan.build(pipe, [use], full_mask(), suppression=0.0, **arguments) for use in uses])
+    noise = torch.randn(1, 4, *plan.size, generator=rng()).expand(len(uses), -1, -1, -1)
     with attach(pipe, plan):
-        arguments = plan.pipeline_arguments() | {"guidance_scale": 1.0, "output_type": "latent"}
-        return pipe(**arguments, generator=rng()).images
+        arguments = plan.pipeline_arguments() | {"guidance_scale": 1.0, "output_type": "latent", "latents": noise}
+        return pipe(**arguments).images
 
 
 def save(tensors, path: Path) -> Path:

@@ -29,8 +29,10 @@ def assert_drawn(path, pipe, weights, vectors):
 
 
 def trained_biases(pipe):
+    """Biases that move the picture visibly each, the deepest level's too."""
     generator = files.rng(5)
-    return {name: files.noisy(value, generator) for name, value in biases(pipe).items()}
+    amounts = {name: 8.0 if "mid_block" in name else 0.8 for name in biases(pipe)}
+    return {name: files.noisy(value, generator, amounts[name]) for name, value in biases(pipe).items()}
 
 
 def biases(pipe):
@@ -106,15 +108,21 @@ def test_what_diffusers_saves(pipe, names, safe, tmp_path):
 
 def test_every_key_is_read(pipe, tmp_path):
     """Without any one of them the picture is another, or the file is refused."""
-    weights, vectors = files.changed_weights(pipe), files.vectors(pipe)
+    weights, vectors = files.changed_weights(pipe) | trained_biases(pipe), files.vectors(pipe)
     path = tmp_path / "delta.bin"
-    expected = files.draw_by_hand(files.by_hand(pipe, weights, vectors), OWN)
-    base = {f"{key}.weight": part.weight.detach() for key, part in attn2_projections(pipe.unet, files.ALL).items()}
-    for left_out in [*weights, "<new1>"]:
-        delta = {"unet": weights | {key: base[key] for key in {left_out} & base.keys()}}
-        delta["modifier_token"] = {"<new1>": vectors["text_encoder"][0] * (left_out != "<new1>")}
-        found = files.draw_fused(pipe, concept_of(files.save(delta, path), pipe), OWN)
-        assert (found - expected).abs().max() > files.VISIBLE, left_out
+    base = {key: pipe.unet.get_parameter(key).detach() for key in weights}
+
+    def concept_without(key):
+        delta = {"unet": weights | {key: base[key]} if key in base else weights}
+        delta["modifier_token"] = {"<new1>": vectors["text_encoder"][0] * (key != "<new1>")}
+        return concept_of(files.save(delta, path), pipe)
+
+    keys = [*weights, "<new1>"]
+    whole, *found = files.draw_each(pipe, [concept_without(key) for key in ["", *keys]], OWN)
+    torch.testing.assert_close(whole, files.draw_by_hand(files.by_hand(pipe, weights, vectors), OWN)[0], **files.CLOSE)
+    assert len(found) == 64 + 16 + 1
+    for key, latents in zip(keys, found, strict=True):
+        assert (latents - whole).abs().max() > files.VISIBLE, key
     for left_out in weights:
         if ".to_k." in left_out or ".to_v." in left_out:
             rest = {key: value for key, value in weights.items() if key != left_out}
