@@ -17,6 +17,7 @@ from conftest import TEXT_LENGTH, make_concept, make_pipeline
 from filelock import FileLock
 from PIL import Image
 
+from benchmarks import rows
 from benchmarks.model_shapes import write_model
 from weaver import FusionPlan, load_concept
 from weaver.concepts import bank_folder
@@ -28,7 +29,9 @@ from weaver.fusion import ConceptUse
 from weaver.memory.shapes import load_shapes
 
 PICTURES = (Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue"))
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEASURED = ROOT / "benchmarks" / "results" / "concept_memory.csv"
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +284,8 @@ def test_what_a_concept_takes_of_stable_diffusion(pipe, rex, tmp_path):
     after = 2 * 77 * sum(linear.out_features for linear in linears) / 1e6
     assert before < 55 and after < 4
     assert f"{before:.1f} MB" in README and f"{after:.1f} MB" in README
+    measured = {row["what"]: float(row["mb_each"]) for row in rows.read(MEASURED) if row["model"] == "sd21"}
+    assert measured == {"loaded": pytest.approx(before, rel=0.01), "keys and values": pytest.approx(after, rel=0.01)}
     plan = FusionPlan.build(pipe, [ConceptUse(rex)], torch.ones(1, 32, 32), prompt="a dog", height=32, width=32)
     of_one = sum(x.numel() // len(x) for kv in plan.keys_values.values() for x in (kv.keys, kv.values))
     assert of_one == TEXT_LENGTH * sum(linear.out_features for linear in attn2_projections(pipe.unet).values())
