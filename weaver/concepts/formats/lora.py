@@ -19,6 +19,7 @@ from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_
 from weaver.concepts.changes import ranks_of
 from weaver.concepts.formats.opening import OpenedFile
 from weaver.concepts.formats.parsed import ParsedFile
+from weaver.concepts.formats.refused import OTHER_BASE
 from weaver.concepts.formats.untrusted import Refusal
 from weaver.errors import told
 from weaver_kernels import LowRank
@@ -111,7 +112,9 @@ def _from_kohya(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     try:
         named = StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=_LAYERS_PER_BLOCK)[0]
     except (KeyError, ValueError, IndexError, AttributeError) as error:  # a converter's, led there by odd names
-        raise Refusal(f"its layers are not Stable Diffusion's, or not LoRA's: {told(str(error))}") from error
+        raise Refusal(
+            f"its layers are not Stable Diffusion's, or not LoRA's ({told(str(error))}): {OTHER_BASE}"
+        ) from error
     if len(named) != count:  # the converter drops what is under names of both kinds, and lets one overwrite another
         raise Refusal(
             f"{count - len(named)} of its {count} factors are lost among names of two kinds (input_blocks and "
@@ -129,7 +132,7 @@ def _by_part(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.T
         if part not in _PARTS:
             part, rest = ("unet" if name.startswith(_UNET_MODULES) else "text_encoder"), name
             if part == "text_encoder" and not name.startswith("text_model."):
-                raise Refusal(f"a LoRA of another model than Stable Diffusion: it has {told(key)}")
+                raise Refusal(f"a LoRA of another model than Stable Diffusion (it has {told(key)}): {OTHER_BASE}")
         parts.setdefault(part, {})[rest] = tensor
     found = {}
     for part, entries in parts.items():

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from weaver.concepts.formats.opening import OpenedFile
 
-__all__ = ["refuse_known"]
+__all__ = ["OTHER_BASE", "refuse_known"]
 
 
 class _Kind(NamedTuple):
@@ -18,7 +18,7 @@ class _Kind(NamedTuple):
     instead: str
 
 
-_OTHER_BASE = "take one for Stable Diffusion 1.x, 2.x or SDXL"
+OTHER_BASE = "take one for Stable Diffusion 1.x, 2.x or SDXL"
 _AS_LORA = "train a LoRA instead (LyCORIS: algo=lora), or merge it into its base model and extract a LoRA from that"
 _TRAIN = "train a LoRA, Custom Diffusion or textual inversion instead"
 _EXTRACT = "load it as the job's model, or extract a LoRA of what it has more than its base model"
@@ -28,17 +28,26 @@ _KINDS = [
         r"(^|[._])(double_blocks|single_blocks|joint_blocks|single_transformer_blocks)[._]|^(lora_)?transformer[._]"
         r"|^diffusion_model\.(blocks|layers)\.|^lora_unet_(blocks|layers)_\d|^transformer_blocks\.\d",
         "of a diffusion transformer (Flux, SD3 or another), not of a U-Net",
-        _OTHER_BASE,
+        OTHER_BASE,
     ),
     _Kind(
         r"t5xxl|^lora_te3_|^text_encoder_3\.|^(encoder\.)?block\.\d+\.layer\.|^(encoder\.)?embed_tokens\.",
         "of a T5 text encoder, which Stable Diffusion and SDXL do not have",
-        _OTHER_BASE,
+        OTHER_BASE,
     ),
     _Kind(r"\.hada_[wt][12]", "a LoHa (entrywise products of factors), which can't be fused", _AS_LORA),
     _Kind(r"\.lokr_[wt][12]", "a LoKr (Kronecker products), which can't be fused", _AS_LORA),
     _Kind(
         r"\.(oft_blocks|oft_diag|oft_r|oft_R|boft_R)(\.|$)", "an OFT (rotations of weights), not added to them", _TRAIN
+    ),
+    _Kind(
+        r"\.[ab][12]\.weight$", "a GLoRA (factors that act on the base model's weights), which can't be fused", _AS_LORA
+    ),
+    _Kind(r"vera_lambda_[bd](\.|$)", "a VeRA (scales of random factors that are not all in it)", _TRAIN),
+    _Kind(
+        r"\.(diff|diff_b|w_norm|b_norm|set_weight)$",
+        "whole differences of weights or biases (LyCORIS' full, or beside a LoRA), which can't be fused",
+        _AS_LORA,
     ),
     _Kind(r"\.ia3_l(\.|$)|\.on_input$", "an (IA)^3 (factors for activations), not added to weights", _TRAIN),
     _Kind(r"^\d+\.\d+\.", "a hypernetwork", _TRAIN),
