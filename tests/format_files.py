@@ -84,7 +84,7 @@ def draw_each(pipe, concepts, prompt: str) -> torch.Tensor:
     arguments = {"prompt": PROMPT, "steps": STEPS, "guidance": 1.0, "height": 32, "width": 32}
     uses = [ConceptUse(concept, prompt=prompt) for concept in concepts]
     plan = stack_plans([FusionPlan.build(pipe, [use], full_mask(), suppression=0.0, **arguments) for use in uses])
-    noise = torch.randn(1, 4, *plan.size, generator=rng()).expand(len(uses), -1, -1, -1)
+    noise = torch.randn(1, 4, *plan.size, generator=rng()).to(pipe.unet.dtype).expand(len(uses), -1, -1, -1)
     with attach(pipe, plan):
         arguments = plan.pipeline_arguments() | {"guidance_scale": 1.0, "output_type": "latent", "latents": noise}
         return pipe(**arguments).images

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_concept
 from jobs import job_of, write_folder
 from safetensors.torch import save_file
 
-from weaver import WeaverError, load_concept
+from weaver import ConceptUse, FusionPlan, WeaverError, load_concept
 from weaver.cli import main
 from weaver.concepts.concept import Concept
 from weaver.concepts.formats.reading import ConceptReading
@@ -65,6 +67,28 @@ def test_concepts_of_three_kinds_in_one_picture(folder, tmp_path):
         warnings.simplefilter("ignore", UnusedPartsWarning)
         again = run_job(job, tmp_path / "again", manifest=manifest)
     assert again.result.image.tobytes() == run.result.image.tobytes()
+
+
+def test_two_concepts_of_one_token_in_one_picture(tiny_pipe):
+    """Each has the keys and values that it has alone: files of strangers often call their token alike."""
+    first, second = (
+        replace(make_concept(tiny_pipe, number, word), token="<new1>") for number, word in ((1, "dog"), (2, "cat"))
+    )
+    masks = torch.zeros(2, 32, 32)
+    masks[0, :, :16] = masks[1, :, 16:] = 1
+    options = {"prompt": "a dog and a cat", "height": 32, "width": 32}
+    together = FusionPlan.build(tiny_pipe, [first, second], masks, **options)
+    assert together.prompts[2:] == ("a <new1> dog", "a <new1> cat")
+    for number, concept in enumerate((first, second)):
+        use = ConceptUse(concept, prompt=f"a <new1> {concept.word}")
+        alone = FusionPlan.build(tiny_pipe, [use], masks[number : number + 1], **options)
+        for path, kv in alone.keys_values.items():
+            of_both = together.keys_values[path]
+            for part in ("keys", "values"):
+                found, expected = getattr(of_both, part)[2 + number], getattr(kv, part)[2]
+                torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    kv = next(iter(together.keys_values.values()))
+    assert (kv.values[2] - kv.values[3]).abs().max() > 0.1
 
 
 def test_what_is_not_used_can_be_refused(folder, tmp_path):
