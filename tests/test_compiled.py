@@ -10,7 +10,7 @@ from conftest import make_pipeline
 
 from weaver import ConceptUse, WeaverError, weave
 from weaver.compiled import compile_parts, hooks_run, is_compiled
-from weaver.concepts.prompts import encode
+from weaver.concepts.encoding import encode
 from weaver.concepts.training_state import added
 from weaver.fusion import FusionPlan, attach
 from weaver.latents import image_to_tensor

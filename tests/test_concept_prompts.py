@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from weaver.concepts.concept import Concept
-from weaver.concepts.prompts import PromptError, derive_prompt, encode
+from weaver.concepts.encoding import encode
+from weaver.concepts.prompts import PromptError, derive_prompt
 
 PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 PROMPTS = [

@@ -59,7 +59,7 @@ def test_what_lies_outside_a_mask_is_not_learned(tiny_pipe):
 
 
 def test_the_loss_outside_a_mask_has_no_gradient(tiny_pipe, monkeypatch):
-    from weaver.concepts.optimise import _mean
+    from weaver.concepts.objective import _mean
 
     error = torch.rand(2, 1, 4, 4, requires_grad=True)
     region = torch.zeros(3, 1, 4, 4)

@@ -8,17 +8,22 @@ import torch
 from PIL import Image
 
 from weaver import WeaverError
-from weaver.concepts.prompts import encode
+from weaver.concepts.encoding import Encoding, encode
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.train import train_concept
 from weaver.concepts.training_state import added
 from weaver.concepts.woven import WovenSet, prepare_woven, woven
+from weaver.conditioning import make_time_ids, unet_arguments
 from weaver.features import Features
 from weaver.fusion import ConceptUse, FusionPlan, attach
 from weaver.layers import InjectionSites
 from weaver.replay import forward_until
 
 SITES = InjectionSites("some", resnets=(3, 4), attentions=(4, 7), resnet_window=0.6, attention_window=0.4)
+KINDS = {
+    "SD": ("tiny_pipe", "concepts", SITES),
+    "SDXL": ("tiny_sdxl", "concepts_sdxl", InjectionSites("some", (1,), (1, 4), 0.6, 0.4)),
+}
 BASE, OWN = "a dog and a cat, mountain", "a <v1> dog, mountain"
 
 
@@ -33,15 +38,25 @@ def scenes():
     return WovenSet(images, (OWN,) * 2, (BASE,) * 2, masks, templates)
 
 
+def read(pipe, *encodings):
+    """Those prompts as the U-Net's forward takes them, of whole pictures of the model's size."""
+    text, pooled = Encoding.joined(encodings)
+    time_ids = make_time_ids(pipe, (32, 32), text)
+    return unet_arguments(text, pooled, time_ids if time_ids is None else time_ids.expand(len(text), -1))
+
+
 @pytest.mark.parametrize("step", range(4), ids=["both", "resnets", "free", "last"])
+@pytest.mark.parametrize("kind", ["SD", "SDXL"])
 @torch.no_grad()
-def test_woven_rows_are_drawn_as_a_fusion_draws_them(tiny_pipe, concepts, scenes, step):
-    unet, concept = tiny_pipe.unet, concepts[0]
+def test_woven_rows_are_drawn_as_a_fusion_draws_them(request, scenes, kind, step):
+    pipe, (concept, *_) = map(request.getfixturevalue, KINDS[kind][:2])
+    unet, sites = pipe.unet, KINDS[kind][2]
     steps = (950, 500, 300, 10)
     t = torch.tensor([steps[step]] * 2)
-    examples = prepare_woven(tiny_pipe, scenes, "<v1>", 1)
+    examples = prepare_woven(pipe, scenes, "<v1>", 1)
     noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1)).double()
-    own, other = encode(tiny_pipe, OWN, concept).text, encode(tiny_pipe, "a fox").text
+    own, other, base = encode(pipe, OWN, concept), encode(pipe, "a fox"), encode(pipe, BASE)
+    own = own._replace(pooled=base.pooled)
     z = torch.cat([examples.own.latents.double(), torch.ones(1, 4, 16, 16)]) + noise
 
     def noised(latents, rows):
@@ -49,32 +64,29 @@ def test_woven_rows_are_drawn_as_a_fusion_draws_them(tiny_pipe, concepts, scenes
 
     picks, deltas = torch.tensor([1, 0]), {path: delta.double() for path, delta in concept.deltas.items()}
     z[:2] = examples.own.latents.double()[picks] + noise[:2]
-    text = torch.cat([own, own, other])
     with added(unet, deltas):
-        plain = unet(z[2:], t[:1], other).sample
-        with woven(unet, examples, SITES) as forward:
+        plain = unet(z[2:], t[:1], **read(pipe, other)).sample
+        with woven(unet, examples, sites) as forward:
             forward.begin(picks, t, 1000, noised)
-            found = unet(z, torch.cat([t, t[:1]]), text).sample
+            found = unet(z, torch.cat([t, t[:1]]), **read(pipe, own, own, other)).sample
     torch.testing.assert_close(found[2:], plain, rtol=1e-10, atol=1e-10)
 
-    paths = SITES.resnet_modules() * (step < 2)
-    paths += [f"{path}.{name}" for path in SITES.attention_modules(unet) for name in ("to_q", "to_k")] * (step < 1)
-    base_text = {"encoder_hidden_states": encode(tiny_pipe, BASE).text}
+    paths = sites.resnet_modules() * (step < 2)
+    paths += [f"{path}.{name}" for path in sites.attention_modules(unet) for name in ("to_q", "to_k")] * (step < 1)
     for row, pick in enumerate(picks.tolist()):
         template = examples.templates[pick : pick + 1].double() + noise[row : row + 1]
-        features = Features(
-            SITES, torch.tensor(steps), ({},) * step + (forward_until(unet, paths, template, t[0], base_text)[0],),
-            template, None,
-        )  # fmt: skip
+        found_there, _ = forward_until(unet, paths, template, t[0], read(pipe, base))
+        tensors = ({},) * step + (found_there,)
+        features = Features(sites, torch.tensor(steps), tensors, template, None, read(pipe, base))
         plan = FusionPlan.build(
-            tiny_pipe, [ConceptUse(concept, prompt=OWN)], scenes.masks[pick][None].astype(float), prompt=BASE,
+            pipe, [ConceptUse(concept, prompt=OWN)], scenes.masks[pick][None].astype(float), prompt=BASE,
             features=features,
         )  # fmt: skip
         with attach(unet, plan, rows=("fused",)) as state:
             state.set_step(step, features.timesteps)
-            fused = unet(z[row : row + 1], t[0], base_text["encoder_hidden_states"]).sample
+            fused = unet(z[row : row + 1], t[0], **read(pipe, base)).sample
         torch.testing.assert_close(found[row : row + 1], fused, rtol=1e-6, atol=1e-6)  # masks and latents are float32
-        assert (fused - unet(z[row : row + 1], t[0], own).sample).abs().max() > 1e-2
+        assert (fused - unet(z[row : row + 1], t[0], **read(pipe, own)).sample).abs().max() > 1e-2
 
 
 def test_nothing_of_it_is_left_on_the_unet(tiny_pipe, scenes):
@@ -99,3 +111,16 @@ def test_parts_that_do_not_belong_together(scenes):
 def test_scenes_that_no_step_would_show(tiny_pipe, scenes):
     with pytest.raises(WeaverError, match="set woven_batch, or leave them out"):
         train_concept(tiny_pipe, [], token="<v1>", word="dog", woven=scenes, settings=TrainSettings())
+
+
+def test_woven_rows_of_sdxl_have_the_base_prompts_pooled_embedding(tiny_sdxl, scenes):
+    seen = []
+    hook = tiny_sdxl.unet.register_forward_pre_hook(lambda *given: seen.append(given[2]), with_kwargs=True)
+    settings = TrainSettings(steps=1, batch=1, woven_batch=1, prior_batch=0)
+    try:
+        train_concept(tiny_sdxl, scenes.images, token="<v1>", word="dog", woven=scenes, settings=settings)
+    finally:
+        hook.remove()
+    (row, _), base = seen[-1]["added_cond_kwargs"]["text_embeds"], encode(tiny_sdxl, BASE)
+    torch.testing.assert_close(row, base.pooled[0])
+    assert not torch.allclose(seen[-1]["encoder_hidden_states"][0], base.text[0])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from weaver.concepts.concept import ConceptError
+from weaver.concepts.encoding import encode
 from weaver.concepts.formats import read_concept_file
-from weaver.concepts.prompts import encode
 
 OWN = "a {} dog, mountain"
 

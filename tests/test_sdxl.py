@@ -15,7 +15,7 @@ from tiny_sdxl import make_sdxl
 from weaver import Concept, WeaverError, weave
 from weaver.cache import Cache, inversion_identity
 from weaver.concepts.concept import attn2_hash
-from weaver.concepts.prompts import encode
+from weaver.concepts.encoding import encode
 from weaver.conditioning import make_time_ids
 from weaver.defaults import defaults_for
 from weaver.features import collect_features, reconstruction_psnr

@@ -74,3 +74,9 @@ def test_mistakes_in_one_line(folder, tmp_path, monkeypatch, capsys, options, me
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_known_unet_is_told_before_its_weights_are_read(folder, tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "_diffusers_version": "0.42.1"}')
+    assert train(folder, "--model", str(tmp_path)) == 2
+    assert "is a FluxPipeline; concepts are learned in StableDiffusionPipeline and" in capsys.readouterr().err

@@ -12,10 +12,11 @@ from numbers import Real
 
 import torch
 
-__all__ = ["added_reasons", "make_time_ids", "text_encoders", "time_id_reasons", "unet_arguments"]
+__all__ = ["TIME_IDS", "added_reasons", "make_time_ids", "text_encoders", "time_id_reasons", "unet_arguments"]
 
 _TEXT_TIME = "text_time"
-_IDS = 6
+TIME_IDS = 6
+"""How many numbers SDXL's U-Net is told of a picture."""
 
 
 def text_encoders(pipe) -> dict[str, torch.nn.Module]:
@@ -38,19 +39,21 @@ def added_reasons(pipe) -> list[str]:
             f"{_TEXT_TIME}, with text_encoder_2 in the pipeline"
         ]
     width = config.projection_class_embeddings_input_dim - encoder.config.projection_dim
-    if width == _IDS * config.addition_time_embed_dim:
+    if width == TIME_IDS * config.addition_time_embed_dim:
         return []
     return [
-        f"the U-Net takes {width // config.addition_time_embed_dim} time ids, expected {_IDS} (two sizes and a crop): "
-        "SDXL's refiner, which takes an aesthetic score, can't be fused; use the base model"
+        f"the U-Net takes {width // config.addition_time_embed_dim} time ids, expected {TIME_IDS} (two sizes and a "
+        "crop): SDXL's refiner takes an aesthetic score; use the base model"
     ]
 
 
 def time_id_reasons(time_ids: Sequence[float] | None) -> list[str]:
     """What is wrong with time ids that a caller chose; empty for None, which is the picture's own size, uncropped."""
-    if time_ids is None or (len(time_ids) == _IDS and all(isinstance(value, Real) for value in time_ids)):
+    if time_ids is None or (len(time_ids) == TIME_IDS and all(isinstance(value, Real) for value in time_ids)):
         return []
-    return [f"time_ids: is {time_ids!r}, expected {_IDS} numbers: original size, top and left of the crop, target size"]
+    return [
+        f"time_ids: is {time_ids!r}, expected {TIME_IDS} numbers: original size, top and left of the crop, target size"
+    ]
 
 
 def make_time_ids(

@@ -10,7 +10,7 @@ from diffusers import DDIMInverseScheduler
 from PIL import Image
 
 from weaver.cache import Cache, inversion_identity
-from weaver.concepts.prompts import encode
+from weaver.concepts.encoding import encode
 from weaver.conditioning import added_reasons, make_time_ids, time_id_reasons, unet_arguments
 from weaver.errors import raise_if
 from weaver.graphs import CUDAGraphs, graph_reasons

@@ -17,6 +17,7 @@ _DESCRIPTION = (
     "goes on where it was."
 )
 _METHODS = ("custom-diffusion", "lora")
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _RANK = 16  # of a LoRA where none is asked for
 _KINDS = {"int": int, "float": float, "float | None": float}
 
@@ -53,7 +54,7 @@ def add_parser(commands, epilog: str) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     with args.stages.step("starting"):
-        from weaver.models import load_model, quiet_libraries, threads_for
+        from weaver.models import load_model, model_source, quiet_libraries, threads_for
 
         quiet_libraries()
         from weaver.concepts.bank import prior_and_scenes
@@ -72,7 +73,13 @@ def _train(args: argparse.Namespace) -> int:
         files = picture_files(args.class_images)
         given = TrainingSet(tuple(map(open_rgb, files)), (f"a {args.word}",) * len(files))
     with args.stages.step("loading the model"):
-        pipe = load_model(args.model, device=args.device, offline=args.offline)
+        with model_source(args.model, offline=args.offline, fuses=False) as (_, config, _):
+            if config["_class_name"] not in _PIPELINES:
+                known = " and ".join(_PIPELINES)
+                raise WeaverError(
+                    f"--model: {args.model!r} is a {config['_class_name']}; concepts are learned in {known}"
+                )
+        pipe = load_model(args.model, device=args.device, offline=args.offline, fuses=False)
     settings = _settings(args, pipe)
     with threads_for(pipe):
         prior, woven = prior_and_scenes(pipe, pictures, args.token, args.word, settings)

@@ -78,7 +78,7 @@ class Checkpoint:
 
 
 def data_hash(data: TrainingSet | None) -> str:
-    """SHA-256 of pictures, captions and masks; empty without any."""
+    """SHA-256 of pictures, captions, masks and framings; empty without any."""
     if data is None:
         return ""
     digest = hashlib.sha256()
@@ -86,4 +86,6 @@ def data_hash(data: TrainingSet | None) -> str:
         for part in (image, mask):
             digest.update(b"-" if part is None else f"{part.mode} {part.size}".encode() + part.tobytes())
         digest.update(caption.encode() + b"\n")
+    if any(data.framings):
+        digest.update(repr(data.framings).encode())
     return digest.hexdigest()

@@ -1,16 +1,18 @@
-"""Pictures and captions as training reads them: latents, encoded once, and token ids."""
+"""Pictures and captions as training reads them: latents, encoded once, token ids, and SDXL's time ids."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
+from weaver.concepts.encoding import Encoding, TokenIds, encode_ids, read_prompts
 from weaver.concepts.images import TrainingSet
-from weaver.concepts.prompts import encode_text, tokenize
+from weaver.conditioning import make_time_ids
 from weaver.defaults import model_size
 from weaver.latents import encode_image
 from weaver.pictures import fit
@@ -22,15 +24,19 @@ _AT_ONCE = 8  # pictures in one pass of the autoencoder
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures as latents [n, C, h, w]; captions as ids [n, L], their lengths and the positions of the token.
+    """Pictures and captions, n of each.
 
-    `region` [n, 1, h, w] is how much of each cell of the latents the loss counts; None is all of it everywhere.
+    Parameters
+    ----------
+    latents : [n, C, h, w]
+    captions : as each of the pipeline's tokenizers reads them, by its text encoder's name
+    time_ids : [n, 6], what part of a photograph SDXL is told that each picture is; None for other models
+    region : [n, 1, h, w], how much of each cell of the latents the loss counts; None is all of it everywhere
     """
 
     latents: torch.Tensor
-    ids: torch.Tensor
-    lengths: list[int]
-    positions: list[list[int]]
+    captions: Mapping[str, TokenIds]
+    time_ids: torch.Tensor | None
     region: torch.Tensor | None = None
 
 
@@ -51,21 +57,26 @@ def prepare(
     at_once = at_once or _AT_ONCE
     size = model_size(pipe)
     images = [fit(image.convert("RGB"), size) for image in data.images]
+    framings = [
+        framing.fitted(image.size[::-1], size) for framing, image in zip(data.all_framings(), data.images, strict=True)
+    ]
     masks = [mask and fit(mask, size, Image.Resampling.BOX) for mask in data.all_masks()]
     captions = list(data.captions)
     if flip:
         mirror = Image.Transpose.FLIP_LEFT_RIGHT
         images += [image.transpose(mirror) for image in images]
+        framings += [framing.mirrored() for framing in framings]
         masks += [mask and mask.transpose(mirror) for mask in masks]
         captions *= 2
-    read = [tokenize(pipe, caption, token, vectors) for caption in captions]
+    read = read_prompts(pipe, captions, token, vectors)
     latents = torch.cat([encode_image(pipe.vae, images[i : i + at_once]) for i in range(0, len(images), at_once)])
     device = pipe._execution_device
+    told = latents.new_empty(0, dtype=pipe.unet.dtype, device=device)
+    time_ids = [make_time_ids(pipe, size, told, framing.time_ids(size)) for framing in framings]
     return Examples(
         latents=latents.to(device, torch.float32),
-        ids=torch.cat([ids for ids, _, _ in read]).to(device),
-        lengths=[length for _, _, length in read],
-        positions=[positions for _, positions, _ in read],
+        captions={name: ids.to(device) for name, ids in read.items()},
+        time_ids=None if time_ids[0] is None else torch.cat(time_ids),
         region=_region(masks, latents.shape[-2:]).to(device) if any(masks) else None,
     )
 
@@ -77,20 +88,25 @@ def _region(masks: list[Image.Image | None], size: tuple[int, int]) -> torch.Ten
     return torch.from_numpy(np.stack(cells)).float()[:, None] / 255
 
 
-def encode_captions(encoder, examples: Examples, picks: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Encode the captions of `picks` [b] with the token's vectors [V, C]; differentiable in those. [b, L, C]."""
-    rows = picks.tolist()
-    places = [(row, position) for row, pick in enumerate(rows) for position in examples.positions[pick]]
-    return encode_text(encoder, examples.ids[picks], [examples.lengths[pick] for pick in rows], places, vectors)
+def encode_captions(
+    encoders: Mapping[str, torch.nn.Module],
+    examples: Examples,
+    picks: torch.Tensor,
+    vectors: Mapping[str, torch.Tensor],
+) -> Encoding:
+    """Encode the captions of `picks` [b] with the token's vectors by encoder [V, C]; differentiable in those."""
+    return encode_ids(encoders, {name: ids.rows(picks) for name, ids in examples.captions.items()}, vectors)
 
 
 @torch.no_grad()
-def encode_fixed_captions(encoder, examples: Examples) -> torch.Tensor:
-    """Encode every caption, each different one once: nothing in them is learned. Returns [n, L, C]."""
-    ids, index = torch.unique(examples.ids, dim=0, return_inverse=True)
-    lengths = dict(zip(index.tolist(), examples.lengths, strict=True))
-    text = [encode_text(encoder, row[None], [lengths[i]]) for i, row in enumerate(ids)]
-    return torch.cat(text)[index]
+def encode_fixed_captions(encoders: Mapping[str, torch.nn.Module], examples: Examples) -> Encoding:
+    """Encode all n captions, each different one once: nothing in them is learned."""
+    captions = examples.captions
+    _, index = torch.unique(torch.cat([read.ids for read in captions.values()], 1), dim=0, return_inverse=True)
+    different = {number: row for row, number in enumerate(index.tolist())}
+    rows = [torch.tensor([different[number]]) for number in sorted(different)]
+    found = [encode_ids(encoders, {name: read.rows(row) for name, read in captions.items()}, {}) for row in rows]
+    return Encoding.joined(found).rows(index)
 
 
 def pick(count: int, batch: int, generator: torch.Generator) -> torch.Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from weaver.concepts.framing import Framing
 from weaver.concepts.prompts import names_token
 from weaver.errors import WeaverError
 from weaver.pictures import open_rgb
@@ -24,12 +25,14 @@ class TrainingSet:
     """Pictures (RGB, any size) and as many captions.
 
     `masks` say where the concept is in each (mode L, the picture's size, 255 inside); None, or no masks at all, where
-    it is all of it. What lies outside is left out of the loss.
+    it is all of it. What lies outside is left out of the loss. `framings` say what part of a photograph each picture
+    is, which SDXL is told; None, or none at all, where it is a whole one.
     """
 
     images: tuple[Image.Image, ...]
     captions: tuple[str, ...]
     masks: tuple[Image.Image | None, ...] = ()
+    framings: tuple[Framing | None, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -38,6 +41,10 @@ class TrainingSet:
             raise WeaverError(f"{len(self.images)} pictures and {len(self.captions)} captions; give one caption each")
         if self.masks and len(self.masks) != len(self.images):
             raise WeaverError(f"{len(self.images)} pictures and {len(self.masks)} masks; give one mask each, or None")
+        if self.framings and len(self.framings) != len(self.images):
+            raise WeaverError(
+                f"{len(self.images)} pictures and {len(self.framings)} framings; give one framing each, or None"
+            )
         for number, (image, mask) in enumerate(zip(self.images, self.all_masks(), strict=True)):
             if mask is not None and mask.size != image.size:
                 raise WeaverError(f"mask {number} is {mask.size}, its picture {image.size}: give masks of their size")
@@ -47,6 +54,11 @@ class TrainingSet:
     def all_masks(self) -> tuple[Image.Image | None, ...]:
         """One a picture, None where there is none."""
         return self.masks or (None,) * len(self.images)
+
+    def all_framings(self) -> tuple[Framing, ...]:
+        """One a picture, of a whole photograph where there is none."""
+        given = self.framings or (None,) * len(self.images)
+        return tuple(one or Framing(*image.size[::-1]) for one, image in zip(given, self.images, strict=True))
 
 
 def load_images(

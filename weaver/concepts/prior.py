@@ -18,7 +18,7 @@ _AT_ONCE = 4  # pictures in one pass of the pipeline
 def class_pictures(
     pipe, word: str, settings: TrainSettings, report: Callable[[int], None], *, at_once: int | None = None
 ) -> TrainingSet:
-    """Make `settings.prior_images` pictures of "a <word>" with a `StableDiffusionPipeline`.
+    """Make `settings.prior_images` pictures of "a <word>" with a `StableDiffusion(XL)Pipeline`.
 
     Every picture has its own noise, drawn on the CPU from the seed and its number, so that it is the same whatever the
     number `at_once` in one pass, but for rounding. `report` is told how many are done.
@@ -38,7 +38,7 @@ def class_pictures(
                 guidance_scale=settings.prior_guidance,
                 generator=[torch.Generator("cpu").manual_seed(settings.seed * 100_003 + i) for i in numbers],
             )
-            black = output.nsfw_content_detected or [False] * len(numbers)
+            black = getattr(output, "nsfw_content_detected", None) or [False] * len(numbers)  # SDXL's has no checker
             images += [image for image, is_black in zip(output.images, black, strict=True) if not is_black]
             made += len(numbers)
             if made - len(images) > settings.prior_images:

@@ -1,32 +1,17 @@
-"""Prompts with a concept's modifier token, read by a tokenizer and text encoder that never learn of it."""
+"""Prompts with a concept's modifier token: derived, and read by a tokenizer that never learns of it."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 
-from weaver.compiled import hooks_run
-from weaver.concepts.changes import added_to, scaled
-from weaver.concepts.concept import Concept, text_module
-from weaver.conditioning import text_encoders
+from weaver.concepts.concept import Concept
 from weaver.errors import WeaverError
-from weaver.memory.resting import home_of, hooked, lent
 
-__all__ = [
-    "Encoding",
-    "PromptError",
-    "absent_is_zero",
-    "derive_prompt",
-    "encode",
-    "encode_text",
-    "names_token",
-    "tokenize",
-]
+__all__ = ["PromptError", "derive_prompt", "names_token", "tokenize"]
 
 _log = logging.getLogger(__name__)
 # What may follow a noun that is not itself part of a longer one, as "dog" is in "a dog house".
@@ -42,62 +27,6 @@ _STAND_IN = 0  # any ordinary id: its embedding is replaced, and it can't be tak
 
 class PromptError(WeaverError):
     """A prompt that lacks the modifier token or the class word; names both."""
-
-
-class Encoding(NamedTuple):
-    """A prompt as the U-Net reads it: `text` [1, L, C], and SDXL's pooled embedding [1, P], which others lack."""
-
-    text: torch.Tensor
-    pooled: torch.Tensor | None
-
-
-@torch.no_grad()
-def encode(pipe, prompt: str | None, concept: Concept | None = None, scale: float = 1.0) -> Encoding:
-    """Encode one prompt as the `encode_prompt` of the pipeline does, with a concept's token if given.
-
-    What the concept changes in text encoders acts on this prompt, times `scale`.
-
-    Stable Diffusion's text is the last hidden state of its encoder. SDXL's joins the hidden states before the last of
-    both encoders, and its pooled embedding is the second's (arXiv 2307.01952, section 2.1). No prompt at all (None) is
-    an empty one, or zeros where SDXL is configured so (`force_zeros_for_empty_prompt`).
-
-    Tokenizers and text encoders are left as they are. Padding to the encoders' full length is kept, since
-    cross-attention reads it.
-
-    Returns text in the (last) text encoder's dtype, on the pipeline's device. Raises `PromptError` when the concept's
-    token is not in the prompt, or stands behind the last position the encoders read.
-    """
-    if prompt is None:
-        empty = encode(pipe, "")
-        return Encoding(*map(torch.zeros_like, empty)) if absent_is_zero(pipe) else empty
-    texts, pooled = [], None
-    encoders = text_encoders(pipe)
-    for name, encoder in encoders.items():
-        device = home_of(encoder) or _device_of(pipe, encoder)
-        token = concept.modifier or None if concept is not None else None
-        vectors = concept.embeddings[name] if token else None
-        tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
-        count = 1 if vectors is None else len(vectors)
-        ids, positions, length = tokenize(pipe, prompt, token, count, tokenizer=tokenizer)
-        ids, places = ids.to(device), [(0, position) for position in positions]
-        if "text_encoder_2" not in encoders:
-            with lent(encoder), _changed(pipe, name, concept, scale):
-                return Encoding(encode_text(encoder, ids, [length], places, vectors), None)
-        with lent(encoder), _changed(pipe, name, concept, scale), _embeddings_replaced(encoder, places, vectors):
-            output = encoder(ids, output_hidden_states=True)
-        texts.append(output.hidden_states[-2])
-        pooled = output[0]
-    return Encoding(torch.cat(texts, dim=-1).to(pipe.text_encoder_2.dtype), pooled)
-
-
-def _device_of(pipe, encoder) -> torch.device:
-    """Where an encoder runs; where it is, unless hooks move it, for which the pipeline looks through all its parts."""
-    return pipe._execution_device if hooked(encoder) else encoder.get_input_embeddings().weight.device
-
-
-def absent_is_zero(pipe) -> bool:
-    """Whether the pipeline reads zeros where no negative prompt is given, not an empty one."""
-    return "text_encoder_2" in text_encoders(pipe) and bool(pipe.config.force_zeros_for_empty_prompt)
 
 
 def derive_prompt(base_prompt: str, concept: Concept, *, occurrence: int = 0, without: Sequence[str] = ()) -> str:
@@ -172,57 +101,6 @@ def tokenize(
     ids = [tokenizer.bos_token_id, *body[: limit - 2], tokenizer.eos_token_id]
     padded = ids + [tokenizer.pad_token_id] * (limit - len(ids))
     return torch.tensor([padded]), positions, len(ids)
-
-
-def encode_text(
-    encoder,
-    ids: torch.Tensor,
-    lengths: Sequence[int],
-    places: Sequence[tuple[int, int]] = (),
-    vectors: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Run a text encoder over ids [B, L], `lengths` of which stand before the padding.
-
-    At `places`, pairs of row and position, `vectors` [V, C] stand in turn in place of the ids' embeddings.
-    Differentiable in `vectors`. Returns the last hidden state [B, L, C] on the device of the ids.
-    """
-    mask = None
-    if getattr(encoder.config, "use_attention_mask", False):
-        mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long().to(ids.device)
-    with _embeddings_replaced(encoder, places, vectors):
-        return encoder(ids, attention_mask=mask)[0].to(encoder.dtype)
-
-
-@contextmanager
-def _changed(pipe, name: str, concept: Concept | None, scale: float) -> Iterator[None]:
-    """Within the block the text encoder `name` acts with what the concept changes in it."""
-    changes = {} if concept is None else concept.text_deltas
-    changes = {key: delta for key, delta in changes.items() if key.startswith(f"{name}.")}
-    encoder = text_encoders(pipe)[name]
-    if not changes:
-        yield
-        return
-    acting = [(text_module(pipe, key), scaled(delta, scale, encoder.dtype)) for key, delta in changes.items()]
-    with added_to(acting), hooks_run(encoder):
-        yield
-
-
-@contextmanager
-def _embeddings_replaced(encoder, places: Sequence[tuple[int, int]], vectors: torch.Tensor | None) -> Iterator[None]:
-    if vectors is None or not places:
-        yield
-        return
-
-    def replace(module, args, output):
-        rows, positions = torch.tensor(places, device=output.device).T
-        return output.index_put((rows, positions), vectors.to(output).repeat(len(places) // len(vectors), 1))
-
-    handle = encoder.get_input_embeddings().register_forward_hook(replace)
-    try:
-        with hooks_run(encoder):
-            yield
-    finally:
-        handle.remove()
 
 
 def _whole(text: str, flags: int = 0) -> re.Pattern[str]:

@@ -18,22 +18,23 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from weaver.concepts.changes import Delta, moved
+from weaver.concepts.changes import moved
 from weaver.concepts.checkpoints import Checkpoint, data_hash
-from weaver.concepts.concept import Concept, attn2_hash, attn2_projections
+from weaver.concepts.concept import Concept, attn2_hash
 from weaver.concepts.examples import prepare
 from weaver.concepts.images import TrainingSet
-from weaver.concepts.optimise import Learned, optimise
+from weaver.concepts.learned import start
+from weaver.concepts.optimise import optimise
 from weaver.concepts.prior import class_pictures
 from weaver.concepts.prompts import names_token
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.training_state import added, checkpointed, frozen
 from weaver.concepts.views import with_views
 from weaver.concepts.woven import WovenSet, prepare_woven
+from weaver.conditioning import added_reasons, text_encoders
 from weaver.defaults import model_size
 from weaver.errors import WeaverError
 from weaver.version import __version__
-from weaver_kernels import LowRank
 
 __all__ = ["train_concept"]
 
@@ -56,13 +57,17 @@ def train_concept(
 ) -> Concept:
     """Learn a concept from a few pictures by Custom Diffusion, or the same with a LoRA's factors (`settings.rank`).
 
-    Only deltas of attn2's `to_k` and `to_v` and the vectors of one modifier token receive gradients; the token starts
-    as its class word. The model is left as it was, also after an exception. On the CPU the same seed and number of
-    threads give the same concept.
+    Only deltas of attn2's `to_k` and `to_v` and the vectors of one modifier token, for each of the text encoders,
+    receive gradients; the token starts as its class word. The model is left as it was, also after an exception. On the
+    CPU the same seed and number of threads give the same concept.
+
+    SDXL is told what part of a photograph each picture is (`weaver.concepts.framing`): its size before it was resized,
+    top and left of what was cut away afterwards, and the model's size. A view on a canvas is a whole picture; so are
+    those that the model makes of the class, at its own size.
 
     Parameters
     ----------
-    pipe : a `StableDiffusionPipeline` that predicts noise (epsilon) or velocity (v).
+    pipe : a `StableDiffusionPipeline` or SDXL's, its base model, that predicts noise (epsilon) or velocity (v).
     images : pictures of the concept, cut about their centres and resized by Lanczos to the model's size; or a
         `TrainingSet`, as `load_images` returns it.
     captions : one a picture, with the token in each; None for "a <token> <word>".
@@ -90,7 +95,7 @@ def train_concept(
     if checkpoint is not None:
         identity = _identity(pipe, images, prior, woven) | {"token or class word": f"{token} {word}"}
         kept = Checkpoint(Path(checkpoint), checkpoint_every, identity | {"settings": repr(settings)})
-    learned = _start(pipe, word, settings)
+    learned = start(pipe, word, settings)
     shown = with_views(images, token, model_size(pipe), settings.views, settings.seed) if settings.views else images
     own = prepare(pipe, shown, token, vectors=settings.vectors, flip=settings.flip, at_once=at_once)
     to_make = settings.prior_images if settings.prior_batch and prior is None else 0
@@ -102,7 +107,7 @@ def train_concept(
         if woven is not None:
             scenes = prepare_woven(pipe, woven, token, settings.vectors, at_once=at_once)
         with (
-            frozen(pipe.unet, pipe.text_encoder),
+            frozen(pipe.unet, *text_encoders(pipe).values()),
             added(pipe.unet, learned.deltas),
             checkpointed(pipe.unet, settings.checkpointing),
             torch.enable_grad(),
@@ -117,7 +122,7 @@ def train_concept(
         token=token,
         word=word,
         base_hash=attn2_hash(pipe.unet),
-        embeddings={"text_encoder": learned.vectors.detach().cpu()},
+        embeddings={encoder: vectors.detach().cpu() for encoder, vectors in learned.vectors.items()},
         deltas=deltas,
         settings=asdict(settings)
         | {"pictures": len(images.images), "captions": sorted(set(images.captions))}
@@ -143,35 +148,11 @@ def _check(pipe, prior: TrainingSet | None, token: str) -> None:
     kind = getattr(pipe.scheduler.config, "prediction_type", None)
     if kind not in ("epsilon", "v_prediction") or not hasattr(pipe.scheduler, "alphas_cumprod"):
         reasons.append(f"the scheduler predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
-    if getattr(pipe, "text_encoder_2", None) is not None:
-        reasons.append(f"{type(pipe).__name__} has two text encoders; training knows Stable Diffusion's one")
+    reasons += added_reasons(pipe)
     if prior is not None and (named := [caption for caption in prior.captions if names_token(caption, token)]):
         reasons.append(f"prior caption {named[0]!r} holds the token {token!r}; prior pictures show others")
     if reasons:
         raise WeaverError("cannot train a concept: " + "; ".join(reasons))
-
-
-def _start(pipe, word: str, settings: TrainSettings) -> Learned:
-    """Changes that are zero, and vectors that mean what the class word means."""
-    ids = pipe.tokenizer(word, add_special_tokens=False).input_ids
-    if not ids:
-        raise WeaverError(f"the class word {word!r} means nothing to the tokenizer")
-    vectors = pipe.text_encoder.get_input_embeddings().weight[ids].detach().float().mean(0)
-    generator = torch.Generator("cpu").manual_seed(settings.seed)
-    deltas = {
-        path: _no_change(linear.weight, settings.rank, generator)
-        for path, linear in attn2_projections(pipe.unet).items()
-    }
-    return Learned(vectors.repeat(settings.vectors, 1).requires_grad_(), deltas)
-
-
-def _no_change(weight: torch.Tensor, rank: int, generator: torch.Generator) -> Delta:
-    """A change of zero to be learned: a matrix, or factors of which only `up` is zero, so that it has a gradient."""
-    if not rank:
-        return torch.zeros_like(weight, dtype=torch.float32, requires_grad=True)
-    outputs, inputs = weight.shape
-    down = torch.randn(rank, inputs, generator=generator) / rank
-    return LowRank(down.to(weight.device).requires_grad_(), weight.new_zeros(outputs, rank).float().requires_grad_())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import random
 
 from PIL import Image
 
+from weaver.concepts.framing import Framing
 from weaver.concepts.images import TrainingSet
 from weaver.pictures import fit
 
@@ -32,17 +33,23 @@ def with_views(data: TrainingSet, token: str, size: tuple[int, int], count: int,
     token : which captions have; the words that tell how large it is stand before it
     """
     rng = random.Random(seed)
-    images, captions, masks = [], [], []
-    for image, caption, mask in zip(data.images, data.captions, data.all_masks(), strict=True):
+    found = [], [], [], []  # images, captions, masks, framings
+    for image, caption, mask, framing in zip(
+        data.images, data.captions, data.all_masks(), data.all_framings(), strict=True
+    ):
+        framing = framing.fitted(image.size[::-1], size)
         image = fit(image.convert("RGB"), size)
         mask = None if mask is None else fit(mask, size, Image.Resampling.BOX)
-        entries = [(image, caption, mask)] + [_view(image, caption, mask, token, rng) for _ in range(count)]
-        for whole, part in zip((images, captions, masks), zip(*entries, strict=True), strict=True):
+        entry = image, caption, mask, framing
+        entries = [entry] + [_view(*entry, token, rng) for _ in range(count)]
+        for whole, part in zip(found, zip(*entries, strict=True), strict=True):
             whole += part
-    return TrainingSet(tuple(images), tuple(captions), tuple(masks))
+    return TrainingSet(*map(tuple, found))
 
 
-def _view(image: Image.Image, caption: str, mask: Image.Image | None, token: str, rng: random.Random):
+def _view(
+    image: Image.Image, caption: str, mask: Image.Image | None, framing: Framing, token: str, rng: random.Random
+) -> tuple[Image.Image, str, Image.Image, Framing]:
     smaller = rng.random() < _SMALLER_SHARE
     scale = rng.uniform(*(_SMALLER if smaller else _CLOSER))
     size = tuple(max(8, round(side * scale)) for side in image.size)
@@ -54,4 +61,6 @@ def _view(image: Image.Image, caption: str, mask: Image.Image | None, token: str
     if scale < _FAR or not smaller:
         words = rng.choice(_WORDS["far" if smaller else "close"])
         caption = caption.replace(token, f"{words} {token}", 1)
-    return canvas, caption, region
+    canvas_size = image.size[::-1]
+    framing = framing.smaller(canvas_size, scale) if smaller else framing.closer(canvas_size, scale, corner[::-1])
+    return canvas, caption, region, framing

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from weaver.concepts.encoding import Encoding
 from weaver.concepts.examples import Examples, encode_fixed_captions, prepare
 from weaver.concepts.images import TrainingSet
+from weaver.conditioning import text_encoders, unet_arguments
 from weaver.errors import WeaverError
 from weaver.layers import InjectionSites, cross_attention_paths, layer_size
 from weaver.masks.compose import mask_pyramid
@@ -65,13 +67,13 @@ class WovenExamples:
     Parameters
     ----------
     own : latents, and captions with the token
-    base_text : [n, L, C]
+    base_text : of the scenes' own prompts, n of them
     templates : latents [n, C, h, w]
     masks : tokens of a map -> [n, T], and `region` [n, 1, h, w] those of the latents
     """
 
     own: Examples
-    base_text: torch.Tensor
+    base_text: Encoding
     templates: torch.Tensor
     masks: dict[int, torch.Tensor]
     region: torch.Tensor
@@ -90,7 +92,7 @@ def prepare_woven(pipe, data: WovenSet, token: str, vectors: int, *, at_once: in
     reduced = {hw: torch.stack([pyramid[hw][0] for pyramid in pyramids]).to(device) for hw in sizes}
     return WovenExamples(
         own,
-        encode_fixed_captions(pipe.text_encoder, base),
+        encode_fixed_captions(text_encoders(pipe), base),
         base.latents,
         {h * w: mask.flatten(1) for (h, w), mask in reduced.items()},
         reduced[size][:, None],
@@ -125,8 +127,9 @@ class WovenForward:
         if inject and len(rows):
             self._taking = True
             of = picks[rows]
-            z, text = noised(examples.templates[of], rows), examples.base_text[of]
-            arguments = {"encoder_hidden_states": text.to(z.dtype)}
+            z, text = noised(examples.templates[of], rows), examples.base_text.rows(of)
+            time_ids = examples.own.time_ids if examples.own.time_ids is None else examples.own.time_ids[of]
+            arguments = unet_arguments(text.text.to(z.dtype), text.pooled, time_ids)
             found, _ = forward_until(self._unet, self._paths, z, t[rows].to(z.device), arguments)
             self._taking = False
             of_resnets = set(self._sites.resnet_modules())
@@ -134,7 +137,7 @@ class WovenForward:
                 inside = (resnets if path in of_resnets else attentions)[rows]
                 self._injected[path] = rows[inside].to(feature.device), feature[inside]
         self._rows = len(picks)
-        self._base = examples.base_text[picks]
+        self._base = examples.base_text.text[picks]
         self._masks = {tokens: mask[picks][:, None, :, None] for tokens, mask in examples.masks.items()}
 
     def attend(self, attn, hidden_states: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ from torch import nn
 from weaver.concepts.changes import Delta, moved, scaled
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.concepts.concept_checks import OUTPUT_BIAS
+from weaver.concepts.encoding import Encoding, absent_is_zero, encode
 from weaver.concepts.own_prompts import own_prompt_reasons, own_prompts, token_reasons
-from weaver.concepts.prompts import Encoding, absent_is_zero, encode
 from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError, told
 from weaver.fusion.inputs import string_reasons

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from weaver.compiled import hooks_run
-from weaver.concepts.prompts import encode, tokenize
+from weaver.concepts.encoding import encode
+from weaver.concepts.prompts import tokenize
 from weaver.conditioning import make_time_ids, unet_arguments
 from weaver.latents import encode_image
 from weaver.layers import cross_attention_paths, layer_size

@@ -13,6 +13,7 @@ from weaver.concepts.prior import class_pictures
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.train import train_concept
 from weaver.concepts.woven import WovenSet
+from weaver.conditioning import TIME_IDS
 from weaver.defaults import model_size
 from weaver.job import Job
 from weaver.job.inputs import training_pictures
@@ -97,11 +98,13 @@ def _woven(pipe, count: int) -> WovenSet:
 
 
 def _example_bytes(pipe) -> int:
-    """Latents in float32 and encoded caption of one prior picture."""
+    """Latents in float32 and encoded caption of one prior picture, with what SDXL reads besides."""
     cells, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     height, width = (cells, cells) if isinstance(cells, int) else cells
     text = pipe.tokenizer.model_max_length * pipe.unet.config.cross_attention_dim
-    return 4 * channels * height * width + text * pipe.text_encoder.dtype.itemsize
+    second = getattr(pipe, "text_encoder_2", None)
+    added = 0 if second is None else second.config.projection_dim + TIME_IDS
+    return 4 * channels * height * width + (text + added) * pipe.unet.dtype.itemsize
 
 
 def _blank(pipe, count: int) -> tuple[Image.Image, ...]:

@@ -1,0 +1,176 @@
+"""Prompts as the U-Net reads them: encoded as the pipeline does, with vectors in the place of a concept's token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from weaver.compiled import hooks_run
+from weaver.concepts.changes import added_to, scaled
+from weaver.concepts.concept import Concept, text_module
+from weaver.concepts.prompts import tokenize
+from weaver.conditioning import text_encoders
+from weaver.memory.resting import home_of, hooked, lent
+
+__all__ = ["Encoding", "TokenIds", "absent_is_zero", "encode", "encode_ids", "read_prompts"]
+
+
+class Encoding(NamedTuple):
+    """Prompts as the U-Net reads them: `text` [B, L, C], and SDXL's pooled embedding [B, P], which others lack."""
+
+    text: torch.Tensor
+    pooled: torch.Tensor | None
+
+    def rows(self, picks: torch.Tensor) -> Encoding:
+        """The prompts `picks` [b] of these."""
+        return Encoding(*(part if part is None else part[picks] for part in self))
+
+    @staticmethod
+    def joined(parts: Sequence[Encoding]) -> Encoding:
+        """All rows, one after another."""
+        texts, pooled = zip(*parts, strict=True)
+        return Encoding(torch.cat(texts), None if pooled[0] is None else torch.cat(pooled))
+
+
+class TokenIds(NamedTuple):
+    """Prompts as one tokenizer reads them: ids [B, L], how many stand before the padding, where the token's stand."""
+
+    ids: torch.Tensor
+    lengths: list[int]
+    positions: list[list[int]]
+
+    def rows(self, picks: torch.Tensor) -> TokenIds:
+        """The prompts `picks` [b] of these."""
+        numbers = picks.tolist()
+        return TokenIds(self.ids[picks], [self.lengths[i] for i in numbers], [self.positions[i] for i in numbers])
+
+    def to(self, device: torch.device) -> TokenIds:
+        """With the ids on another device."""
+        return self._replace(ids=self.ids.to(device))
+
+
+@torch.no_grad()
+def encode(pipe, prompt: str | None, concept: Concept | None = None, scale: float = 1.0) -> Encoding:
+    """Encode one prompt as the `encode_prompt` of the pipeline does, with a concept's token if given.
+
+    What the concept changes in text encoders acts on this prompt, times `scale`. No prompt at all (None) is an empty
+    one, or zeros where SDXL is configured so (`force_zeros_for_empty_prompt`).
+
+    Tokenizers and text encoders are left as they are. Padding to the encoders' full length is kept, since
+    cross-attention reads it.
+
+    Returns text [1, L, C] in the (last) text encoder's dtype, on the pipeline's device. Raises `PromptError` when the
+    concept's token is not in the prompt, or stands behind the last position the encoders read.
+    """
+    if prompt is None:
+        empty = encode(pipe, "")
+        return Encoding(*map(torch.zeros_like, empty)) if absent_is_zero(pipe) else empty
+    token = concept.modifier or None if concept is not None else None
+    read = read_prompts(pipe, [prompt], token, concept.vectors if token else 1)
+    encoders = text_encoders(pipe)
+    read = {name: ids.to(home_of(encoders[name]) or _device_of(pipe, encoders[name])) for name, ids in read.items()}
+    return encode_ids(
+        encoders, read, concept.embeddings if token else {}, around=partial(_at_work, pipe, concept, scale)
+    )
+
+
+def absent_is_zero(pipe) -> bool:
+    """Whether the pipeline reads zeros where no negative prompt is given, not an empty one."""
+    return "text_encoder_2" in text_encoders(pipe) and bool(pipe.config.force_zeros_for_empty_prompt)
+
+
+def read_prompts(pipe, prompts: Sequence[str], token: str | None = None, vectors: int = 1) -> dict[str, TokenIds]:
+    """Prompts as each tokenizer of a pipeline reads them, by its text encoder's name, on the CPU.
+
+    Arguments and errors are those of `tokenize`.
+    """
+    read = {}
+    for name in text_encoders(pipe):
+        tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+        found = [tokenize(pipe, prompt, token, vectors, tokenizer=tokenizer) for prompt in prompts]
+        ids, positions, lengths = zip(*found, strict=True)
+        read[name] = TokenIds(torch.cat(ids), list(lengths), list(positions))
+    return read
+
+
+def encode_ids(
+    encoders: Mapping[str, torch.nn.Module],
+    read: Mapping[str, TokenIds],
+    vectors: Mapping[str, torch.Tensor],
+    around: Callable[[str], AbstractContextManager] = nullcontext,
+) -> Encoding:
+    """Run a pipeline's text encoders over B prompts that were read; differentiable in `vectors`.
+
+    Stable Diffusion's text is the last hidden state of its encoder. SDXL's joins the hidden states before the last of
+    both encoders, and its pooled embedding is the second's (arXiv 2307.01952, section 2.1).
+
+    Parameters
+    ----------
+    encoders : of the pipeline, by name, in their order (`text_encoders`)
+    read : their prompts, each on its encoder's device
+    vectors : by encoder [V, C], what stands at the token's positions; empty where there is no token
+    around : the context in which the encoder of a name runs
+    """
+    texts, pooled = [], None
+    is_sdxl = "text_encoder_2" in encoders
+    for name, encoder in encoders.items():
+        with around(name), _embeddings_replaced(encoder, read[name].positions, vectors[name] if vectors else None):
+            if is_sdxl:
+                output = encoder(read[name].ids, output_hidden_states=True)
+                texts.append(output.hidden_states[-2])
+                pooled = output[0]
+            else:
+                texts.append(encoder(read[name].ids, attention_mask=_mask(encoder, read[name]))[0])
+    return Encoding(torch.cat(texts, dim=-1).to(encoder.dtype), pooled)
+
+
+def _mask(encoder, read: TokenIds) -> torch.Tensor | None:
+    """What Stable Diffusion's encoder is told of padding, where it is configured to be."""
+    if not getattr(encoder.config, "use_attention_mask", False):
+        return None
+    inside = torch.arange(read.ids.shape[1]) < torch.tensor(read.lengths)[:, None]
+    return inside.long().to(read.ids.device)
+
+
+def _device_of(pipe, encoder) -> torch.device:
+    """Where an encoder runs; where it is, unless hooks move it, for which the pipeline looks through all its parts."""
+    return pipe._execution_device if hooked(encoder) else encoder.get_input_embeddings().weight.device
+
+
+@contextmanager
+def _at_work(pipe, concept: Concept | None, scale: float, name: str) -> Iterator[None]:
+    """Within the block the text encoder `name` is on its device and acts with what the concept changes in it."""
+    changes = {} if concept is None else concept.text_deltas
+    changes = {key: delta for key, delta in changes.items() if key.startswith(f"{name}.")}
+    encoder = text_encoders(pipe)[name]
+    with lent(encoder):
+        if not changes:
+            yield
+            return
+        acting = [(text_module(pipe, key), scaled(delta, scale, encoder.dtype)) for key, delta in changes.items()]
+        with added_to(acting), hooks_run(encoder):
+            yield
+
+
+@contextmanager
+def _embeddings_replaced(encoder, positions: Sequence[Sequence[int]], vectors: torch.Tensor | None) -> Iterator[None]:
+    """Within the block `vectors` [V, C] stand in turn at those positions of each row, in place of the ids' own."""
+    places = [(row, position) for row, of_row in enumerate(positions) for position in of_row]
+    if vectors is None or not places:
+        yield
+        return
+
+    def replace(module, args, output):
+        rows, columns = torch.tensor(places, device=output.device).T
+        return output.index_put((rows, columns), vectors.to(output).repeat(len(places) // len(vectors), 1))
+
+    handle = encoder.get_input_embeddings().register_forward_hook(replace)
+    try:
+        with hooks_run(encoder):
+            yield
+    finally:
+        handle.remove()
