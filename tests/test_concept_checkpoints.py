@@ -34,11 +34,16 @@ def whole(tiny_pipe):
 
 
 @pytest.mark.parametrize(
-    ("rank", "optimiser"), [(0, "adamw"), (2, "adamw"), (0, "muon")], ids=["matrices", "factors", "muon"]
+    ("rank", "optimiser", "accumulate"),
+    [(0, "adamw", 1), (2, "adamw", 1), (0, "muon", 1), (0, "adamw", 3)],
+    ids=["matrices", "factors", "muon", "accumulated"],
 )
 @pytest.mark.parametrize("stop", [2, 3, 5])
-def test_an_interrupted_training_ends_as_a_whole_one(tiny_pipe, tmp_path, stop, rank, optimiser):
-    settings, file = replace(SETTINGS, rank=rank, optimiser=optimiser), tmp_path / "deep" / "rex.ckpt"
+def test_an_interrupted_training_ends_as_a_whole_one(tiny_pipe, tmp_path, stop, rank, optimiser, accumulate):
+    settings, file = (
+        replace(SETTINGS, rank=rank, optimiser=optimiser, accumulate=accumulate),
+        tmp_path / "deep" / "rex.ckpt",
+    )
     with pytest.raises(Interrupted):
         train(tiny_pipe, stop=stop, settings=settings, checkpoint=file)
     assert file.exists() == (stop >= 3) and len(list(tmp_path.rglob("*.part"))) == 0

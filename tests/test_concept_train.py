@@ -248,6 +248,7 @@ def test_paper_defaults():
     [
         ({"steps": 0}, "steps is 0, expected 1 or more"),
         ({"steps": 0, "batch": -1}, "steps is 0.*batch is -1"),
+        ({"accumulate": 0}, "accumulate is 0, expected 1 or more"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, expected more than 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"optimiser": "sgd"}, "optimiser is 'sgd', expected adamw or muon"),

@@ -20,11 +20,19 @@ _INJECTED = 0.8  # of the steps; in the others the concept is learned without a 
 
 
 class Rows(NamedTuple):
-    """Rows of a batch of one kind: numbers of the pictures [b], timesteps [b], noise [b, C, h, w], all on the CPU."""
+    """Rows of a batch of one kind, on the CPU.
+
+    Parameters
+    ----------
+    picks : numbers of the pictures [b]
+    t, noise : timesteps [b] and noise [b, C, h, w]
+    share : their part of what the loss counts of all rows of this kind in the step
+    """
 
     picks: torch.Tensor
     t: torch.Tensor
     noise: torch.Tensor
+    share: float | torch.Tensor = 1.0
 
 
 class Batch(NamedTuple):
@@ -35,7 +43,7 @@ class Batch(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The loss that is minimised, and what it is the weighted sum of; `prior` is None without prior pictures."""
+    """A batch's part of the loss that is minimised, and what it is the weighted sum of; `prior` None without such."""
 
     total: torch.Tensor
     own: torch.Tensor
@@ -75,18 +83,23 @@ class Objective:
         self._cells = own.latents.shape[1:]
         self._prior_text = None if other is None else encode_fixed_captions(self._encoders, other)
 
-    def draw(self, generator: torch.Generator) -> Batch:
-        """Draw the rows of a step."""
-        total = len(self._alphas)
-        picks = [pick(len(self._examples[kind].latents), count, generator) for kind, count in self._counts.items()]
-        t = [_timesteps(len(rows), total, generator) for rows in picks]
-        noise = torch.randn((sum(map(len, picks)), *self._cells), generator=generator)
-        rows = map(Rows, picks, t, noise.split([len(rows) for rows in picks]))
-        inject = "woven" in self._counts and float(torch.rand((), generator=generator)) < _INJECTED
-        return Batch(dict(zip(self._counts, rows, strict=True)), inject)
+    def draw(self, generator: torch.Generator) -> list[Batch]:
+        """Draw the rows of a step, and part them into `settings.accumulate` batches."""
+        total, parts = len(self._alphas), self._settings.accumulate
+        counts = {kind: count * parts for kind, count in self._counts.items()}
+        picks = [pick(len(self._examples[kind].latents), count, generator) for kind, count in counts.items()]
+        t = [_timesteps(count, total, generator) for count in counts.values()]
+        noise = torch.randn((sum(counts.values()), *self._cells), generator=generator)
+        inject = "woven" in counts and float(torch.rand((), generator=generator)) < _INJECTED
+        drawn = zip(counts, map(Rows, picks, t, noise.split(list(counts.values()))), strict=True)
+        parted = {kind: self._parted(kind, rows) for kind, rows in drawn}
+        return [Batch({kind: rows[i] for kind, rows in parted.items()}, inject) for i in range(parts)]
 
     def loss(self, batch: Batch) -> Losses:
-        """The loss of a batch, differentiable in what is learned. That of a woven row is its region's."""
+        """The loss of a batch, differentiable in what is learned. That of a woven row is its region's.
+
+        The sum over a step's batches is the loss of all their rows in one.
+        """
         kinds, dtype = batch.rows, self._unet.dtype
         z = torch.cat([self._examples[kind].latents[rows.picks] for kind, rows in kinds.items()])
         text = Encoding.joined([self._text(kind, rows.picks) for kind, rows in kinds.items()])
@@ -104,11 +117,22 @@ class Objective:
         output = self._unet(noisy, t, **arguments).sample.float()
         error = (output - target).square().mean(1, keepdim=True)
         errors = dict(zip(kinds, error.split([len(rows.t) for rows in kinds.values()]), strict=True))
-        means = {kind: _mean(errors[kind], self._regions[kind], rows.picks) for kind, rows in kinds.items()}
+        means = {k: rows.share * _mean(errors[k], self._regions[k], rows.picks) for k, rows in kinds.items()}
         prior = means.pop("prior", None)
         own = sum(self._counts[kind] * mean for kind, mean in means.items())
         own = own / sum(self._counts[kind] for kind in means)
         return Losses(own if prior is None else own + self._settings.prior_weight * prior, own, prior)
+
+    def _parted(self, kind: str, rows: Rows) -> list[Rows]:
+        """The rows of a step's batches, in turn."""
+        count, region = self._counts[kind], self._regions[kind]
+        if len(rows.picks) == count:
+            return [rows]
+        parts = map(Rows, *(part.split(count) for part in rows[:3]))
+        if region is None:
+            return [part._replace(share=count / len(rows.picks)) for part in parts]
+        whole = region[rows.picks].sum()
+        return [part._replace(share=region[part.picks].sum() / whole) for part in parts]
 
     def _text(self, kind: str, picks: torch.Tensor) -> Encoding:
         if kind == "prior":

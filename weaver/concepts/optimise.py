@@ -51,10 +51,13 @@ def optimise(
         for step in range(begun, settings.steps):
             for optimiser in optimisers.values():
                 optimiser.zero_grad(set_to_none=True)
-            loss = objective.loss(objective.draw(generator)).total
-            if not torch.isfinite(loss):
-                raise ConceptError(f"training diverged at step {step + 1} of {settings.steps}: lower the learning rate")
-            scaler.scale(loss).backward()
+            for batch in objective.draw(generator):
+                loss = objective.loss(batch).total
+                if not torch.isfinite(loss):
+                    raise ConceptError(
+                        f"training diverged at step {step + 1} of {settings.steps}: lower the learning rate"
+                    )
+                scaler.scale(loss).backward()
             scale = scaler.get_scale()
             for optimiser in optimisers.values():
                 scaler.step(optimiser)

@@ -31,6 +31,8 @@ class TrainSettings:
     prior_weight : of their loss against the concept's.
     prior_images : how many of them the base model makes, when none are passed in.
     prior_steps, prior_guidance : how it makes them.
+    accumulate : batches in a step, each of as many pictures as above, worked through one after another: the step is
+        that of one batch of all their pictures, to rounding, in the memory of one of them.
     vectors : the number V of vectors that the token stands for.
     warmup : steps over which the learning rates rise from zero.
     final_rate : part of the learning rates left at the last step; they fall linearly. 1 keeps them.
@@ -54,6 +56,7 @@ class TrainSettings:
     prior_images: int = 100
     prior_steps: int = 50
     prior_guidance: float = 6.0
+    accumulate: int = 1
     vectors: int = 1
     warmup: int = 0
     final_rate: float = 1.0
@@ -89,7 +92,16 @@ class TrainSettings:
         reasons = [
             f"{key} is {getattr(self, key)!r}, expected {least} or more"
             for key, least in dict(
-                steps=1, rank=0, batch=0, woven_batch=0, prior_batch=0, vectors=1, warmup=0, views=0, prior_images=1
+                steps=1,
+                rank=0,
+                batch=0,
+                woven_batch=0,
+                prior_batch=0,
+                vectors=1,
+                warmup=0,
+                views=0,
+                prior_images=1,
+                accumulate=1,
             ).items()
             if getattr(self, key) < least
         ]

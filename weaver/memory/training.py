@@ -25,7 +25,7 @@ from weaver.models import is_embedded, threads_for
 
 __all__ = ["training_peaks"]
 
-_STEPS = 2  # the second has the optimiser's state
+_STEPS = 2  # the second has the optimiser's state, and a second batch the gradients of the first
 _PRIOR = 8  # prior pictures that are made or read for the count; those beyond are added by their size
 _EMBEDDED_PRIOR = 48
 _EMBEDDED_SCENES = 64  # woven ones; each is two pictures, and captions as long as one's are
@@ -56,7 +56,8 @@ def _train_one(pipe, pictures: int, settings: TrainSettings, ledger: Ledger, at_
     embedded, found = is_embedded(pipe), {}
     wanted = _EMBEDDED_PRIOR if embedded else settings.prior_images
     made = min(wanted, _PRIOR)
-    short = replace(settings, steps=_STEPS, prior_images=made, prior_steps=_STEPS)
+    few = {"steps": _STEPS, "prior_images": made, "prior_steps": _STEPS, "accumulate": min(settings.accumulate, _STEPS)}
+    short = replace(settings, **few)
     if settings.prior_batch and not embedded:
         with ledger.peak() as found["class pictures"]:
             class_pictures(pipe, WORD, short, lambda *_: None, at_once=at_once)
