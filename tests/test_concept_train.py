@@ -1,6 +1,7 @@
 """Custom Diffusion training: what is learned, what is left alone, and that it is learned."""
 
 import copy
+import re
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from PIL import Image
 from weaver.concepts.concept import ConceptError, attn2_hash, attn2_projections
 from weaver.concepts.encoding import encode
 from weaver.concepts.images import TrainingSet
+from weaver.concepts.objective import Objective
 from weaver.concepts.prior import class_pictures
 from weaver.concepts.prompts import PromptError
 from weaver.concepts.settings import TrainSettings
@@ -211,6 +213,30 @@ def test_progress_is_told_or_shown_on_terminals_only(tiny_pipe, capfd):
     assert told == [(2, 4), (3, 4), (4, 4)]
     train_concept(tiny_pipe, pictures(), **NAMES, settings=ALONE)
     assert capfd.readouterr() == ("", "")
+
+
+def test_progress_tells_the_running_mean_of_the_loss_to_those_who_take_it(tiny_pipe, monkeypatch):
+    told, losses = [], []
+    monkeypatch.setattr(Objective, "loss", lambda self, batch, real=Objective.loss: kept(losses, real(self, batch)))
+    settings = replace(FAST, steps=4)
+    train_concept(
+        tiny_pipe, pictures(), **NAMES, settings=settings,
+        progress=lambda done, total, loss=None: told.append((done, total, loss)),
+    )  # fmt: skip
+    assert [one[:2] for one in told] == [(done, 6) for done in (2, 3, 4, 5, 6)] and told[0][2] is None
+    for count, (_, _, mean) in enumerate(told[1:], 1):
+        assert mean == pytest.approx(np.average(losses[:count], weights=0.98 ** np.arange(count)[::-1]))
+
+
+def kept(losses, found):
+    losses.append(found.total.item())
+    return found
+
+
+def test_the_bar_shows_loss_and_time_left(tiny_pipe, monkeypatch, capfd):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    train_concept(tiny_pipe, pictures(), **NAMES, settings=replace(ALONE, steps=8))
+    assert re.search(r"learning <v1> cat: +\d+%.*/8 \[00:0\d<00:0\d, .*loss \d\.\d{4}\]", capfd.readouterr().err)
 
 
 @pytest.mark.parametrize("black", [{1, 2, 4}, set(range(100))], ids=["some", "all"])

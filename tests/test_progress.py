@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import time
+
 import pytest
 
 from weaver.progress import Stages
@@ -23,3 +26,11 @@ def test_nothing_is_drawn_into_a_pipe(capfd):
     with Stages().step("starting"):
         pass
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_bar_shows_the_loss_and_the_time_left(capfd):
+    with Stages(bars=True).bar("learning", 100, left=True) as move:
+        time.sleep(0.15)  # of two steps, of which there are fifty
+        move(2, 100, loss=0.25)
+    shown = capfd.readouterr().err.split("\r")[-1]
+    assert re.search(r"2/100 00:00<00:0[5-9], loss 0\.2500", shown), shown

@@ -50,12 +50,17 @@ class Stages:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     @contextmanager
-    def bar(self, label: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
-        """A bar named `label`; yields the callback (done, total) that moves it."""
-        bar = tqdm(total=total, **self._style(label))
+    def bar(self, label: str, total: int | None = None, *, left: bool = False) -> Iterator[Callable]:
+        """A bar named `label`; yields the callback (done, total, loss=None) that moves it, and shows a loss.
 
-        def move(done: int, whole: int) -> None:
+        With `left` it shows the time that is left, too.
+        """
+        bar = tqdm(total=total, **self._style(label, left))
+
+        def move(done: int, whole: int, loss: float | None = None) -> None:
             bar.total = whole
+            if loss is not None:
+                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update(done - bar.n)
             if done >= whole:
                 bar.close()  # its clock stops, though others go on
@@ -75,10 +80,10 @@ class Stages:
         finally:
             pipe.set_progress_bar_config(**before)
 
-    def _style(self, label: str) -> dict:
+    def _style(self, label: str, left: bool = False) -> dict:
         return {
             "desc": f"{label:<{_WIDTH}}",
             "disable": not self._bars,
             "file": sys.stderr,
-            "bar_format": "{desc} {bar:24} {n_fmt:>4}/{total_fmt} {elapsed}",
+            "bar_format": "{desc} {bar:24} {n_fmt:>4}/{total_fmt} {elapsed}" + "<{remaining}" * left + "{postfix}",
         }

@@ -83,7 +83,7 @@ def _train(args: argparse.Namespace) -> int:
     settings = _settings(args, pipe)
     with threads_for(pipe):
         prior, woven = prior_and_scenes(pipe, pictures, args.token, args.word, settings)
-        with args.stages.bar(f"learning {args.token} {args.word}", settings.steps) as move:
+        with args.stages.bar(f"learning {args.token} {args.word}", settings.steps, left=True) as move:
             concept = train_concept(
                 pipe,
                 pictures,

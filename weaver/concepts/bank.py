@@ -146,7 +146,7 @@ def train_bank(
     tasks = [_Task(source, place, spec, job.model, at_once) for place, spec in job.places() if spec.train]
     processes = min(worker_count(pipe, processes), len(tasks))
     with ExitStack() as open_bars:
-        moves = [open_bars.enter_context(stages.bar(f"training {task.spec.name}")) for task in tasks]
+        moves = [open_bars.enter_context(stages.bar(f"training {task.spec.name}", left=True)) for task in tasks]
         if processes > 1:
             files = call_apart(_train_apart, [(task,) for task in tasks], moves, processes)
             trained = [torch.load(io.BytesIO(file), weights_only=False) for file in files]

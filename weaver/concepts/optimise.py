@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -29,12 +30,13 @@ def optimise(
     own: Examples,
     other: Examples | None,
     scenes: WovenExamples | None,
-    report: Callable[[int], None],
+    report: Callable[[int, float], None],
     checkpoint: Checkpoint | None = None,
 ) -> None:
     """Learn from pictures of the concept, and of `other` things, and from woven `scenes`, where there are some.
 
-    Begins where `checkpoint` is. Raises `ConceptError` if it diverges.
+    Begins where `checkpoint` is; `report` is told how many steps are done, and the loss of the last. Raises
+    `ConceptError` if it diverges.
     """
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     optimisers = _optimisers(learned, settings)
@@ -51,13 +53,15 @@ def optimise(
         for step in range(begun, settings.steps):
             for optimiser in optimisers.values():
                 optimiser.zero_grad(set_to_none=True)
+            loss = 0.0
             for batch in objective.draw(generator):
-                loss = objective.loss(batch).total
-                if not torch.isfinite(loss):
+                part = objective.loss(batch).total
+                loss += part.item()
+                if not math.isfinite(loss):
                     raise ConceptError(
                         f"training diverged at step {step + 1} of {settings.steps}: lower the learning rate"
                     )
-                scaler.scale(loss).backward()
+                scaler.scale(part).backward()
             scale = scaler.get_scale()
             for optimiser in optimisers.values():
                 scaler.step(optimiser)
@@ -67,7 +71,7 @@ def optimise(
                     schedule.step()
             if checkpoint:
                 checkpoint.after(step + 1)
-            report(step + 1)
+            report(step + 1, loss)
 
 
 def _optimisers(learned: Learned, settings: TrainSettings) -> dict[str, torch.optim.Optimizer]:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from weaver.concepts.changes import moved
 from weaver.concepts.checkpoints import Checkpoint, data_hash
@@ -28,6 +26,7 @@ from weaver.concepts.optimise import optimise
 from weaver.concepts.prior import class_pictures
 from weaver.concepts.prompts import names_token
 from weaver.concepts.settings import TrainSettings
+from weaver.concepts.training_progress import reporter
 from weaver.concepts.training_state import added, checkpointed, frozen
 from weaver.concepts.views import with_views
 from weaver.concepts.woven import WovenSet, prepare_woven
@@ -53,7 +52,7 @@ def train_concept(
     at_once: int | None = None,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 100,
-    progress: bool | Callable[[int, int], None] = True,
+    progress: bool | Callable = True,
 ) -> Concept:
     """Learn a concept from a few pictures by Custom Diffusion, or the same with a LoRA's factors (`settings.rank`).
 
@@ -80,7 +79,8 @@ def train_concept(
     at_once : how many pictures are made or encoded in one pass, which takes memory; None is 4 and 8.
     checkpoint : a file that is written every `checkpoint_every` steps. Where it is there, a training of the same
         arguments goes on from it, and on the CPU ends with the same concept as in one go. At the end it is removed.
-    progress : True shows a bar, unless the output is piped; a function is called with (done, total) instead.
+    progress : True shows a bar with the time left and the running mean of the loss, unless the output is piped; a
+        function is called with (done, total) instead, and with that mean as `loss` where it has such a parameter.
 
     Raises `WeaverError` for settings, captions and pictures that can't be used, `ConceptError` if training diverges.
     """
@@ -99,7 +99,7 @@ def train_concept(
     shown = with_views(images, token, model_size(pipe), settings.views, settings.seed) if settings.views else images
     own = prepare(pipe, shown, token, vectors=settings.vectors, flip=settings.flip, at_once=at_once)
     to_make = settings.prior_images if settings.prior_batch and prior is None else 0
-    with _reporter(progress, to_make + settings.steps, f"learning {token} {word}") as report:
+    with reporter(progress, to_make + settings.steps, f"learning {token} {word}") as report:
         if to_make:
             prior = class_pictures(pipe, word, settings, report, at_once=at_once)
         other = prepare(pipe, prior, at_once=at_once) if settings.prior_batch else None
@@ -112,7 +112,9 @@ def train_concept(
             checkpointed(pipe.unet, settings.checkpointing),
             torch.enable_grad(),
         ):
-            optimise(pipe, learned, settings, own, other, scenes, lambda steps: report(to_make + steps), kept)
+            optimise(
+                pipe, learned, settings, own, other, scenes, lambda steps, loss: report(to_make + steps, loss), kept
+            )
     if kept:
         kept.finish()
     with torch.no_grad():  # half precision keeps three digits of a small correction, in a file of half the size
@@ -153,15 +155,6 @@ def _check(pipe, prior: TrainingSet | None, token: str) -> None:
         reasons.append(f"prior caption {named[0]!r} holds the token {token!r}; prior pictures show others")
     if reasons:
         raise WeaverError("cannot train a concept: " + "; ".join(reasons))
-
-
-@contextmanager
-def _reporter(progress: bool | Callable, total: int, label: str) -> Iterator[Callable[[int], None]]:
-    if callable(progress):
-        yield lambda done: progress(done, total)
-        return
-    with tqdm(total=total, desc=label, disable=None if progress else True, leave=False) as bar:
-        yield lambda done: bar.update(done - bar.n)
 
 
 def _versions() -> dict[str, str]:
