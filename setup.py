@@ -24,13 +24,13 @@ REQUIRES = [
 EXTRAS = {
     # Both pull torchvision in, which must match the installed torch: never part of the default set-up.
     "masks": ["segment-anything>=1.0", "groundingdino-py>=0.4.0"],
-    # Rendering the drawings of the embedded model's world.
-    "train": ["resvg-py>=0.5"],
+    # The log of a training (`log_dir`); rendering the drawings of the embedded model's world.
+    "train": ["tensorboard>=2.20", "resvg-py>=0.5"],
     "xformers": ["xformers"],
     # Named so that instructions stay the same; neither needs more than the base packages so far.
     "bench": [],
     "eval": [],
-    "test": ["peft>=0.17", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"],
+    "test": ["peft>=0.17", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77", "tensorboard>=2.20"],
 }
 
 PACKAGE_DATA = {

@@ -37,6 +37,7 @@ def add_parser(commands, epilog: str) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the concept's file (concepts/TOKEN.safetensors)")
     parser.add_argument("--method", choices=_METHODS, default=_METHODS[0], help=f"({_METHODS[0]})")
     parser.add_argument("--class-images", type=Path, metavar="DIR", help="pictures of its class; else the model's own")
+    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="write the loss there, for TensorBoard")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     parser.add_argument("--offline", action="store_true", help="take the model from the local cache only")
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
@@ -94,6 +95,7 @@ def _train(args: argparse.Namespace) -> int:
                 woven=woven,
                 settings=settings,
                 checkpoint=out.with_suffix(".checkpoint"),
+                log_dir=args.log_dir,
                 progress=move,
             )
     concept.save(out)

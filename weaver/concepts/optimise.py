@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,7 +21,25 @@ from weaver.concepts.settings import TrainSettings
 from weaver.concepts.woven import WovenExamples, woven
 from weaver.defaults import defaults_for
 
-__all__ = ["optimise"]
+__all__ = ["Step", "optimise"]
+
+
+class Step(NamedTuple):
+    """One step of a training.
+
+    Parameters
+    ----------
+    done : how many steps were made, with this one
+    loss, own_loss, prior_loss : its loss, and what that is the weighted sum of: the loss on the concept's pictures and
+        on others, None without such
+    learning_rate : of the changes of weights
+    """
+
+    done: int
+    loss: float
+    own_loss: float
+    prior_loss: float | None
+    learning_rate: float
 
 
 def optimise(
@@ -32,11 +51,14 @@ def optimise(
     scenes: WovenExamples | None,
     report: Callable[[int, float], None],
     checkpoint: Checkpoint | None = None,
+    observe: Callable[[Step], None] | None = None,
 ) -> None:
     """Learn from pictures of the concept, and of `other` things, and from woven `scenes`, where there are some.
 
-    Begins where `checkpoint` is; `report` is told how many steps are done, and the loss of the last. Raises
-    `ConceptError` if it diverges.
+    Begins where `checkpoint` is. `observe` is called after every step and before its checkpoint; it may draw with the
+    U-Net, as it is learned. `report` is told how many steps are done, and the loss of the last.
+
+    Raises `ConceptError` if it diverges.
     """
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     optimisers = _optimisers(learned, settings)
@@ -53,15 +75,17 @@ def optimise(
         for step in range(begun, settings.steps):
             for optimiser in optimisers.values():
                 optimiser.zero_grad(set_to_none=True)
-            loss = 0.0
+            losses = []
             for batch in objective.draw(generator):
-                part = objective.loss(batch).total
-                loss += part.item()
-                if not math.isfinite(loss):
+                found = objective.loss(batch)
+                losses.append([None if part is None else part.item() for part in found])
+                if not math.isfinite(losses[-1][0]):
                     raise ConceptError(
                         f"training diverged at step {step + 1} of {settings.steps}: lower the learning rate"
                     )
-                scaler.scale(part).backward()
+                scaler.scale(found.total).backward()
+            told = [None if parts[0] is None else sum(parts) for parts in zip(*losses, strict=True)]
+            rate = optimisers["weights"].param_groups[0]["lr"]
             scale = scaler.get_scale()
             for optimiser in optimisers.values():
                 scaler.step(optimiser)
@@ -69,9 +93,13 @@ def optimise(
             if scaler.get_scale() >= scale:  # it falls where gradients overflowed and the step was left out
                 for schedule in schedules.values():
                     schedule.step()
+            if forward:
+                forward.rest()
+            if observe:
+                observe(Step(step + 1, *told, rate))
             if checkpoint:
                 checkpoint.after(step + 1)
-            report(step + 1, loss)
+            report(step + 1, told[0])
 
 
 def _optimisers(learned: Learned, settings: TrainSettings) -> dict[str, torch.optim.Optimizer]:

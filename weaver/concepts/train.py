@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ from weaver.concepts.optimise import optimise
 from weaver.concepts.prior import class_pictures
 from weaver.concepts.prompts import names_token
 from weaver.concepts.settings import TrainSettings
+from weaver.concepts.training_log import TrainingLog
 from weaver.concepts.training_progress import reporter
 from weaver.concepts.training_state import added, checkpointed, frozen
 from weaver.concepts.views import with_views
@@ -52,6 +54,7 @@ def train_concept(
     at_once: int | None = None,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 100,
+    log_dir: str | os.PathLike | None = None,
     progress: bool | Callable = True,
 ) -> Concept:
     """Learn a concept from a few pictures by Custom Diffusion, or the same with a LoRA's factors (`settings.rank`).
@@ -79,6 +82,8 @@ def train_concept(
     at_once : how many pictures are made or encoded in one pass, which takes memory; None is 4 and 8.
     checkpoint : a file that is written every `checkpoint_every` steps. Where it is there, a training of the same
         arguments goes on from it, and on the CPU ends with the same concept as in one go. At the end it is removed.
+    log_dir : a folder to which TensorBoard's files are written: losses and learning rate of every step, and validation
+        pictures. It needs the package tensorboard.
     progress : True shows a bar with the time left and the running mean of the loss, unless the output is piped; a
         function is called with (done, total) instead, and with that mean as `loss` where it has such a parameter.
 
@@ -95,6 +100,7 @@ def train_concept(
     if checkpoint is not None:
         identity = _identity(pipe, images, prior, woven) | {"token or class word": f"{token} {word}"}
         kept = Checkpoint(Path(checkpoint), checkpoint_every, identity | {"settings": repr(settings)})
+    log = TrainingLog(log_dir) if log_dir is not None else None
     learned = start(pipe, word, settings)
     shown = with_views(images, token, model_size(pipe), settings.views, settings.seed) if settings.views else images
     own = prepare(pipe, shown, token, vectors=settings.vectors, flip=settings.flip, at_once=at_once)
@@ -111,9 +117,18 @@ def train_concept(
             added(pipe.unet, learned.deltas),
             checkpointed(pipe.unet, settings.checkpointing),
             torch.enable_grad(),
+            log or nullcontext(),
         ):
             optimise(
-                pipe, learned, settings, own, other, scenes, lambda steps, loss: report(to_make + steps, loss), kept
+                pipe,
+                learned,
+                settings,
+                own,
+                other,
+                scenes,
+                report=lambda done, loss: report(to_make + done, loss),
+                observe=log,
+                checkpoint=kept,
             )
     if kept:
         kept.finish()

@@ -140,6 +140,10 @@ class WovenForward:
         self._base = examples.base_text.text[picks]
         self._masks = {tokens: mask[picks][:, None, :, None] for tokens, mask in examples.masks.items()}
 
+    def rest(self) -> None:
+        """Until the next `begin` the U-Net's forwards are those of its prompts alone."""
+        self._rows, self._injected = 0, {}
+
     def attend(self, attn, hidden_states: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Cross-attention [B, T, C] of all rows, those of a fusion to two contexts."""
         q = _heads(attn, attn.to_q(hidden_states))

@@ -1,0 +1,53 @@
+"""A training as TensorBoard shows it: losses and learning rate of every step, and its validation pictures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from weaver.concepts.optimise import Step
+from weaver.errors import WeaverError
+
+__all__ = ["TrainingLog"]
+
+
+class TrainingLog:
+    """Writes what TensorBoard reads into a folder; a context, at whose end all of it is on the disk.
+
+    Raises `WeaverError` at once where the package is missing or the folder can't be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise WeaverError(
+                f"log_dir: {error}; install it by pip install tensorboard, or train without a log"
+            ) from error
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WeaverError(f"log_dir: {folder} can't be made a folder ({error}): name another") from error
+        self._folder, self._kind, self._writer = folder, SummaryWriter, None
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def __call__(self, step: Step) -> None:
+        """Write the numbers of one step."""
+        if self._writer is None:  # what an interrupted training wrote past its checkpoint no longer counts
+            self._writer = self._kind(str(self._folder), purge_step=step.done)
+        for name in ("loss", "own_loss", "prior_loss", "learning_rate"):
+            if (value := getattr(step, name)) is not None:
+                self._writer.add_scalar(f"train/{name}", value, step.done)
+
+    def add_picture(self, name: str, image: Image.Image, done: int) -> None:
+        """Write a picture that was drawn after `done` steps, of which the last was written before."""
+        self._writer.add_image(name, np.asarray(image), done, dataformats="HWC")
