@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from jobs import picture
+from PIL import Image
 
 from weaver.cli import main
 from weaver.concepts.concept import Concept
@@ -39,6 +40,18 @@ def test_a_concept_from_a_folder_of_pictures(folder, tmp_path, capsys):
     assert [path.name for path in out.parent.iterdir()] == ["tom.safetensors"]
 
 
+def test_validation_pictures_and_a_log_beside_the_concept(folder, tmp_path):
+    out, log = tmp_path / "tom.safetensors", tmp_path / "log"
+    watch = ["--validate", "a <v1> cat", "--validate", "a <v1> cat, mountain", "--validate-every", "1"]
+    assert train(folder, "--out", str(out), *watch, "--log-dir", str(log), "--accumulate", "2") == 0
+    assert [file.name for file in sorted((tmp_path / "tom.validation").iterdir())] == [
+        "step-000001.png",
+        "step-000002.png",
+    ]
+    assert Image.open(tmp_path / "tom.validation" / "step-000002.png").size == (4 * 32, 2 * 32)
+    assert len(list(log.iterdir())) == 1 and Concept.load(out).settings["accumulate"] == 2
+
+
 def test_a_lora_with_class_pictures_of_ones_own(folder, tmp_path):
     out = tmp_path / "tom.safetensors"
     assert train(folder, "--out", str(out), "--method", "lora", "--class-images", str(folder / "class")) == 0
@@ -62,6 +75,8 @@ def test_the_embedded_models_own_defaults(tmp_path):
     [
         (["--rank", "4"], "--rank: is 4 with --method custom-diffusion"),
         (["--method", "lora", "--rank", "0"], "--rank: is 0 with --method lora"),
+        (["--validate", "a cat"], "token '<v1>' is not in its prompt 'a cat'"),
+        (["--validate", "a <v1> cat", "--validate-every", "0"], "validation: every is 0, expected 1 or more"),
         (["--steps", "0"], "steps is 0, expected 1 or more"),
         (["--out", "tom.bin"], "--out: tom.bin must end in .safetensors"),
         (["--class-images", "nowhere"], "nowhere: no such folder of pictures"),

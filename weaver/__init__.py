@@ -26,6 +26,7 @@ _LAZY = {
     "PLUG_AND_PLAY": "layers",
     "SDXL": "layers",
     "TrainSettings": "concepts.settings",
+    "Validation": "concepts.validation",
     "attach": "fusion.attach",
     "collect_features": "features",
     "compile_parts": "compiled",

@@ -18,6 +18,7 @@ _DESCRIPTION = (
 )
 _METHODS = ("custom-diffusion", "lora")
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_EVERY = 100  # steps
 _RANK = 16  # of a LoRA where none is asked for
 _KINDS = {"int": int, "float": float, "float | None": float}
 
@@ -37,7 +38,16 @@ def add_parser(commands, epilog: str) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the concept's file (concepts/TOKEN.safetensors)")
     parser.add_argument("--method", choices=_METHODS, default=_METHODS[0], help=f"({_METHODS[0]})")
     parser.add_argument("--class-images", type=Path, metavar="DIR", help="pictures of its class; else the model's own")
-    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="write the loss there, for TensorBoard")
+    parser.add_argument(
+        "--validate",
+        metavar="PROMPT",
+        action="append",
+        help="draw this, with the token in it, while it learns: in FILE's .validation folder; may be repeated",
+    )
+    parser.add_argument("--validate-every", type=int, default=_EVERY, metavar="N", help=f"steps between ({_EVERY})")
+    parser.add_argument(
+        "--log-dir", type=Path, metavar="DIR", help="write losses and validation there, for TensorBoard"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     parser.add_argument("--offline", action="store_true", help="take the model from the local cache only")
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
@@ -61,9 +71,13 @@ def _train(args: argparse.Namespace) -> int:
         from weaver.concepts.bank import prior_and_scenes
         from weaver.concepts.images import load_images
         from weaver.concepts.train import train_concept
+        from weaver.concepts.validation import Validation
     out = args.out or Path("concepts") / f"{args.token.strip('<>')}.safetensors"
     if out.suffix != ".safetensors":
         raise WeaverError(f"--out: {out} must end in .safetensors")
+    validation = None
+    if args.validate:
+        validation = Validation(args.validate, out.with_suffix(".validation"), args.validate_every)
     folder = len(args.images) == 1 and args.images[0].is_dir()
     pictures = load_images(args.images[0] if folder else args.images, args.token, args.word)
     given = None
@@ -96,6 +110,7 @@ def _train(args: argparse.Namespace) -> int:
                 settings=settings,
                 checkpoint=out.with_suffix(".checkpoint"),
                 log_dir=args.log_dir,
+                validation=validation,
                 progress=move,
             )
     concept.save(out)

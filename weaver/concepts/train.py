@@ -30,6 +30,7 @@ from weaver.concepts.settings import TrainSettings
 from weaver.concepts.training_log import TrainingLog
 from weaver.concepts.training_progress import reporter
 from weaver.concepts.training_state import added, checkpointed, frozen
+from weaver.concepts.validation import Validation, Validator
 from weaver.concepts.views import with_views
 from weaver.concepts.woven import WovenSet, prepare_woven
 from weaver.conditioning import added_reasons, text_encoders
@@ -55,6 +56,7 @@ def train_concept(
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 100,
     log_dir: str | os.PathLike | None = None,
+    validation: Validation | None = None,
     progress: bool | Callable = True,
 ) -> Concept:
     """Learn a concept from a few pictures by Custom Diffusion, or the same with a LoRA's factors (`settings.rank`).
@@ -84,6 +86,7 @@ def train_concept(
         arguments goes on from it, and on the CPU ends with the same concept as in one go. At the end it is removed.
     log_dir : a folder to which TensorBoard's files are written: losses and learning rate of every step, and validation
         pictures. It needs the package tensorboard.
+    validation : pictures to draw with the concept while it is learned, which changes nothing of it; None draws none.
     progress : True shows a bar with the time left and the running mean of the loss, unless the output is piped; a
         function is called with (done, total) instead, and with that mean as `loss` where it has such a parameter.
 
@@ -100,8 +103,12 @@ def train_concept(
     if checkpoint is not None:
         identity = _identity(pipe, images, prior, woven) | {"token or class word": f"{token} {word}"}
         kept = Checkpoint(Path(checkpoint), checkpoint_every, identity | {"settings": repr(settings)})
-    log = TrainingLog(log_dir) if log_dir is not None else None
     learned = start(pipe, word, settings)
+    log = TrainingLog(log_dir) if log_dir is not None else None
+    watching = [] if log is None else [log]
+    if validation is not None:
+        show = log and log.add_picture
+        watching.append(Validator(pipe, validation, learned, token, settings.steps, show, at_once))
     shown = with_views(images, token, model_size(pipe), settings.views, settings.seed) if settings.views else images
     own = prepare(pipe, shown, token, vectors=settings.vectors, flip=settings.flip, at_once=at_once)
     to_make = settings.prior_images if settings.prior_batch and prior is None else 0
@@ -127,7 +134,7 @@ def train_concept(
                 other,
                 scenes,
                 report=lambda done, loss: report(to_make + done, loss),
-                observe=log,
+                observe=lambda step: [watch(step) for watch in watching],
                 checkpoint=kept,
             )
     if kept:

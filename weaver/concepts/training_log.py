@@ -48,6 +48,6 @@ class TrainingLog:
             if (value := getattr(step, name)) is not None:
                 self._writer.add_scalar(f"train/{name}", value, step.done)
 
-    def add_picture(self, name: str, image: Image.Image, done: int) -> None:
-        """Write a picture that was drawn after `done` steps, of which the last was written before."""
-        self._writer.add_image(name, np.asarray(image), done, dataformats="HWC")
+    def add_picture(self, prompt: str, image: Image.Image, done: int) -> None:
+        """Write what was drawn for a prompt after `done` steps, the numbers of the last being written."""
+        self._writer.add_image(f"validation/{prompt}", np.asarray(image), done, dataformats="HWC")
