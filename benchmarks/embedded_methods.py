@@ -31,6 +31,7 @@ from weaver.concepts.images import load_images
 from weaver.demo import demo_job, with_shipped_concepts
 from weaver.embedded import CONCEPTS, concept_hashes, load_pipeline, model_hash
 from weaver.embedded.catalog import concept_images
+from weaver.embedded.identity import score
 from weaver.models import quiet_libraries
 from weaver.run import run_job
 from weaver.version import __version__
@@ -41,7 +42,7 @@ _ADAMW = {"optimiser": "adamw", "learning_rate": 2e-3, "steps": 350, "woven_batc
 
 @dataclass(frozen=True)
 class Method:
-    """A way of learning: its name, what its settings change of the embedded model's, and of whom it takes files."""
+    """A way of learning: its name, and what its settings change of the embedded model's."""
 
     name: str
     changes: dict = field(default_factory=dict)
@@ -78,7 +79,7 @@ def save_token(concept: Path, file: Path) -> None:
 
 
 def fuse(files: dict[str, Path], folder: Path, seeds: int) -> tuple[list[dict], list[Image.Image]]:
-    """Each seed's similarities of every concept, and its picture."""
+    """Each seed's similarities of the animals, and its picture."""
     rows, pictures = [], []
     shipped = with_shipped_concepts(demo_job(",".join(ANIMALS), GROUND))
     named = {name: {"token": CONCEPTS[name].token, "word": CONCEPTS[name].word} for name in files}
@@ -86,14 +87,15 @@ def fuse(files: dict[str, Path], folder: Path, seeds: int) -> tuple[list[dict], 
     for seed in range(seeds):
         job = replace(shipped, concepts=concepts, seed=seed, template=replace(shipped.template, seed=None))
         run = run_job(job, folder / f"seed{seed}", source="methods")
-        rows.append(run.report["concepts"])
+        places = zip(ANIMALS, run.result.masks, strict=False)
+        rows.append({name: score(run.result.image, mask.numpy(), name) for name, mask in places})
         pictures.append(run.result.image)
     return rows, pictures
 
 
 def figures(name: str, rows: list[dict], files: dict[str, Path], seconds: float | None) -> dict:
     """One row of the table."""
-    every = [scores for row in rows for who, scores in row.items() if who in ANIMALS]
+    every = [scores for row in rows for scores in row.values()]
     everyone = sum(all(map(shows, row.values())) for row in rows)
     told = {key: round(mean(scores[key] for scores in every), 3) for key in ("own", "base", "others")}
     size = round(mean(file.stat().st_size for file in files.values()))

@@ -19,8 +19,9 @@ from weaver.concepts.learned import start
 from weaver.concepts.objective import Objective
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.train import train_concept
-from weaver.concepts.training_state import added
+from weaver.concepts.training_state import added, frozen
 from weaver.concepts.woven import WovenSet, prepare_woven, woven
+from weaver.conditioning import text_encoders
 from weaver.layers import InjectionSites
 
 SITES = {4: InjectionSites("some", resnets=(3, 4), attentions=(4, 7)), 3: InjectionSites("some", (1,), (1, 4))}
@@ -51,7 +52,11 @@ def gradients(pipe, settings: TrainSettings, data: TrainingSet, woven_data: Wove
     own, other = prepare(pipe, data, "<v1>"), prepare(pipe, PRIOR)
     examples = woven_data and prepare_woven(pipe, woven_data, "<v1>", 1)
     sites = SITES[len(pipe.unet.config.block_out_channels)]
-    with woven(pipe.unet, examples, sites) if examples else nullcontext() as forward, added(pipe.unet, learned.deltas):
+    with (
+        frozen(pipe.unet, *text_encoders(pipe).values()),
+        woven(pipe.unet, examples, sites) if examples else nullcontext() as forward,
+        added(pipe.unet, learned.deltas),
+    ):
         objective = Objective(pipe, learned.vectors, settings, own, other, examples, forward)
         batches = objective.draw(torch.Generator().manual_seed(3))
         losses = [objective.loss(batch) for batch in batches]
