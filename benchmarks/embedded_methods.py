@@ -2,7 +2,7 @@
 
 Learns two animals of the embedded model in several ways, each in a process of its own on one thread, and fuses them
 before a trained background over ten seeds: every way by itself, and mixed, the first animal by Custom Diffusion and the
-second as a LoRA. Prints each way's seconds and bytes a concept, and its concepts' similarities inside their masks: to
+second as a LoRA. Prints each way's seconds of a processor and bytes a concept, and its concepts' similarities inside their masks: to
 their own pictures (`own`), to their base class and to the nearest other concept. It shows where `own` is the largest.
 
 The textual inversion is the token's vectors of the first way alone, as diffusers writes them.
@@ -58,16 +58,16 @@ TOKEN_ONLY, MIXED = "textual inversion", "Custom Diffusion and a LoRA"
 
 
 def learn(name: str, changes: dict, file: Path) -> float:
-    """Learn one concept into `file`, on one thread; the seconds that it took, the model's loading left out."""
+    """Learn one concept into `file`, on one thread; seconds of the processor, the model's loading left out."""
     torch.set_num_threads(1)
     quiet_libraries()
     pipe, card, settings = load_pipeline(), CONCEPTS[name], TrainSettings.embedded(**changes)
-    began = time.perf_counter()
+    began = time.process_time()
     pictures = load_images(concept_images(name), card.token, card.word)
     prior, woven = prior_and_scenes(pipe, pictures, card.token, card.word, settings)
     named = {"token": card.token, "word": card.word, "name": name}
     concept = train_concept(pipe, pictures, prior=prior, woven=woven, settings=settings, progress=False, **named)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     concept.save(file)
     return seconds
 

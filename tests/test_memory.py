@@ -144,15 +144,18 @@ def test_memory_that_attention_takes_for_itself(shape, dtype):
     assert near(peak.total, host_peak(lambda: F.scaled_dot_product_attention(q, k, v)))
 
 
-def whole_job(job_folder):
+def whole_job(job_folder, **train):
     """Training, a file and a box as masks, a background concept."""
-    concepts = [TRAINED, {"file": "rex.safetensors", "word": "dog", "mask": {"box": [0.5, 0.2, 1, 0.8]}}]
+    concepts = [
+        TRAINED | {"train": TRAINED["train"] | train},
+        {"file": "rex.safetensors", "word": "dog", "mask": {"box": [0.5, 0.2, 1, 0.8]}},
+    ]
     return job_of(job_folder, concepts=concepts, background={"file": "hills.safetensors"}, steps=6)
 
 
-@pytest.mark.parametrize("kind", ["embedded", "tiny, trained"])
+@pytest.mark.parametrize("kind", ["embedded", "tiny, trained", "tiny, checkpointed"])
 def test_a_run_is_within_15_percent_of_its_estimate_in_every_stage(kind, job_folder):
-    job = make_job(64, 2, steps=4) if kind == "embedded" else whole_job(job_folder)
+    job = make_job(64, 2, steps=4) if kind == "embedded" else whole_job(job_folder, checkpointing="checkp" in kind)
     told, taken = estimated(job, estimate_job(job)), measured(job)
     assert set(told) == {"template", "inversion", "fusion"} | ({"bank"} if kind != "embedded" else set())
     assert [(name, told[name], taken[name]) for name in told if not near(told[name], taken[name])] == []

@@ -43,7 +43,7 @@ def test_a_concept_from_a_folder_of_pictures(folder, tmp_path, capsys):
 def test_validation_pictures_and_a_log_beside_the_concept(folder, tmp_path):
     out, log = tmp_path / "tom.safetensors", tmp_path / "log"
     watch = ["--validate", "a <v1> cat", "--validate", "a <v1> cat, mountain", "--validate-every", "1"]
-    assert train(folder, "--out", str(out), *watch, "--log-dir", str(log), "--accumulate", "2") == 0
+    assert train(folder, "--out", str(out), *watch, "--log-dir", str(log), "--accumulate", "2", "--at-once", "1") == 0
     assert [file.name for file in sorted((tmp_path / "tom.validation").iterdir())] == [
         "step-000001.png",
         "step-000002.png",
@@ -77,6 +77,7 @@ def test_the_embedded_models_own_defaults(tmp_path):
         (["--method", "lora", "--rank", "0"], "--rank: is 0 with --method lora"),
         (["--validate", "a cat"], "token '<v1>' is not in its prompt 'a cat'"),
         (["--validate", "a <v1> cat", "--validate-every", "0"], "validation: every is 0, expected 1 or more"),
+        (["--at-once", "0"], "--at-once: is 0, expected 1 or more"),
         (["--steps", "0"], "steps is 0, expected 1 or more"),
         (["--out", "tom.bin"], "--out: tom.bin must end in .safetensors"),
         (["--class-images", "nowhere"], "nowhere: no such folder of pictures"),

@@ -48,6 +48,7 @@ def add_parser(commands, epilog: str) -> None:
     parser.add_argument(
         "--log-dir", type=Path, metavar="DIR", help="write losses and validation there, for TensorBoard"
     )
+    parser.add_argument("--at-once", type=int, metavar="N", help="pictures made (4) or encoded (8) in one pass: memory")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     parser.add_argument("--offline", action="store_true", help="take the model from the local cache only")
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
@@ -75,6 +76,8 @@ def _train(args: argparse.Namespace) -> int:
     out = args.out or Path("concepts") / f"{args.token.strip('<>')}.safetensors"
     if out.suffix != ".safetensors":
         raise WeaverError(f"--out: {out} must end in .safetensors")
+    if args.at_once is not None and args.at_once < 1:
+        raise WeaverError(f"--at-once: is {args.at_once}, expected 1 or more")
     validation = None
     if args.validate:
         validation = Validation(args.validate, out.with_suffix(".validation"), args.validate_every)
@@ -109,6 +112,7 @@ def _train(args: argparse.Namespace) -> int:
                 woven=woven,
                 settings=settings,
                 checkpoint=out.with_suffix(".checkpoint"),
+                at_once=args.at_once,
                 log_dir=args.log_dir,
                 validation=validation,
                 progress=move,

@@ -9,12 +9,12 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,16 +57,17 @@ class Ledger(TorchDispatchMode):
         self.held: Counter[str] = Counter()
         self._live: dict[int, tuple[int, str, weakref.ref]] = {}
         self._peaks: list[Peak] = []
-        self._attention = _FusedAttention()
+        self._entered: list[ExitStack] = []
         self.run = rules or ShapeRules()
 
     def __enter__(self):
-        self._attention.__enter__()
+        self._entered.append(ExitStack())
+        self._entered[-1].enter_context(_fused_attention())
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self._attention.__exit__(*error)
+        self._entered.pop().close()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -150,23 +151,33 @@ class Ledger(TorchDispatchMode):
                 peak.parts = _with(self.held, WORKING, scratch)
 
 
-class _FusedAttention(TorchFunctionMode):
-    """`scaled_dot_product_attention` of meta tensors as one kernel, where PyTorch would write it out."""
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Within the block `scaled_dot_product_attention` of meta tensors is one kernel, where PyTorch would write it out.
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is not F.scaled_dot_product_attention or args[0].device.type != "meta" or args[0].ndim != 4:
-            return func(*args, **kwargs)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        q, k, v = (given[name] for name in names[:3])
+    The function itself is replaced, not a mode set: PyTorch leaves modes while it goes back through a graph, where
+    checkpointing computes attention again.
+    """
+    written_out = F.scaled_dot_product_attention
+
+    @wraps(written_out)
+    def attention(query, key, value, *args, **kwargs):
+        if query.device.type != "meta" or query.ndim != 4:
+            return written_out(query, key, value, *args, **kwargs)
+        given = dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
         if (mask := given.get("attn_mask")) is not None and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=q.dtype)
-        if (groups := q.shape[1] // k.shape[1]) > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            mask = torch.zeros_like(mask, dtype=query.dtype)
+        if (groups := query.shape[1] // key.shape[1]) > 1:
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         options = {"attn_mask": mask, "scale": given.get("scale")}
-        return fused(q, k, v, 0.0, bool(given.get("is_causal", False)), **options)[0]
+        return fused(query, key, value, 0.0, bool(given.get("is_causal", False)), **options)[0]
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = written_out
 
 
 def _with(held: Mapping[str, int], name: str, more: int) -> dict[str, int]:
