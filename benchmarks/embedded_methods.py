@@ -2,8 +2,9 @@
 
 Learns two animals of the embedded model in several ways, each in a process of its own on one thread, and fuses them
 before a trained background over ten seeds: every way by itself, and mixed, the first animal by Custom Diffusion and the
-second as a LoRA. Prints each way's seconds of a processor and bytes a concept, and its concepts' similarities inside their masks: to
-their own pictures (`own`), to their base class and to the nearest other concept. It shows where `own` is the largest.
+second as a LoRA. Prints what each way takes for a concept, seconds of a processor and bytes, and how similar the
+concepts are inside their masks to their own pictures (`own`), to their base class and to the nearest other concept. It
+shows where `own` is the largest, for both animals.
 
 The textual inversion is the token's vectors of the first way alone, as diffusers writes them.
 Results go to ``outputs/methods``: one folder a run, ``embedded_methods.json`` and ``methods.png``, a row a way.
