@@ -45,7 +45,7 @@ class Watched(Stages):
         super().__init__(bars=False)
         self.moves: dict[str, list] = {}
 
-    def bar(self, label, total=None):
+    def bar(self, label, total=None, **options):
         return nullcontext(lambda done, whole: self.moves.setdefault(label, []).append((done, whole)))
 
 
@@ -71,7 +71,7 @@ def test_an_interrupt_ends_every_training_and_leaves_nothing(job, tmp_path, monk
         pass
 
     class Interrupted(Watched):
-        def bar(self, label, total=None):
+        def bar(self, label, total=None, **options):
             def move(done, whole):
                 raise Interrupt(len(multiprocessing.active_children()))
 

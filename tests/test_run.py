@@ -199,9 +199,9 @@ class Watched(run.Stages):
         super().__init__(bars)
         self.labels = []
 
-    def bar(self, label, total=None):
+    def bar(self, label, total=None, **options):
         self.labels.append(label)
-        return super().bar(label, total)
+        return super().bar(label, total, **options)
 
 
 def test_masks_from_attention(job_folder, tmp_path):

@@ -34,7 +34,9 @@ def add_parser(commands, epilog: str) -> None:
     parser.add_argument("images", type=Path, nargs="+", help="a folder of pictures, or pictures")
     parser.add_argument("--word", required=True, help="its class, such as dog")
     parser.add_argument("--token", default="<v1>", help="what prompts will call it (<v1>)")
-    parser.add_argument("--model", default="embedded", help="folder, Hub id or embedded (embedded)")
+    parser.add_argument(
+        "--model", default="embedded", help="of SD 1.x, 2.x, SDXL: folder, Hub id; or embedded (embedded)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the concept's file (concepts/TOKEN.safetensors)")
     parser.add_argument("--method", choices=_METHODS, default=_METHODS[0], help=f"({_METHODS[0]})")
     parser.add_argument("--class-images", type=Path, metavar="DIR", help="pictures of its class; else the model's own")
