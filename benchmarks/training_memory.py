@@ -33,7 +33,6 @@ FIELDS = (*KEY, "class_pictures_gb", "training_gb", "one_at_once_gb", "versions"
 SIZES = {"sd21": 512, "sdxl": 1024}
 PICTURES = 5
 _CELL = 8  # pixels of a latent's cell
-# Of two kinds, as prior preservation has it: as many pictures of the concept as of its class.
 METHODS = {"Custom Diffusion": {}, "LoRA of rank 16": {"rank": 16}}
 
 

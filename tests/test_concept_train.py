@@ -272,13 +272,17 @@ def test_paper_defaults():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps is 0, expected 1 or more"),
+        ({"steps": 0}, "steps is 0, expected a whole number, 1 or more"),
         ({"steps": 0, "batch": -1}, "steps is 0.*batch is -1"),
-        ({"accumulate": 0}, "accumulate is 0, expected 1 or more"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected more than 0"),
+        ({"accumulate": 0}, "accumulate is 0, expected a whole number, 1 or more"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected a finite number, more than 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"steps": 2.5}, "steps is 2.5, expected a whole number, 1 or more"),
+        ({"prior_steps": 0}, "prior_steps is 0, expected a whole number"),
+        ({"prior_guidance": float("nan")}, "prior_guidance is nan, expected a finite number, 0 or more"),
+        ({"prior_weight": float("inf")}, "prior_weight is inf, expected a finite number"),
         ({"optimiser": "sgd"}, "optimiser is 'sgd', expected adamw or muon"),
-        ({"final_rate": 2.0}, "final_rate must lie in 0..1"),
+        ({"final_rate": 2.0}, "final_rate is 2.0, expected a number in 0..1"),
     ],
 )
 def test_impossible_settings(changes, message):
@@ -294,6 +298,10 @@ def test_impossible_settings(changes, message):
         ({"captions": ["a cat"] * 2}, "token '<v1>' is not in its prompt 'a cat'"),
         ({"prior": TrainingSet(tuple(pictures(1)), ("a <v1> cat",))}, "prior caption 'a <v1> cat' holds the token"),
         ({"word": " "}, "class word ' ' means nothing"),
+        ({"token": "<rex> dog"}, "token '<rex> dog' is empty or has white space in it; write one such as '<v1>'"),
+        ({"token": "<>"}, "token '<>' is empty"),
+        ({"token": "cat", "captions": ["a cat cat"] * 2}, "token 'cat' stands in the class word 'cat'; .* '<cat>'"),
+        ({"images": pictures(2, size=(32, 3))}, "a picture has 3 x 32 pixels, too few to learn from; .* 4 and more"),
     ],
 )
 def test_unusable_input(tiny_pipe, arguments, message):

@@ -103,3 +103,23 @@ def test_views_take_part_in_training(tiny_pipe):
         train_concept(tiny_pipe, pictures(1), **NAMES, settings=replace(ALONE, views=views)) for views in (0, 3)
     )
     assert not equal(plain, more) and more.settings["views"] == 3 and more.settings["pictures"] == 1
+
+
+@pytest.mark.parametrize("size", [(512, 512), (32, 32)])
+def test_every_view_shows_something_of_the_concept(size):
+    """A closer view would leave out a mask at the edge."""
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (0, 0, size[0] // 4, size[1] // 4))
+    data = TrainingSet((Image.new("RGB", size, "red"),), ("a boy asks a sks dog",), (mask,))
+    for seed in range(20):
+        found = with_views(data, "sks", size, 6, seed)
+        assert len(found.images) == 7 and all(one.getbbox() for one in found.masks)
+        assert all(caption.startswith("a boy asks a ") for caption in found.captions)
+
+
+def test_a_mask_outside_of_what_is_cut_out_is_told(tiny_pipe):
+    mask = Image.new("L", (256, 64), 0)
+    mask.paste(255, (0, 0, 60, 64))
+    data = TrainingSet((Image.new("RGB", (256, 64), "red"),), ("a <v1> cat",), (mask,))
+    with pytest.raises(WeaverError, match=r"picture 1: nothing of its mask is left .* 32 x 32 pixels: cut the picture"):
+        prepare(tiny_pipe, data, "<v1>")

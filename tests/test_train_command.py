@@ -58,7 +58,7 @@ def test_a_lora_with_class_pictures_of_ones_own(folder, tmp_path):
     concept = Concept.load(out)
     assert {len(delta.down) for delta in concept.deltas.values() if isinstance(delta, LowRank)} == {16}
     assert concept.settings["prior"] == "given" and concept.base_hash
-    assert train(folder, "--out", str(out), "--method", "lora", "--rank", "3", "--prior-batch", "0") == 0
+    assert train(folder, "--out", str(out), "--method", "lora", "--rank", "3", "--prior-batch", "0", "--replace") == 0
     assert {len(delta.down) for delta in Concept.load(out).deltas.values()} == {3}
 
 
@@ -73,12 +73,14 @@ def test_the_embedded_models_own_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rank", "4"], "--rank: is 4 with --method custom-diffusion"),
+        (["--rank", "4"], "--rank: is 4 with --method custom-diffusion; add --method lora"),
         (["--method", "lora", "--rank", "0"], "--rank: is 0 with --method lora"),
         (["--validate", "a cat"], "token '<v1>' is not in its prompt 'a cat'"),
         (["--validate", "a <v1> cat", "--validate-every", "0"], "validation: every is 0, expected 1 or more"),
+        (["--token", "<../esc>"], "--token: '<../esc>' makes no name of a file; tell the concept's by --out"),
+        (["--out", "."], "--out: . must end in .safetensors"),
         (["--at-once", "0"], "--at-once: is 0, expected 1 or more"),
-        (["--steps", "0"], "steps is 0, expected 1 or more"),
+        (["--steps", "0"], "steps is 0, expected a whole number, 1 or more"),
         (["--out", "tom.bin"], "--out: tom.bin must end in .safetensors"),
         (["--class-images", "nowhere"], "nowhere: no such folder of pictures"),
         (["--model", "nowhere"], "'nowhere' can't be loaded"),
@@ -92,7 +94,36 @@ def test_mistakes_in_one_line(folder, tmp_path, monkeypatch, capsys, options, me
     assert not list(tmp_path.iterdir())
 
 
+def test_class_pictures_that_no_step_would_show_are_told(folder, capsys):
+    assert train(folder, "--class-images", str(folder / "class"), "--prior-batch", "0") == 2
+    assert "--class-images: none of them is in a step; leave out --prior-batch 0" in capsys.readouterr().err
+
+
 def test_a_model_without_a_known_unet_is_told_before_its_weights_are_read(folder, tmp_path, capsys):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "_diffusers_version": "0.42.1"}')
     assert train(folder, "--model", str(tmp_path)) == 2
     assert "is a FluxPipeline; concepts are learned in StableDiffusionPipeline and" in capsys.readouterr().err
+
+
+def test_a_concept_that_is_there_is_not_written_over_unasked(folder, tmp_path, capsys):
+    out = tmp_path / "tom.safetensors"
+    out.write_bytes(b"mine")
+    assert train(folder, "--out", str(out)) == 2
+    assert "tom.safetensors is there already; name another file, or add --replace" in capsys.readouterr().err
+    assert out.read_bytes() == b"mine"
+    assert train(folder, "--out", str(out), "--replace") == 0 and Concept.load(out).word == "cat"
+
+
+def test_what_was_learned_is_not_lost_where_it_cant_be_saved(folder, tmp_path, monkeypatch):
+    """A full disk: the checkpoint of the last step is still there."""
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    out = tmp_path / "tom.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(Concept, "save", full)
+        assert train(folder, "--steps", "100", "--out", str(out), "--prior-batch", "0", "--batch", "1") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["tom.checkpoint"]
+    assert train(folder, "--steps", "100", "--out", str(out), "--prior-batch", "0", "--batch", "1") == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["tom.safetensors"]

@@ -59,12 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WeaverError as error:
         return _fail(str(error), 2, args)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130, args)
+        return _fail(f"interrupted; {_ended(args)}", 130, args)
     except _Ended as error:
-        return _fail("terminated; nothing was written", 128 + error.args[0], args)
+        return _fail(f"terminated; {_ended(args)}", 128 + error.args[0], args)
     except Exception as error:
         hint = "" if args.traceback else " (--traceback shows where)"
         return _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1, args)
+
+
+def _ended(args: argparse.Namespace) -> str:
+    """What there is to be known of a command that was ended before its time."""
+    return getattr(args, "ended", "nothing was written")
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields
 from pathlib import Path
 
 from weaver.concepts.settings import OPTIMISERS, TrainSettings
 from weaver.errors import WeaverError
+from weaver.folder import check_folder
 
 __all__ = ["add_parser"]
 
@@ -38,6 +40,7 @@ def add_parser(commands, epilog: str) -> None:
         "--model", default="embedded", help="of SD 1.x, 2.x, SDXL: folder, Hub id; or embedded (embedded)"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the concept's file (concepts/TOKEN.safetensors)")
+    parser.add_argument("--replace", action="store_true", help="write over a concept's file that is there")
     parser.add_argument("--method", choices=_METHODS, default=_METHODS[0], help=f"({_METHODS[0]})")
     parser.add_argument("--class-images", type=Path, metavar="DIR", help="pictures of its class; else the model's own")
     parser.add_argument(
@@ -59,11 +62,11 @@ def add_parser(commands, epilog: str) -> None:
         name = f"--{field.name.replace('_', '-')}"
         if field.type == "bool":
             settings.add_argument(name, action="store_true", default=None)
-        elif field.type == "str":
+        elif field.name == "optimiser":
             settings.add_argument(name, choices=OPTIMISERS)
         else:
             settings.add_argument(name, type=_KINDS[field.type], metavar=field.name.rpartition("_")[2].upper())
-    parser.set_defaults(command=_train)
+    parser.set_defaults(command=_train, ended="the same command goes on from its last checkpoint, if it wrote one")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -75,9 +78,7 @@ def _train(args: argparse.Namespace) -> int:
         from weaver.concepts.images import load_images
         from weaver.concepts.train import train_concept
         from weaver.concepts.validation import Validation
-    out = args.out or Path("concepts") / f"{args.token.strip('<>')}.safetensors"
-    if out.suffix != ".safetensors":
-        raise WeaverError(f"--out: {out} must end in .safetensors")
+    out = _destination(args)
     if args.at_once is not None and args.at_once < 1:
         raise WeaverError(f"--at-once: is {args.at_once}, expected 1 or more")
     validation = None
@@ -101,6 +102,8 @@ def _train(args: argparse.Namespace) -> int:
                 )
         pipe = load_model(args.model, device=args.device, offline=args.offline, fuses=False)
     settings = _settings(args, pipe)
+    if given and not settings.prior_batch:
+        raise WeaverError("--class-images: none of them is in a step; leave out --prior-batch 0, or the pictures")
     with threads_for(pipe):
         prior, woven = prior_and_scenes(pipe, pictures, args.token, args.word, settings)
         with args.stages.bar(f"learning {args.token} {args.word}", settings.steps, left=True) as move:
@@ -114,15 +117,35 @@ def _train(args: argparse.Namespace) -> int:
                 woven=woven,
                 settings=settings,
                 checkpoint=out.with_suffix(".checkpoint"),
+                keep_checkpoint=True,
                 at_once=args.at_once,
                 log_dir=args.log_dir,
                 validation=validation,
                 progress=move,
             )
     concept.save(out)
+    out.with_suffix(".checkpoint").unlink(missing_ok=True)
     seconds = args.stages.elapsed()
-    print(f"{out}: {args.token} {args.word}, learned from {len(pictures.images)} pictures in {seconds:.0f} s")
+    print(f"{out}: {args.token} {args.word}, learned from {_counted(pictures.images)} in {seconds:.0f} s")
     return 0
+
+
+def _destination(args: argparse.Namespace) -> Path:
+    """The concept's file, which is not there yet or may be replaced, in a folder that can be written to."""
+    name = args.token.strip("<>")
+    if args.out is None and not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
+        raise WeaverError(f"--token: {args.token!r} makes no name of a file; tell the concept's by --out")
+    out = args.out or Path("concepts") / f"{name}.safetensors"
+    if out.suffix != ".safetensors":
+        raise WeaverError(f"--out: {out} must end in .safetensors")
+    if out.exists() and not args.replace:
+        raise WeaverError(f"--out: {out} is there already; name another file, or add --replace")
+    check_folder(out.parent, [Path(out.name)])
+    return out
+
+
+def _counted(pictures) -> str:
+    return f"{len(pictures)} picture{'s' * (len(pictures) > 1)}"
 
 
 def _settings(args: argparse.Namespace, pipe) -> TrainSettings:
@@ -132,5 +155,7 @@ def _settings(args: argparse.Namespace, pipe) -> TrainSettings:
     if args.method == "lora":
         changes.setdefault("rank", _RANK)
     if bool(changes.get("rank")) != (args.method == "lora"):
-        raise WeaverError(f"--rank: is {changes['rank']} with --method {args.method}; a LoRA has one, and needs it")
+        rank = changes["rank"]
+        fix = "add --method lora" if rank else "give 1 or more"
+        raise WeaverError(f"--rank: is {rank} with --method {args.method}; {fix}")
     return TrainSettings.embedded(**changes) if is_embedded(pipe) else TrainSettings(**changes)

@@ -52,7 +52,7 @@ class ConceptCard:
             token=concept.token,
             word=concept.word,
             base=concept.base_hash,
-            method=str(concept.settings.get("format", "Concept Weaver")),
+            method=_method(concept.settings),
             ranks=ranks_of(change for group in groups for change in group.values()),
             settings=dict(concept.settings),
             bytes=path.stat().st_size,
@@ -89,6 +89,13 @@ class ConceptCard:
         other = self if concept is None else ConceptCard.of(concept, path, self.previews)
         odd = [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
         return [f"has a card that says otherwise than its file: {', '.join(odd)}"] if odd else []
+
+
+def _method(settings: Mapping[str, object]) -> str:
+    """The layout of a file from elsewhere, or how the concept was learned here."""
+    if "format" in settings or "rank" not in settings:
+        return str(settings.get("format", "Concept Weaver"))
+    return f"LoRA, rank {settings['rank']}" if settings["rank"] else "Custom Diffusion"
 
 
 def _kind(field) -> str:

@@ -14,6 +14,7 @@ from weaver.concepts.encoding import Encoding, TokenIds, encode_ids, read_prompt
 from weaver.concepts.images import TrainingSet
 from weaver.conditioning import make_time_ids
 from weaver.defaults import model_size
+from weaver.errors import WeaverError
 from weaver.latents import encode_image
 from weaver.pictures import fit
 
@@ -61,6 +62,11 @@ def prepare(
         framing.fitted(image.size[::-1], size) for framing, image in zip(data.all_framings(), data.images, strict=True)
     ]
     masks = [mask and fit(mask, size, Image.Resampling.BOX) for mask in data.all_masks()]
+    if gone := [number for number, mask in enumerate(masks) if mask and not mask.getbbox()]:
+        raise WeaverError(
+            f"picture {gone[0] + 1}: nothing of its mask is left where it is cut about its centre to "
+            f"{size[1]} x {size[0]} pixels: cut the picture so that the concept stands in the middle"
+        )
     captions = list(data.captions)
     if flip:
         mirror = Image.Transpose.FLIP_LEFT_RIGHT

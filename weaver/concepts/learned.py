@@ -59,5 +59,7 @@ def _no_change(weight: torch.Tensor, rank: int, generator: torch.Generator) -> D
     if not rank:
         return torch.zeros_like(weight, dtype=torch.float32, requires_grad=True)
     outputs, inputs = weight.shape
+    if rank > max(outputs, inputs):
+        raise WeaverError(f"rank is {rank}, more than a matrix of {outputs} x {inputs} has sides: take a smaller one")
     down = torch.randn(rank, inputs, generator=generator) / rank
     return LowRank(down.to(weight.device).requires_grad_(), weight.new_zeros(outputs, rank).float().requires_grad_())

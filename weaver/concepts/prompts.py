@@ -11,7 +11,7 @@ import torch
 from weaver.concepts.concept import Concept
 from weaver.errors import WeaverError
 
-__all__ = ["PromptError", "derive_prompt", "names_token", "tokenize"]
+__all__ = ["PromptError", "caption_with", "derive_prompt", "names_token", "tokenize"]
 
 _log = logging.getLogger(__name__)
 # What may follow a noun that is not itself part of a longer one, as "dog" is in "a dog house".
@@ -67,6 +67,11 @@ def _left_out(text: str, word: str, *, before: bool) -> str:
 def names_token(text: str, token: str) -> bool:
     """Whether a token stands in a text as `tokenize` finds it, not as a part of a longer word."""
     return _whole(token).search(text) is not None
+
+
+def caption_with(text: str, token: str, replacement: str) -> str:
+    """The text with `replacement` in the place of the first `token` that `names_token` sees."""
+    return _whole(token).sub(lambda _: replacement, text, count=1)
 
 
 def tokenize(

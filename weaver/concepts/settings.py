@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weaver.errors import WeaverError
+from weaver.values import is_number, is_whole
 
 __all__ = ["OPTIMISERS", "TrainSettings"]
 
@@ -90,7 +91,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         reasons = [
-            f"{key} is {getattr(self, key)!r}, expected {least} or more"
+            f"{key} is {getattr(self, key)!r}, expected a whole number, {least} or more"
             for key, least in dict(
                 steps=1,
                 rank=0,
@@ -102,17 +103,24 @@ class TrainSettings:
                 views=0,
                 prior_images=1,
                 accumulate=1,
+                prior_steps=1,
+                seed=0,
             ).items()
-            if getattr(self, key) < least
+            if not is_whole(getattr(self, key), least)
         ]
         for key in ("learning_rate", "token_learning_rate"):
-            if getattr(self, key) is not None and not getattr(self, key) > 0:
-                reasons.append(f"{key} is {getattr(self, key)!r}, expected more than 0")
+            value = getattr(self, key)
+            if value is not None and not (is_number(value) and value > 0):
+                reasons.append(f"{key} is {value!r}, expected a finite number, more than 0")
         if self.optimiser not in OPTIMISERS:
             reasons.append(f"optimiser is {self.optimiser!r}, expected {' or '.join(OPTIMISERS)}")
         if self.batch + self.woven_batch < 1:
             reasons.append("batch and woven_batch are both 0, expected a picture in a step")
-        if not 0 <= self.final_rate <= 1 or not self.prior_weight >= 0:
-            reasons.append("final_rate must lie in 0..1 and prior_weight be 0 or more")
+        for key in ("prior_weight", "prior_guidance"):
+            value = getattr(self, key)
+            if not (is_number(value) and value >= 0):
+                reasons.append(f"{key} is {value!r}, expected a finite number, 0 or more")
+        if not (is_number(self.final_rate) and 0 <= self.final_rate <= 1):
+            reasons.append(f"final_rate is {self.final_rate!r}, expected a number in 0..1")
         if reasons:
             raise WeaverError("training settings: " + "; ".join(reasons))

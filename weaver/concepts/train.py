@@ -40,6 +40,8 @@ from weaver.version import __version__
 
 __all__ = ["train_concept"]
 
+_LEAST_SIDE = 8  # times smaller than the model's pictures may those be that a concept is learned from
+
 
 def train_concept(
     pipe,
@@ -55,6 +57,7 @@ def train_concept(
     at_once: int | None = None,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 100,
+    keep_checkpoint: bool = False,
     log_dir: str | os.PathLike | None = None,
     validation: Validation | None = None,
     progress: bool | Callable = True,
@@ -83,7 +86,8 @@ def train_concept(
     settings : None for the defaults for Stable Diffusion.
     at_once : how many pictures are made or encoded in one pass, which takes memory; None is 4 and 8.
     checkpoint : a file that is written every `checkpoint_every` steps. Where it is there, a training of the same
-        arguments goes on from it, and on the CPU ends with the same concept as in one go. At the end it is removed.
+        arguments goes on from it, and on the CPU ends with the same concept as in one go. Class pictures that the model
+        makes are made again. At the end the file is removed, or kept until the concept is saved (`keep_checkpoint`).
     log_dir : a folder to which TensorBoard's files are written: losses and learning rate of every step, and validation
         pictures. It needs the package tensorboard.
     validation : pictures to draw with the concept while it is learned, which changes nothing of it; None draws none.
@@ -98,7 +102,7 @@ def train_concept(
     if not isinstance(images, TrainingSet):
         captions = [f"a {token} {word}"] * len(images) if captions is None else captions
         images = TrainingSet(tuple(images), tuple(captions))
-    _check(pipe, prior, token)
+    _check(pipe, images, prior, token, word)
     kept = None
     if checkpoint is not None:
         identity = _identity(pipe, images, prior, woven) | {"token or class word": f"{token} {word}"}
@@ -137,11 +141,9 @@ def train_concept(
                 observe=lambda step: [watch(step) for watch in watching],
                 checkpoint=kept,
             )
-    if kept:
-        kept.finish()
     with torch.no_grad():  # half precision keeps three digits of a small correction, in a file of half the size
         deltas = {path: moved(delta, torch.device("cpu"), torch.float16) for path, delta in learned.deltas.items()}
-    return Concept(
+    concept = Concept(
         name=name or token.strip("<>"),
         token=token,
         word=word,
@@ -154,6 +156,9 @@ def train_concept(
         | {"prior": "made by the base model" if to_make else "given" if settings.prior_batch else "none"},
         versions=_versions(),
     )
+    if kept and not keep_checkpoint:
+        kept.finish()
+    return concept
 
 
 def _identity(pipe, images: TrainingSet, prior: TrainingSet | None, woven: WovenSet | None) -> dict[str, str]:
@@ -167,14 +172,22 @@ def _identity(pipe, images: TrainingSet, prior: TrainingSet | None, woven: Woven
     }
 
 
-def _check(pipe, prior: TrainingSet | None, token: str) -> None:
+def _check(pipe, images: TrainingSet, prior: TrainingSet | None, token: str, word: str) -> None:
     reasons = []
+    if not token.strip("<>") or any(letter.isspace() for letter in token):
+        reasons.append(f"token {token!r} is empty or has white space in it; write one such as '<v1>'")
+    elif names_token(f"a {word}", token):
+        reasons.append(f"token {token!r} stands in the class word {word!r}; take one that is no word, as '<{token}>'")
+    least = min(model_size(pipe)) // _LEAST_SIDE
+    if small := [image.size for image in images.images if min(image.size) < least]:
+        width, height = small[0]
+        reasons.append(f"a picture has {width} x {height} pixels, too few to learn from; take some of {least} and more")
     kind = getattr(pipe.scheduler.config, "prediction_type", None)
     if kind not in ("epsilon", "v_prediction") or not hasattr(pipe.scheduler, "alphas_cumprod"):
         reasons.append(f"the scheduler predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
     reasons += added_reasons(pipe)
     if prior is not None and (named := [caption for caption in prior.captions if names_token(caption, token)]):
-        reasons.append(f"prior caption {named[0]!r} holds the token {token!r}; prior pictures show others")
+        reasons.append(f"prior caption {named[0]!r} holds the token {token!r}; prior pictures show others: take '<v1>'")
     if reasons:
         raise WeaverError("cannot train a concept: " + "; ".join(reasons))
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from weaver.concepts.framing import Framing
 from weaver.concepts.images import TrainingSet
+from weaver.concepts.prompts import caption_with
 from weaver.pictures import fit
 
 __all__ = ["with_views"]
@@ -22,6 +23,8 @@ _SMALLER_SHARE = 2 / 3  # of the views; the others are closer
 _FAR = 0.6  # below this scale captions say that it is far away
 _WORDS = {"far": ("far away", "very small"), "close": ("zoomed in", "close up")}
 _CANVAS = (127, 127, 127)
+_TRIES = 20
+_LEAST_PIXELS = 64  # of the concept in a view
 
 
 def with_views(data: TrainingSet, token: str, size: tuple[int, int], count: int, seed: int = 0) -> TrainingSet:
@@ -41,10 +44,16 @@ def with_views(data: TrainingSet, token: str, size: tuple[int, int], count: int,
         image = fit(image.convert("RGB"), size)
         mask = None if mask is None else fit(mask, size, Image.Resampling.BOX)
         entry = image, caption, mask, framing
-        entries = [entry] + [_view(*entry, token, rng) for _ in range(count)]
+        entries = [entry] + [_showing(entry, token, rng) for _ in range(count)]
         for whole, part in zip(found, zip(*entries, strict=True), strict=True):
             whole += part
     return TrainingSet(*map(tuple, found))
+
+
+def _showing(entry: tuple, token: str, rng: random.Random) -> tuple:
+    """A view in which something of the concept is left; the picture itself where none of several has that."""
+    views = (_view(*entry, token, rng) for _ in range(_TRIES))
+    return next((view for view in views if view[2].histogram()[255] >= _LEAST_PIXELS), entry)
 
 
 def _view(
@@ -60,7 +69,7 @@ def _view(
     region.paste(mask.resize(size, Image.Resampling.BOX), corner)
     if scale < _FAR or not smaller:
         words = rng.choice(_WORDS["far" if smaller else "close"])
-        caption = caption.replace(token, f"{words} {token}", 1)
+        caption = caption_with(caption, token, f"{words} {token}")
     canvas_size = image.size[::-1]
     framing = framing.smaller(canvas_size, scale) if smaller else framing.closer(canvas_size, scale, corner[::-1])
     return canvas, caption, region, framing
