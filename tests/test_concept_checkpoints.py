@@ -87,3 +87,48 @@ def test_a_damaged_checkpoint_is_told(tiny_pipe, tmp_path):
     file.write_bytes(b"half")
     with pytest.raises(WeaverError, match=r"rex.ckpt: not a readable checkpoint .*remove it to begin anew"):
         train(tiny_pipe, checkpoint=file)
+
+
+MADE = replace(SETTINGS, prior_images=5, prior_steps=2)
+
+
+def test_class_pictures_are_made_once(tiny_pipe, tmp_path, monkeypatch):
+    """Interrupted while they are made, and after that: all in all as many are drawn as in one go."""
+    drawn, draw = [], type(tiny_pipe).__call__
+
+    def counted(self, prompts, **options):
+        drawn.append(len(prompts))
+        return draw(self, prompts, **options)
+
+    monkeypatch.setattr(type(tiny_pipe), "__call__", counted)
+    file = tmp_path / "rex.ckpt"
+    options = {"settings": MADE, "prior": None, "at_once": 2}
+    whole = train(tiny_pipe, **options)
+    drawn.clear()
+    for stop in (2, 5 + 4):
+        with pytest.raises(Interrupted):
+            train(tiny_pipe, stop=stop, checkpoint=file, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rex.ckpt", "rex.ckpt.class"]
+    assert equal(train(tiny_pipe, checkpoint=file, **options), whole)
+    assert drawn == [2, 2, 1] and not list(tmp_path.iterdir())
+
+
+def test_class_pictures_of_another_training_are_refused(tiny_pipe, tmp_path):
+    file = tmp_path / "rex.ckpt"
+    options = {"prior": None, "at_once": 2, "checkpoint": file}
+    with pytest.raises(Interrupted):
+        train(tiny_pipe, stop=2, settings=MADE, **options)
+    with pytest.raises(WeaverError, match=r"rex.ckpt.class: class pictures of another seed: remove it"):
+        train(tiny_pipe, settings=replace(MADE, seed=7), **options)
+    (tmp_path / "rex.ckpt.class" / "made.json").write_text("{")
+    with pytest.raises(WeaverError, match=r"made.json: can't be read .*remove its folder"):
+        train(tiny_pipe, settings=MADE, **options)
+
+
+def test_a_checkpoint_of_another_training_is_told_before_class_pictures_are_made(tiny_pipe, tmp_path, monkeypatch):
+    file = tmp_path / "rex.ckpt"
+    with pytest.raises(Interrupted):
+        train(tiny_pipe, stop=3, checkpoint=file)
+    monkeypatch.setattr(type(tiny_pipe), "__call__", None)
+    with pytest.raises(WeaverError, match="other prior pictures and settings"):
+        train(tiny_pipe, checkpoint=file, settings=MADE, prior=None)

@@ -75,6 +75,7 @@ def _train(args: argparse.Namespace) -> int:
 
         quiet_libraries()
         from weaver.concepts.bank import prior_and_scenes
+        from weaver.concepts.checkpoints import Checkpoint
         from weaver.concepts.images import load_images
         from weaver.concepts.train import train_concept
         from weaver.concepts.validation import Validation
@@ -124,7 +125,7 @@ def _train(args: argparse.Namespace) -> int:
                 progress=move,
             )
     concept.save(out)
-    out.with_suffix(".checkpoint").unlink(missing_ok=True)
+    Checkpoint.remove(out.with_suffix(".checkpoint"))
     seconds = args.stages.elapsed()
     print(f"{out}: {args.token} {args.word}, learned from {_counted(pictures.images)} in {seconds:.0f} s")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from weaver.concepts.images import TrainingSet
+from weaver.concepts.kept_pictures import KeptPictures
 from weaver.errors import WeaverError
 from weaver.folder import whole_file
 
@@ -23,7 +25,7 @@ class Checkpoint:
 
     Parameters
     ----------
-    path : the file, written whole or not at all; `finish` removes it
+    path : the file, written whole or not at all; `remove` throws it away
     every : steps from one to the next
     identity : what the training is of; a file of another one is refused
     """
@@ -43,24 +45,31 @@ class Checkpoint:
         parts : what else changes from step to step, each with a `state_dict`
         """
         self._parts, self._learned, self._generator = parts, learned, generator
-        if not self.path.exists():
+        state = self.read()
+        if state is None:
             return 0
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            identity, step = dict(state["identity"]), int(state["step"])
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            raise WeaverError(f"{self.path}: not a readable checkpoint ({error}): remove it to begin anew") from error
-        if odd := [key for key, value in self.identity.items() if identity.get(key) != value]:
-            raise WeaverError(
-                f"{self.path}: a checkpoint of a training with other {' and '.join(odd)}: remove it, or name another"
-            )
         with torch.no_grad():
             for tensor, value in zip(learned, state["learned"], strict=True):
                 tensor.copy_(value)
         for name, part in parts.items():
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
-        return step
+        return int(state["step"])
+
+    def read(self) -> dict | None:
+        """What the file holds, None without one; raises `WeaverError` for a file of another training."""
+        if not self.path.exists():
+            return None
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            identity, _ = dict(state["identity"]), int(state["step"])
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            raise WeaverError(f"{self.path}: not a readable checkpoint ({error}): remove it to begin anew") from error
+        if odd := [key for key, value in self.identity.items() if identity.get(key) != value]:
+            raise WeaverError(
+                f"{self.path}: a checkpoint of a training with other {' and '.join(odd)}: remove it, or name another"
+            )
+        return state
 
     def after(self, step: int) -> None:
         """Write the file if it is time, `step` steps being done."""
@@ -72,9 +81,19 @@ class Checkpoint:
         with whole_file(self.path) as partial:
             torch.save(state, partial)
 
-    def finish(self) -> None:
-        """The training is at its end: its result takes the file's place."""
-        self.path.unlink(missing_ok=True)
+    def class_pictures(self, **identity) -> KeptPictures:
+        """Where pictures of the class are kept as long as the file is, made from what `identity` says."""
+        return KeptPictures(_pictures_of(self.path), identity)
+
+    @staticmethod
+    def remove(path: Path) -> None:
+        """Throw away what was kept for a training at its end: its result takes the place of it."""
+        path.unlink(missing_ok=True)
+        shutil.rmtree(_pictures_of(path), ignore_errors=True)
+
+
+def _pictures_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.class")
 
 
 def data_hash(data: TrainingSet | None) -> str:

@@ -87,7 +87,8 @@ def train_concept(
     at_once : how many pictures are made or encoded in one pass, which takes memory; None is 4 and 8.
     checkpoint : a file that is written every `checkpoint_every` steps. Where it is there, a training of the same
         arguments goes on from it, and on the CPU ends with the same concept as in one go. Class pictures that the model
-        makes are made again. At the end the file is removed, or kept until the concept is saved (`keep_checkpoint`).
+        makes are kept in a folder beside it. At the end both are removed, or kept until the concept is saved
+        (`keep_checkpoint`).
     log_dir : a folder to which TensorBoard's files are written: losses and learning rate of every step, and validation
         pictures. It needs the package tensorboard.
     validation : pictures to draw with the concept while it is learned, which changes nothing of it; None draws none.
@@ -103,10 +104,13 @@ def train_concept(
         captions = [f"a {token} {word}"] * len(images) if captions is None else captions
         images = TrainingSet(tuple(images), tuple(captions))
     _check(pipe, images, prior, token, word)
-    kept = None
+    kept, pictures = None, None
     if checkpoint is not None:
         identity = _identity(pipe, images, prior, woven) | {"token or class word": f"{token} {word}"}
         kept = Checkpoint(Path(checkpoint), checkpoint_every, identity | {"settings": repr(settings)})
+        kept.read()  # that of another training is told before anything is made
+        made = {key: getattr(settings, key) for key in ("prior_steps", "prior_guidance", "seed")}
+        pictures = kept.class_pictures(**{"base model": identity["base model"], "class word": word}, **made)
     learned = start(pipe, word, settings)
     log = TrainingLog(log_dir) if log_dir is not None else None
     watching = [] if log is None else [log]
@@ -118,7 +122,7 @@ def train_concept(
     to_make = settings.prior_images if settings.prior_batch and prior is None else 0
     with reporter(progress, to_make + settings.steps, f"learning {token} {word}") as report:
         if to_make:
-            prior = class_pictures(pipe, word, settings, report, at_once=at_once)
+            prior = class_pictures(pipe, word, settings, report, at_once=at_once, kept=pictures)
         other = prepare(pipe, prior, at_once=at_once) if settings.prior_batch else None
         scenes = None
         if woven is not None:
@@ -157,7 +161,7 @@ def train_concept(
         versions=_versions(),
     )
     if kept and not keep_checkpoint:
-        kept.finish()
+        kept.remove(kept.path)
     return concept
 
 
