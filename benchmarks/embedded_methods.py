@@ -34,6 +34,7 @@ from weaver.embedded import CONCEPTS, concept_hashes, load_pipeline, model_hash
 from weaver.embedded.catalog import concept_images
 from weaver.embedded.identity import score
 from weaver.models import quiet_libraries
+from weaver.pictures import grid
 from weaver.run import run_job
 from weaver.version import __version__
 
@@ -140,19 +141,11 @@ def main() -> None:
     told |= {"versions": {"concept-weaver": __version__, "torch": torch.__version__}, "rows": table}
     for place in [args.out] + [RESULTS] * args.record:
         (place / "embedded_methods.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    _draw(sheet).save(args.out / "methods.png")
+    grid(sheet, 160).save(args.out / "methods.png")
 
 
 def _file(folder: Path, method: str, name: str) -> Path:
     return folder / f"{method.replace(' ', '-').lower()}-{name}.safetensors"
-
-
-def _draw(rows: list[list[Image.Image]], side: int = 160) -> Image.Image:
-    sheet = Image.new("RGB", (side * len(rows[0]), side * len(rows)), "white")
-    for y, pictures in enumerate(rows):
-        for x, picture in enumerate(pictures):
-            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (x * side, y * side))
-    return sheet
 
 
 if __name__ == "__main__":

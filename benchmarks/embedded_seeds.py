@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from weaver.demo import demo_job, with_shipped_concepts
 from weaver.embedded import CONCEPTS, concept_hashes, model_hash
 from weaver.models import quiet_libraries
+from weaver.pictures import grid
 from weaver.run import run_job
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,12 +69,7 @@ def main() -> None:
             "rows": rows,
         }
         (folder / "embedded_seeds.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    side = 192
-    sheet = Image.new("RGB", (side * 2 * 5, side * -(-len(rows) // 5)), "white")
-    for index, picture in enumerate(pictures):
-        cell = picture.resize((side, side), Image.Resampling.BICUBIC)
-        sheet.paste(cell, (index % 10 * side, index // 10 * side))
-    sheet.save(args.out / "seeds.png")
+    grid([pictures[i : i + 10] for i in range(0, len(pictures), 10)], 192).save(args.out / "seeds.png")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
 from weaver.latents import decode_latents, tensor_to_images
 from weaver.layers import EMBEDDED, PAPER, PLUG_AND_PLAY, InjectionSites
+from weaver.pictures import grid
 from weaver.schedule import ddim_scheduler
 
 RESULTS = Path(__file__).parent / "results"
@@ -149,12 +150,7 @@ def main() -> None:
             "rows": rows,
         }
         (folder / "embedded_sites.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    side = 128
-    sheet = Image.new("RGB", (side * len(templates), side * (len(strips) + 1)))
-    for row, pictures in enumerate([[template[0].image for template in templates], *strips]):
-        for column, picture in enumerate(pictures):
-            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (column * side, row * side))
-    sheet.save(args.out / "sites.png")
+    grid([[template[0].image for template in templates], *strips], 128).save(args.out / "sites.png")
 
 
 if __name__ == "__main__":

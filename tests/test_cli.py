@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -287,3 +290,12 @@ def test_a_model_that_is_not_there_is_told_by_its_field(capsys, tmp_path, monkey
     code, out, err = run_cli(capsys, "estimate", path, "--offline")
     assert code == 2 and out == "" and err.count("\n") == 1
     assert f"{path}: model: 'nobody/nothing' can't be loaded; it is not complete in the local cache" in err
+
+
+def test_a_fresh_process_tells_a_mistake_in_one_line():
+    """What the libraries have to say when they are imported stays off the terminal too."""
+    given = [sys.executable, "-m", "weaver", "demo", "--concepts", "bogus"]
+    clean = {key: value for key, value in os.environ.items() if not key.endswith("_VERBOSITY")}
+    ended = subprocess.run(given, env=clean, capture_output=True, text=True)
+    assert ended.returncode == 2 and not ended.stdout
+    assert ended.stderr.startswith("weaver: --concepts: no animal 'bogus' ships") and ended.stderr.count("\n") == 1

@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for library in ("DIFFUSERS", "TRANSFORMERS"):  # read when it is imported, where it has notices already
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     args.stages = Stages()
@@ -215,7 +217,8 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
     )
     for name, scores in run.report["concepts"].items():
         if scores["own"] is not None:
-            print(f"{name:20} own {scores['own']:6.3f}   base {scores['base']:6.3f}   others {scores['others']:6.3f}")
+            told = "   ".join(f"{key} {scores[key]:6.3f}" for key in ("own", "base", "others"))
+            print(f"{name:20} {told}" + "   does not show" * (scores["own"] <= max(scores["base"], scores["others"])))
     if cached := run.report.get("cached"):
         print(f"{' and '.join(cached)} of the template taken from the cache (--cache off computes them)")
     print(f"{run.folder}: sheet.png shows it all ({run.report['total_seconds']:.0f} s)")

@@ -19,6 +19,7 @@ __all__ = [
     "all_or_nothing",
     "check_folder",
     "clashes",
+    "make_folder",
     "whole_file",
     "writing_alone",
     "written_through",
@@ -26,6 +27,14 @@ __all__ = [
 
 LOCK = ".lock"
 PARTIAL = ".partial-"  # of the scratch folders
+
+
+def make_folder(field: str, folder: str | os.PathLike) -> None:
+    """Make a folder that the argument `field` names, unless it is there; raises `WeaverError` where that can't be."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeaverError(f"{field}: {folder} can't be made a folder ({error}): name another") from error
 
 
 def check_folder(folder: Path, results: Iterable[Path]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from weaver.errors import WeaverError
 
-__all__ = ["PictureError", "fit", "open_picture", "open_rgb"]
+__all__ = ["PictureError", "fit", "grid", "open_picture", "open_rgb"]
 
 
 class PictureError(WeaverError):
@@ -44,3 +45,15 @@ def fit(image: Image.Image, size: tuple[int, int], resample=Image.Resampling.LAN
     """Cut a picture about its centre to the shape of `size` (height, width) and resize it, by default by Lanczos."""
     height, width = size
     return image if image.size == (width, height) else ImageOps.fit(image, (width, height), method=resample)
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], side: int | None = None) -> Image.Image:
+    """Pictures of one size in rows, without gaps; with `side` each is resized to a square of so many pixels."""
+    width, height = (side, side) if side else rows[0][0].size
+    sheet = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            if picture.size != (width, height):
+                picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+            sheet.paste(picture, (x * width, y * height))
+    return sheet

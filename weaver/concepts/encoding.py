@@ -115,7 +115,7 @@ def encode_ids(
     vectors : by encoder [V, C], what stands at the token's positions; empty where there is no token
     around : the context in which the encoder of a name runs
     """
-    texts, pooled = [], None
+    texts, pooled, dtype = [], None, list(encoders.values())[-1].dtype
     is_sdxl = "text_encoder_2" in encoders
     for name, encoder in encoders.items():
         with around(name), _embeddings_replaced(encoder, read[name].positions, vectors[name] if vectors else None):
@@ -125,7 +125,7 @@ def encode_ids(
                 pooled = output[0]
             else:
                 texts.append(encoder(read[name].ids, attention_mask=_mask(encoder, read[name]))[0])
-    return Encoding(torch.cat(texts, dim=-1).to(encoder.dtype), pooled)
+    return Encoding(torch.cat(texts, dim=-1).to(dtype), pooled)
 
 
 def _mask(encoder, read: TokenIds) -> torch.Tensor | None:

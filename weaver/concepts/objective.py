@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     ----------
     picks : numbers of the pictures [b]
     t, noise : timesteps [b] and noise [b, C, h, w]
-    share : their part of what the loss counts of all rows of this kind in the step
+    share : of a step's loss for this kind, 0 to 1: by rows, or by the cells that the rows' regions hold
     """
 
     picks: torch.Tensor

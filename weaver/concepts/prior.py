@@ -11,9 +11,9 @@ from weaver.concepts.kept_pictures import KeptPictures
 from weaver.concepts.settings import TrainSettings
 from weaver.errors import WeaverError
 
-__all__ = ["class_pictures"]
+__all__ = ["DRAWN_AT_ONCE", "class_pictures"]
 
-_AT_ONCE = 4  # pictures in one pass of the pipeline
+DRAWN_AT_ONCE = 4  # pictures in one pass of the pipeline
 
 
 def class_pictures(
@@ -36,7 +36,7 @@ def class_pictures(
     caption = f"a {word}"
     shown = dict(getattr(pipe, "_progress_bar_config", {}))
     images, made = kept.load() if kept else ([], 0)
-    at_once = at_once or _AT_ONCE
+    at_once = at_once or DRAWN_AT_ONCE
     pipe.set_progress_bar_config(**shown | {"disable": True})
     try:
         while len(images) < settings.prior_images:

@@ -10,6 +10,9 @@ from weaver.values import is_number, is_whole
 __all__ = ["OPTIMISERS", "TrainSettings"]
 
 OPTIMISERS = ("adamw", "muon")
+_LEAST = dict.fromkeys(("steps", "vectors", "prior_images", "prior_steps", "accumulate"), 1)
+_LEAST |= dict.fromkeys(("rank", "batch", "woven_batch", "prior_batch", "warmup", "views", "seed"), 0)
+_POSITIVE, _NOT_NEGATIVE = ("learning_rate", "token_learning_rate"), ("prior_weight", "prior_guidance")
 
 
 @dataclass(frozen=True)
@@ -92,23 +95,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         reasons = [
             f"{key} is {getattr(self, key)!r}, expected a whole number, {least} or more"
-            for key, least in dict(
-                steps=1,
-                rank=0,
-                batch=0,
-                woven_batch=0,
-                prior_batch=0,
-                vectors=1,
-                warmup=0,
-                views=0,
-                prior_images=1,
-                accumulate=1,
-                prior_steps=1,
-                seed=0,
-            ).items()
+            for key, least in _LEAST.items()
             if not is_whole(getattr(self, key), least)
         ]
-        for key in ("learning_rate", "token_learning_rate"):
+        for key in _POSITIVE:
             value = getattr(self, key)
             if value is not None and not (is_number(value) and value > 0):
                 reasons.append(f"{key} is {value!r}, expected a finite number, more than 0")
@@ -116,7 +106,7 @@ class TrainSettings:
             reasons.append(f"optimiser is {self.optimiser!r}, expected {' or '.join(OPTIMISERS)}")
         if self.batch + self.woven_batch < 1:
             reasons.append("batch and woven_batch are both 0, expected a picture in a step")
-        for key in ("prior_weight", "prior_guidance"):
+        for key in _NOT_NEGATIVE:
             value = getattr(self, key)
             if not (is_number(value) and value >= 0):
                 reasons.append(f"{key} is {value!r}, expected a finite number, 0 or more")

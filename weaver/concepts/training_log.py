@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from weaver.concepts.optimise import Step
 from weaver.errors import WeaverError
+from weaver.folder import make_folder
 
 __all__ = ["TrainingLog"]
 
@@ -27,10 +27,7 @@ class TrainingLog:
             raise WeaverError(
                 f"log_dir: {error}; install it by pip install tensorboard, or train without a log"
             ) from error
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise WeaverError(f"log_dir: {folder} can't be made a folder ({error}): name another") from error
+        make_folder("log_dir", folder)
         self._folder, self._kind, self._writer = folder, SummaryWriter, None
 
     def __enter__(self) -> TrainingLog:

@@ -14,14 +14,14 @@ from PIL import Image
 from weaver.concepts.encoding import Encoding, encode, encode_ids, read_prompts
 from weaver.concepts.learned import Learned
 from weaver.concepts.optimise import Step
+from weaver.concepts.prior import DRAWN_AT_ONCE
 from weaver.conditioning import text_encoders
 from weaver.defaults import defaults_for
 from weaver.errors import WeaverError
-from weaver.folder import whole_file
+from weaver.folder import make_folder, whole_file
+from weaver.pictures import grid
 
 __all__ = ["Validation", "Validator"]
-
-_AT_ONCE = 4  # pictures in one pass of the pipeline
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Validator:
         at_once: int | None = None,
     ):
         self._settings, self._learned, self._steps, self._show = settings, learned, steps, show
-        self._encoders, self._at_once = text_encoders(pipe), at_once or _AT_ONCE
+        self._encoders, self._at_once = text_encoders(pipe), at_once or DRAWN_AT_ONCE
         vectors = len(next(iter(learned.vectors.values())))
         read = read_prompts(pipe, settings.prompts, token, vectors)
         self._read = {name: ids.to(pipe._execution_device) for name, ids in read.items()}
@@ -90,33 +90,28 @@ class Validator:
         self._pipe = copy.copy(pipe)  # its schedule and bar are its own, its modules are shared
         self._pipe.scheduler = copy.deepcopy(pipe.scheduler)
         self._pipe.set_progress_bar_config(disable=True)
-        try:
-            Path(settings.folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise WeaverError(
-                f"validation: {settings.folder} can't be made a folder ({error}): name another"
-            ) from error
+        make_folder("validation", settings.folder)
 
     def __call__(self, step: Step) -> None:
         """Draw, if it is time."""
         if step.done % self._settings.every and step.done != self._steps:
             return
         strips = self._strips()
-        sheet = _joined(strips, down=True)
+        sheet = grid(strips)
         with whole_file(Path(self._settings.folder) / f"step-{step.done:06}.png") as partial:
             sheet.save(partial, format="PNG")
         if self._show:
             for prompt, strip in zip(self._settings.prompts, strips, strict=True):
-                self._show(prompt, strip, step.done)
+                self._show(prompt, grid([strip]), step.done)
 
     @torch.no_grad()
-    def _strips(self) -> list[Image.Image]:
-        """A strip for each prompt. No generator but those made here moves."""
+    def _strips(self) -> list[list[Image.Image]]:
+        """The pictures of each prompt. No generator but those made here moves."""
         device = self._pipe._execution_device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             prompts = encode_ids(self._encoders, self._read, self._learned.vectors)
             rows = (prompts.rows(torch.tensor([number])) for number in range(len(self._settings.prompts)))
-            return [_joined(self._draw(prompt), down=False) for prompt in rows]
+            return [self._draw(prompt) for prompt in rows]
 
     def _draw(self, prompt: Encoding) -> list[Image.Image]:
         settings, images = self._settings, []
@@ -139,13 +134,3 @@ def _arguments(prompt: Encoding, nothing: Encoding, rows: int) -> dict[str, torc
         if encoding.pooled is not None:
             found[f"{name}pooled_prompt_embeds"] = encoding.pooled.expand(rows, -1)
     return found
-
-
-def _joined(images: Sequence[Image.Image], *, down: bool) -> Image.Image:
-    """Pictures of one size below or beside each other."""
-    width, height = images[0].size
-    count = len(images)
-    sheet = Image.new("RGB", (width, height * count) if down else (width * count, height))
-    for number, image in enumerate(images):
-        sheet.paste(image, (0, height * number) if down else (width * number, 0))
-    return sheet

@@ -19,10 +19,11 @@ from weaver.embedded.segmenter import Segmenter
 from weaver.embedded.training.autoencoder import decode_psnr
 from weaver.embedded.training.bank import to_pixels
 from weaver.embedded.training.segmenter import held_out_scenes, segmentation_iou
-from weaver.embedded.world import IMAGE_SIZE, Scene, draw_scene
+from weaver.embedded.world import Scene, draw_scene
 from weaver.features import collect_features, reconstruction_psnr
 from weaver.inversion import invert
 from weaver.layers import InjectionSites
+from weaver.pictures import grid
 
 __all__ = ["GUIDANCE", "Gate", "measure_gates", "sample_sheet", "sample_pictures"]
 
@@ -124,8 +125,5 @@ def sample_sheet(pipe: StableDiffusionPipeline, columns: int = 8, zoom: int = 3)
             names = [f"a {animal}" for animal in (rng.choice(ANIMALS) for _ in range(count))]
             prompts.append(f"{', '.join(names[:-1])} and {names[-1]}, {grounds[index % 4]} background")
     pictures = sample_pictures(pipe, prompts, seed=100)
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * IMAGE_SIZE, rows * IMAGE_SIZE))
-    for index, picture in enumerate(pictures):
-        sheet.paste(picture, (index % columns * IMAGE_SIZE, index // columns * IMAGE_SIZE))
+    sheet = grid([pictures[i : i + columns] for i in range(0, len(pictures), columns)])
     return sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.BICUBIC)
