@@ -1,24 +1,20 @@
 """The paper's equations, written out: what the stock pipeline under `attach` is compared with.
 
-The reference shares nothing with the package: it copies the U-Net, adds each concept's token to copies of tokenizers
-and text encoders, loops over contexts inside each cross-attention, projects each with its own key and value weights,
-runs the output projection of each, fuses after it, applies guidance, and recomputes the source row in the batch of
-every step (rows: source, negative, fused). In float64, where the two differ by rounding only. SDXL's rows have the
-pooled embeddings of the source, the negative and the base prompt, and the same time ids.
+The reference imports nothing of the package (`paper_comparison` holds the two beside each other): it copies the U-Net,
+adds each concept's token to copies of tokenizers and text encoders, loops over contexts inside each cross-attention,
+projects each with its own key and value weights, runs the output projection of each, fuses after it, applies guidance,
+and recomputes the source row in the batch of every step (rows: source, negative, fused). In float64, where the two
+differ by rounding only. SDXL's rows have the pooled embeddings of the source, the negative and the base prompt, and the
+same time ids.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-
-from weaver.features import collect_features
-from weaver.fusion import ConceptUse, FusionPlan, attach
-from weaver.inversion import invert
-from weaver.layers import InjectionSites
 
 STEPS = 5
 WORDS = ("dog", "cat", "fox", "panda")
@@ -227,66 +223,3 @@ class Reference:
                 source = self.ddim(output["source"], t, source)
             z = self.ddim(eps, t, z)
         return z
-
-
-def compare(case, pipe, concepts, templates):
-    masks = masks_of(case)
-    base, own = prompts_of(case)
-    uses = [
-        ConceptUse(
-            concept,
-            strength=case.strengths[i],
-            window=case.windows.get(i, (0.0, 1.0)),
-            scale=case.scale,
-            negative_prompt=case.own_negatives.get(i),
-        )
-        for i, concept in enumerate(concepts[: case.n] + ([concepts[4]] if case.background else []))
-    ]
-    features = None
-    z = torch.randn(1, 4, *(n // 2 for n in case.pixels), generator=torch.Generator().manual_seed(9)).double()
-    if case.sites is not None:
-        inversion = templates(pipe, case.prediction, case.pixels)
-        features, z = collect_features(pipe, inversion, InjectionSites(**asdict(case.sites))), inversion.z_T
-    plan = FusionPlan.build(
-        pipe,
-        uses[: case.n],
-        masks if case.n else None,
-        prompt=base,
-        negative_prompt=case.negative,
-        background=uses[case.n] if case.background else None,
-        suppression=case.lam,
-        guidance=case.omega,
-        features=features,
-        steps=STEPS,
-        height=case.pixels[0],
-        width=case.pixels[1],
-    )
-    assert list(plan.prompts) == [case.negative, base, *own, *case.own_negatives.values()]
-    with attach(pipe, plan):
-        ours = pipe(
-            base,
-            negative_prompt=case.negative,
-            guidance_scale=plan.guidance,
-            num_inference_steps=STEPS,
-            height=case.pixels[0],
-            width=case.pixels[1],
-            latents=z,
-            output_type="latent",
-        ).images
-    with torch.no_grad():
-        theirs = Reference(pipe, case, concepts, masks, source="a dog and a cat" if features else None).run(z)
-    scale = theirs.abs().max()
-    assert (ours - theirs).abs().max() < 1e-10 * scale
-
-
-def make_templates():
-    """Returns a function that inverts one picture for each kind of prediction and each size that is asked for."""
-    made = {}
-
-    def get(pipe, prediction, pixels):
-        if (prediction, pixels) not in made:
-            z = torch.randn(1, 4, *(n // 2 for n in pixels), generator=torch.Generator().manual_seed(5)).double()
-            made[prediction, pixels] = invert(pipe, z, "a dog and a cat", STEPS)
-        return made[prediction, pixels]
-
-    return get

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+from pathlib import Path
 
 import pytest
 from conftest import WORDS_OF_CONCEPTS, make_concept
-from paper_reference import Case, Sites, compare, make_templates
+from paper_comparison import compare, make_templates
+from paper_reference import Case, Sites
 
 BOTH = Sites("both", resnets=(3, 4), attentions=(4, 7, 9), resnet_window=0.8, attention_window=0.4)
 CASES = [
@@ -83,3 +86,10 @@ def test_injection_equals_the_three_row_formulation(sites, prediction, request, 
     suffix = "_v" if prediction == "v_prediction" else ""
     pipe, concepts = request.getfixturevalue(f"tiny_pipe{suffix}"), request.getfixturevalue(f"concepts{suffix}")
     compare(Case(sites.name, 1, prediction, sites=sites, lam=0.2), pipe, concepts, templates)
+
+
+def test_the_reference_imports_nothing_of_the_package():
+    source = (Path(__file__).parent / "paper_reference.py").read_text(encoding="utf-8")
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {node.module if isinstance(node, ast.ImportFrom) else name.name for node in nodes for name in node.names}
+    assert names == {"__future__", "copy", "dataclasses", "torch", "torch.nn.functional"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from conftest import make_concept
-from paper_reference import Case, Sites, compare, make_templates
+from paper_comparison import compare, make_templates
+from paper_reference import Case, Sites
 from tiny_sdxl import make_sdxl
 
 BOTH = Sites("both", resnets=(1,), attentions=(1, 4), resnet_window=0.8, attention_window=0.4)
