@@ -9,7 +9,7 @@ import torch
 from conftest import make_pipeline
 
 from weaver import ConceptUse, WeaverError, weave
-from weaver.compiled import compile_parts, hooks_run, is_compiled
+from weaver.compiled import compile_whole, hooks_run, is_compiled
 from weaver.concepts.encoding import encode
 from weaver.concepts.training_state import added
 from weaver.fusion import FusionPlan, attach
@@ -99,13 +99,13 @@ def test_an_encoder_that_is_compiled_hears_of_a_concept_s_vectors(tiny_pipe, con
     assert torch.equal(encode(pipe, prompt, concepts[0])[0], expected[0])
 
 
-def test_parts_are_compiled_but_for_the_sites_or_it_is_told_that_there_are_none(tiny_pipe):
-    unet = copy.deepcopy(tiny_pipe.unet)
-    compile_parts(unet, PAPER, backend="eager")
-    compiled = {path for path, part in unet.named_modules() if is_compiled(part)}
-    assert len(compiled) > 20 and not {path.rpartition(".")[0] for path in PAPER.resnet_modules()} & compiled
-    with pytest.raises(WeaverError, match="A CLIPTextModel has no part to compile .*: pass the pipeline's U-Net"):
-        compile_parts(tiny_pipe.text_encoder)
+def test_each_forward_compiled_as_a_whole_has_variants_of_its_own():
+    """Eight of one code object are the limit, and all closures of one place share it."""
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for number in range(4):
+            twice = compile_whole(lambda x, number=number: x * number, backend="eager")
+            for size in (2, 3):
+                assert torch.equal(twice(torch.ones(size)), torch.full((size,), float(number)))
 
 
 def test_nothing_compiled_nothing_changed(tiny_pipe):

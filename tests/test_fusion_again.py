@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import make_concept
 
-from weaver import WeaverError, compile_parts
-from weaver.compiled import is_compiled
+from weaver import WeaverError
+from weaver.compiled import compile_whole
 from weaver.features import collect_features
 from weaver.fusion import ConceptUse, FusionPlan, FusionSampler, sample_fusion, stack_plans
 from weaver.inversion import invert
@@ -60,6 +60,9 @@ class Eager:
 
     def __init__(self):
         self.places = {}
+
+    def best(self, forward):
+        return forward
 
     def run(self, kind, call, written):
         places = tuple(tensor.data_ptr() for tensor in written)
@@ -193,27 +196,57 @@ def test_graphs_need_a_gpu(tiny_pipe, plans):
         FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), plans[0], graphs=True)
 
 
+@pytest.fixture
+def forget():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @torch._dynamo.config.patch(recompile_limit=32)  # sizes of layers, times whether they are injected into
-@pytest.mark.parametrize("parts", [False, True], ids=["repeated-blocks", "parts"])
-def test_what_may_be_compiled_compiles_in_one_graph_and_not_again_for_other_plans(tiny_pipe, plans, parts):
+def test_repeated_blocks_compile_in_one_graph_and_not_again_for_other_plans(tiny_pipe, plans, forget):
     """Steps in and past the windows, other contexts and other masks; recompiling fails."""
     compiled = copy.deepcopy(tiny_pipe.unet)
-    if parts:
-        compile_parts(compiled, SITES, dynamic=None, backend="eager")
-        assert not is_compiled(compiled.up_blocks[1].resnets[0]) and is_compiled(compiled.up_blocks[1].resnets[2])
-    else:
-        compiled.compile_repeated_blocks(fullgraph=True, backend="eager")
+    compiled.compile_repeated_blocks(fullgraph=True, backend="eager")
 
     def draw(unet, plan):
         return sample_fusion(unet, plan.features.z_T, ddim_scheduler(tiny_pipe.scheduler), plan)
 
-    torch.compiler.reset()
     first, second, third = plans
-    try:
-        assert torch.equal(draw(compiled, second), draw(tiny_pipe.unet, second))
-        assert torch.equal(draw(compiled, first), draw(tiny_pipe.unet, first))  # of fewer contexts: sizes may vary now
-        with torch.compiler.set_stance("fail_on_recompile"):
-            for plan in (third, second):
-                assert torch.equal(draw(compiled, plan), draw(tiny_pipe.unet, plan))
-    finally:
-        torch.compiler.reset()
+    assert torch.equal(draw(compiled, second), draw(tiny_pipe.unet, second))
+    assert torch.equal(draw(compiled, first), draw(tiny_pipe.unet, first))  # of fewer contexts: sizes may vary now
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for plan in (third, second):
+            assert torch.equal(draw(compiled, plan), draw(tiny_pipe.unet, plan))
+
+
+class Compiling(Eager):
+    """The same, compiled as a whole, into what PyTorch runs as it is."""
+
+    def best(self, forward):
+        return compile_whole(forward, backend="eager")
+
+
+def test_the_whole_unet_compiles_with_all_a_plan_adds_once_for_each_set_of_sites(tiny_pipe, plans, forget):
+    graphs = torch._dynamo.utils.counters["stats"]
+    expected = [alone(tiny_pipe, plan) for plan in plans]
+    sampler = FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), plans[0], capacity=2)
+    sampler._graphs, before = Compiling(), graphs["unique_graphs"]
+    with sampler:
+        for i in (0, 1, 2, 1, 0):
+            found = sampler(plans[i].features.z_T, plans[i])
+            torch.testing.assert_close(found, expected[i], rtol=1e-9, atol=1e-9)
+            assert graphs["unique_graphs"] - before == 3  # ResNets and attention injected into, ResNets, nothing
+    assert len(sampler._graphs.places) == 3
+
+
+def test_the_whole_unet_compiles_with_projections_of_a_concept_s_own(tiny_pipe, masks, forget):
+    every = ("to_k", "to_v", "to_q", "to_out.0", "to_out.0.bias")
+    use = ConceptUse(make_concept(tiny_pipe, 1, "dog", changed=every))
+    plan = FusionPlan.build(tiny_pipe, [use], masks[:1], prompt=PROMPT, suppression=0.1, steps=2)
+    z, scheduler = torch.ones(1, 4, 16, 16).double(), ddim_scheduler(tiny_pipe.scheduler)
+    expected = sample_fusion(tiny_pipe.unet, z, scheduler, plan)
+    sampler = FusionSampler(tiny_pipe.unet, scheduler, plan)
+    sampler._graphs = Compiling()
+    with sampler:
+        torch.testing.assert_close(sampler(z), expected, rtol=1e-9, atol=1e-9)

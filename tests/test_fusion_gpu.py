@@ -13,7 +13,7 @@ from diffusers import (
 )
 from pipeline_forms import controlnet_of, draw, make
 
-from weaver import attach, compile_parts, weave
+from weaver import attach, weave
 from weaver.features import collect_features
 from weaver.fusion import ConceptUse, FusionPlan, FusionSampler, sample_fusion
 from weaver.graphs import CUDAGraphs
@@ -212,17 +212,35 @@ def test_weave_by_graphs(pipe, replays):
 
 
 @torch._dynamo.config.patch(recompile_limit=64)
-@pytest.mark.parametrize("parts", [False, True], ids=["repeated-blocks", "parts"])
-def test_compiled_fusion_in_graphs(pipe, plans, replays, parts):
+def test_repeated_blocks_compiled(pipe, plans, replays):
     _, (first, _) = plans
     scheduler = ddim_scheduler(pipe.scheduler)
     expected = sample_fusion(pipe.unet, first.features.z_T, scheduler, first)
     compiled = make_pipeline(dtype=torch.float32).to("cuda")
-    if parts:
-        compiled.unet.to(memory_format=torch.channels_last)
-        compile_parts(compiled.unet, SITES)
-    else:
-        compiled.unet.compile_repeated_blocks(fullgraph=True)
+    compiled.unet.compile_repeated_blocks(fullgraph=True)
     for graphs in (False, True):
         close(sample_fusion(compiled.unet, first.features.z_T, scheduler, first, graphs=graphs), expected)
     assert len(replays) == STEPS
+
+
+def test_the_whole_unet_compiled_and_captured(pipe, plans, replays):
+    """Inversion, features, fusion of one plan and the next, and an attached pipeline."""
+    inversion, (first, second) = plans
+    graphs, scheduler = CUDAGraphs(compiled=True), ddim_scheduler(pipe.scheduler)
+    found = invert(pipe, inversion.z_0, PROMPT, STEPS, graphs=graphs)
+    close(found.z_T, inversion.z_T)
+    features = collect_features(pipe, inversion, SITES, graphs=graphs)
+    for ours, theirs in zip(features.tensors, first.features.tensors, strict=True):
+        assert ours.keys() == theirs.keys()
+        for path, tensor in ours.items():
+            close(tensor, theirs[path])
+    expected = [sample_fusion(pipe.unet, plan.features.z_T, scheduler, plan) for plan in (first, second)]
+    with FusionSampler(pipe.unet, scheduler, first, capacity=2, graphs=CUDAGraphs(compiled=True)) as sampler:
+        for plan, picture in zip((first, second, first), (*expected, expected[0]), strict=True):
+            close(sampler(plan.features.z_T, plan), picture)
+    used = make(type(pipe), pipe, requires_safety_checker=False)
+    used.scheduler = scheduler
+    arguments = first.pipeline_arguments() | {"latents": first.features.z_T, "output_type": "latent"}
+    with attach(used, first, graphs=CUDAGraphs(compiled=True)):
+        for _ in range(2):
+            close(used(**arguments).images, expected[0])

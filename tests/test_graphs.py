@@ -5,13 +5,16 @@ There is no GPU: in the place of a graph stands a call of the function with the 
 
 from __future__ import annotations
 
+import copy
 import sys
+from functools import partial
 
 import pytest
 import torch
 from pipeline_forms import make
 
-from weaver import InjectionSites, WeaverError, collect_features, ddim_scheduler, invert, weave
+from weaver import InjectionSites, WeaverError, collect_features, ddim_scheduler, invert, replay, weave
+from weaver.compiled import hook_paths
 from weaver.fusion import ConceptUse, FusionPlan, attach
 from weaver.graphs import CapturedForward, CUDAGraphs, captured, graph_reasons, uncaptured
 from weaver.replay import forward_until
@@ -24,8 +27,8 @@ class Held(CUDAGraphs):
 
     device_type = "cpu"
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **options):
+        super().__init__(**options)
         self.held = {}
 
     def run(self, kind, call, written):
@@ -140,7 +143,7 @@ def attached(monkeypatch, tiny_pipe):
     made = []
     module = sys.modules["weaver.fusion.attach"]
     monkeypatch.setattr(module, "graph_reasons", lambda *_: [])
-    monkeypatch.setattr(module, "CUDAGraphs", lambda: made.append(Held()) or made[-1])
+    monkeypatch.setattr(module, "graphs_for", lambda graphs: (made.append(Held()) or made[-1]) if graphs else None)
     return made
 
 
@@ -182,8 +185,10 @@ def test_features_under_attached_graphs_in_inference_mode_and_out_of_it(tiny_pip
 
 
 @torch.no_grad()
-def test_features_by_graphs_are_those_of_the_forward(tiny_pipe):
-    unet, graphs = tiny_pipe.unet, Held()
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_features_by_graphs_are_those_of_the_forward(tiny_pipe, compiled, monkeypatch):
+    monkeypatch.setattr(replay, "compile_whole", partial(replay.compile_whole, backend="eager"))
+    unet, graphs = tiny_pipe.unet, Held(compiled=compiled)
     arguments = {"encoder_hidden_states": torch.randn(1, 12, unet.config.cross_attention_dim).double()}
     for whole in (False, True):
         for seed in range(2):
@@ -196,6 +201,24 @@ def test_features_by_graphs_are_those_of_the_forward(tiny_pipe):
     assert len(graphs.held) == 2
     kept = forward_until(*given, graphs=graphs, keep=lambda x: x[:, :1])[0]
     assert kept[PATH].shape[1] == 1
+    assert not hook_paths(unet)
+    torch.compiler.reset()
+
+
+def test_a_forward_is_compiled_as_a_whole_before_it_is_captured_or_not_where_parts_are(tiny_pipe, monkeypatch):
+    forwards = []
+    monkeypatch.setattr("weaver.graphs.compile_whole", lambda forward: forwards.append(forward) or forward)
+    z, t = torch.zeros(1, 4, 16, 16).double(), torch.tensor(7)
+    unet, graphs = copy.deepcopy(tiny_pipe.unet), Held(compiled=True)
+    arguments = t, torch.zeros(1, 12, unet.config.cross_attention_dim).double()
+    expected = unet(z, *arguments).sample
+    for _ in range(2):
+        with torch.no_grad(), captured(unet, graphs):
+            assert torch.equal(unet(z, *arguments).sample, expected)
+    assert len(forwards) == 2 and len(graphs.held) == 1
+    unet.compile_repeated_blocks(backend="eager")
+    assert graph_reasons(unet, Held()) == []
+    assert "parts of it are compiled already" in graph_reasons(unet, graphs)[0]
 
 
 @pytest.mark.parametrize("path", ["", PATH, "mid_block.attentions.0.transformer_blocks.0.attn2"], ids=str)

@@ -29,7 +29,6 @@ _LAZY = {
     "Validation": "concepts.validation",
     "attach": "fusion.attach",
     "collect_features": "features",
-    "compile_parts": "compiled",
     "compose_masks": "masks.compose",
     "ddim_scheduler": "schedule",
     "invert": "inversion",

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
 
 import torch
 from torch import nn
 
-from weaver.errors import WeaverError
-from weaver.layers import InjectionSites, sites_for
-
-__all__ = ["compile_parts", "hook_paths", "hooks_run", "is_compiled"]
-
-_PARTS = ("Transformer2DModel", "ResnetBlock2D", "Upsample2D", "Downsample2D")
+__all__ = ["compile_whole", "hook_paths", "hooks_run", "is_compiled"]
 
 
-def compile_parts(unet: nn.Module, sites: InjectionSites | None = None, **options) -> None:
-    """Compile a U-Net part by part, in place, as far as fusion lets it: what has hooks then stays as it is.
+def compile_whole(forward: Callable, **options) -> Callable:
+    """A U-Net's forward compiled as one graph, with all hooks and processors that it has when it is first called.
 
-    More of it than `unet.compile_repeated_blocks()` has, since ResNets are among the parts, and in minutes rather than
-    seconds. Each size of layer is a variant: `torch._dynamo.config.recompile_limit` must be as high, 64 is.
+    Each set of injected sites and each shape of batch is a variant, minutes the first time. They are this function's
+    own: another one of the same forward starts anew.
 
     Parameters
     ----------
-    sites : into which layers features are injected later; None is the model's default
+    forward : from tensors to tensors; what else it depends on is settled when a variant is compiled, or guarded
     options : of `torch.compile`, besides `fullgraph=True, dynamic=False`
-
-    Raises `WeaverError` where there is no such part, and where no sites are known for the U-Net and none are given.
     """
-    parts = {path: part for path, part in unet.named_modules() if type(part).__name__ in _PARTS}
-    if not parts:
-        kinds = ", ".join(_PARTS)
-        raise WeaverError(f"A {type(unet).__name__} has no part to compile (a {kinds}): pass the pipeline's U-Net")
-    sites = sites_for(unet) if sites is None else sites
-    hooked = {path.rpartition(".")[0] for path in sites.resnet_modules()}
-    for path, part in parts.items():
-        if path not in hooked:
-            part.compile(**{"fullgraph": True, "dynamic": False} | options)
+
+    def call(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    # torch.compile keeps variants, and their limit of eight, by the code object, which all closures made here share
+    own = FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
+    return torch.compile(own, **{"fullgraph": True, "dynamic": False} | options)
 
 
 def hook_paths(module: nn.Module) -> list[str]:

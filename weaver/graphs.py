@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from weaver.compiled import hook_paths
+from weaver.compiled import compile_whole, hook_paths, is_compiled
 from weaver.errors import WeaverError
 from weaver.memory.resting import hooked
 
-__all__ = ["CapturedForward", "CUDAGraphs", "captured", "graph_reasons", "lasting", "uncaptured"]
+__all__ = ["CapturedForward", "CUDAGraphs", "captured", "graph_reasons", "graphs_for", "lasting", "uncaptured"]
 
 # What of a module its forward depends on besides its weights: PEFT's adapters and diffusers' FreeU.
 _SWITCHES = ("scaling", "active_adapters", "disable_adapters", "merged", "s1", "s2", "b1", "b2")
@@ -30,6 +30,8 @@ def graph_reasons(unet, graphs) -> list[str]:
         return [f"graphs is a {type(graphs).__name__}, expected True or a weaver.graphs.CUDAGraphs"]
     if unet.device.type != (graphs.device_type if isinstance(graphs, CUDAGraphs) else CUDAGraphs.device_type):
         return [f"graphs need a CUDA device, the U-Net is on {unet.device}"]
+    if getattr(graphs, "compiled", False) and any(map(is_compiled, unet.modules())):
+        return ["graphs that compile the U-Net as a whole can't be had where parts of it are compiled already"]
     if hooked(unet):
         return ["graphs can't be had of a U-Net whose modules are hooked into (offload, caching): remove the hooks"]
     if paths := hook_paths(unet):
@@ -44,11 +46,15 @@ class CUDAGraphs:
 
     What a call reads besides the tensors it is given, weights above all, must stay where it is. What is on the host is
     settled when a call is captured. Under autocast, which makes tensors that go with it, nothing is replayed.
+
+    compiled : compile a U-Net's forward as a whole before it is captured, with what is hooked into it: minutes for each
+        kind of call, and a third off each step after that, for what is drawn again and again
     """
 
     device_type = "cuda"
 
-    def __init__(self):
+    def __init__(self, compiled: bool = False):
+        self.compiled = compiled
         self._follows: tuple = (lambda: None, None)
         self._device: torch.device | None = None
         self.clear()
@@ -72,6 +78,10 @@ class CUDAGraphs:
         if self._follows[0]() is not unet or self._follows[1] != mark:
             self.clear()
             self._follows = (weakref.ref(unet), mark)
+
+    def best(self, forward: Callable) -> Callable:
+        """What is to be captured of a forward: itself, or it compiled."""
+        return compile_whole(forward) if self.compiled else forward
 
     def run(self, kind: Hashable, call: Callable[[], None], written: Sequence[torch.Tensor]) -> None:
         """Replay the graph of this kind of call, captured at its first one; `written` are the tensors it writes to.
@@ -133,11 +143,21 @@ class CUDAGraphs:
         return graph
 
 
+def graphs_for(graphs: CUDAGraphs | bool | None) -> CUDAGraphs | None:
+    """Empty graphs: those given, new ones for True, none for False or None."""
+    if not graphs:
+        return None
+    found = graphs if isinstance(graphs, CUDAGraphs) else CUDAGraphs()
+    found.clear()
+    return found
+
+
 class CapturedForward:
     """In the place of a U-Net's `forward`; `kind` says what else than its arguments a call depends on."""
 
     def __init__(self, forward: Callable, graphs: CUDAGraphs, kind: Callable[[], Hashable]):
         self._forward, self._graphs, self._kind = forward, graphs, kind
+        self._captured = graphs.best(forward)
         self.eager = False
 
     def __call__(self, sample: torch.Tensor, timestep, *args, **kwargs):
@@ -145,7 +165,7 @@ class CapturedForward:
         if self.eager or elsewhere or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
             return self._forward(sample, timestep, *args, **kwargs)
         timestep = torch.as_tensor(timestep, device=sample.device)  # a number would be one graph for each
-        return self._graphs.call(self._kind(), self._forward, sample, timestep, *args, **kwargs)
+        return self._graphs.call(self._kind(), self._captured, sample, timestep, *args, **kwargs)
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch
 
-from weaver.compiled import hooks_run
+from weaver.compiled import compile_whole, hooks_run
 from weaver.errors import raise_if
 from weaver.graphs import CUDAGraphs, uncaptured
 
@@ -48,7 +48,8 @@ def forward_until(
     if graphs is None:
         found, output = _forward(unet, wanted, whole, z, t, arguments, keep)
     else:
-        found, output = graphs.call((wanted, whole), partial(_forward, unet, wanted, whole), z, t, arguments)
+        forward = _Compiled(unet, wanted, whole) if graphs.compiled else partial(_forward, unet, wanted, whole)
+        found, output = graphs.call((wanted, whole), forward, z, t, arguments)
         found = found if keep is None else {path: keep(x) for path, x in found.items()}
     missing = [path for path in wanted if path not in found]
     raise_if(
@@ -61,21 +62,47 @@ def forward_until(
 def _forward(unet, wanted: Sequence[str], whole: bool, z, t, arguments: dict, keep: Callable | None = None):
     found, output = {}, None
 
-    def take(path: str):
-        def hook(module, args, output):
-            found[path] = output if keep is None else keep(output)
-            if not whole and len(found) == len(wanted):
-                raise _AllFound
+    def take(path: str, output: torch.Tensor) -> None:
+        found[path] = output if keep is None else keep(output)
+        if not whole and len(found) == len(wanted):
+            raise _AllFound
 
-        return hook
-
-    with ExitStack() as hooks:
-        hooks.enter_context(uncaptured(unet))
-        hooks.enter_context(hooks_run(unet) if wanted else nullcontext())
-        for path in wanted:
-            hooks.callback(unet.get_submodule(path).register_forward_hook(take(path)).remove)
+    with uncaptured(unet), hooks_run(unet) if wanted else nullcontext(), _hooked(unet, wanted, take):
         try:
             output = unet(z, t, **arguments, return_dict=False)[0]
         except _AllFound:
             pass
     return found, output
+
+
+class _Compiled:
+    """The same, compiled when it is first called. What is not asked for is not computed, so nothing has to be cut."""
+
+    def __init__(self, unet, wanted: Sequence[str], whole: bool):
+        self._unet, self._wanted, self._whole = unet, wanted, whole
+        self._found: dict[str, torch.Tensor] = {}
+        self._forward: Callable | None = None
+
+    def __call__(self, z, t, arguments: dict):
+        self._forward = self._forward or compile_whole(self._take)
+        with uncaptured(self._unet), _hooked(self._unet, self._wanted, self._found.__setitem__):
+            return self._forward(z, t, arguments)
+
+    def _take(self, z, t, arguments: dict):
+        output = self._unet(z, t, **arguments, return_dict=False)[0]
+        found = dict(self._found)
+        self._found.clear()
+        return found, output if self._whole else None
+
+
+@contextmanager
+def _hooked(unet, paths: Iterable[str], take: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Within the block each module at a path hands its output to `take`."""
+
+    def handing(path: str):
+        return lambda module, args, output: take(path, output)
+
+    with ExitStack() as hooks:
+        for path in paths:
+            hooks.callback(unet.get_submodule(path).register_forward_hook(handing(path)).remove)
+        yield

@@ -18,7 +18,7 @@ from weaver.fusion.processors import FusedCrossAttnProcessor, InjectedSelfAttnPr
 from weaver.fusion.rows import FUSED, row_reasons
 from weaver.fusion.state import FusionState
 from weaver.fusion.support import processor_reasons, unet_reasons
-from weaver.graphs import CUDAGraphs, captured, graph_reasons
+from weaver.graphs import CUDAGraphs, captured, graph_reasons, graphs_for
 from weaver.layers import InjectionSites, cross_attention_paths
 
 __all__ = ["attach", "installable_reasons"]
@@ -44,7 +44,11 @@ _PIPELINES = (
 
 @contextmanager
 def attach(
-    target, plan: FusionPlan, *, rows: Sequence[str | tuple[str, int]] | None = None, graphs: bool = False
+    target,
+    plan: FusionPlan,
+    *,
+    rows: Sequence[str | tuple[str, int]] | None = None,
+    graphs: CUDAGraphs | bool = False,
 ) -> Iterator[FusionState]:
     """Within the `with` block, `target` draws the plan's fusion. Afterwards it is as it was, bit for bit.
 
@@ -57,7 +61,8 @@ def attach(
         the number of its own, as ("fused", 2). A loop of one's own also calls `set_step(step, timesteps)` on what this
         yields, before each forward, and runs under `torch.no_grad()`
     graphs : replay the U-Net's forwards from CUDA graphs, one for each shape of batch and set of injected sites,
-        captured when first met. Meanwhile the U-Net's adapters, processors and place must stay as they are
+        captured when first met. Meanwhile the U-Net's adapters, processors and place must stay as they are. A
+        `weaver.graphs.CUDAGraphs` is cleared first
 
     Guidance is the pipeline's: `eps = omega eps_fused + (1 - omega) eps_negative` (Concept Weaver, section 3.5), and
     without guidance there is no negative row. Several images a prompt each get the plan, and a plan of several variants
@@ -74,7 +79,8 @@ def attach(
     unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
     pipe = None if unet is target else target
     raise_if(_reasons(unet, pipe, plan, rows) + graph_reasons(unet, graphs), "Cannot attach the plan")
-    state = FusionState(plan, pipe, rows, held=graphs)
+    captures = graphs_for(graphs)
+    state = FusionState(plan, pipe, rows, held=captures is not None)
     with ExitStack() as undo:
         undo.callback(state.installed.clear)  # processors know the state: what it holds is freed with it, at once
         undo.callback(unet.register_forward_pre_hook(state.before_forward, with_kwargs=True).remove)
@@ -87,7 +93,7 @@ def attach(
             for first, last in zip(sites.resnet_inputs(), sites.resnet_modules(), strict=True):
                 undo.callback(unet.get_submodule(first).register_forward_pre_hook(_skip(state, last)).remove)
                 undo.callback(unet.get_submodule(last).register_forward_hook(_inject(state, last)).remove)
-        undo.enter_context(captured(unet, CUDAGraphs() if graphs else None, lambda: state.kind))
+        undo.enter_context(captured(unet, captures, lambda: state.kind))
         yield state
 
 
@@ -162,7 +168,7 @@ def _compile_reasons(unet: nn.Module, plan: FusionPlan) -> list[str]:
         parts += [".".join(names[:i]) for i in range(1, len(names) + 1)]
     return [
         f"{part or 'the U-Net'} is compiled, which leaves out what a plan adds: compile no more than its "
-        "repeated blocks, by unet.compile_repeated_blocks(), or parts, by weaver.compile_parts(unet, sites)"
+        "repeated blocks, by unet.compile_repeated_blocks(), or have CUDAGraphs(compiled=True) compile all of it"
         for part in dict.fromkeys(parts)
         if is_compiled(unet.get_submodule(part))
     ]

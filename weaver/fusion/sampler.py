@@ -23,7 +23,7 @@ from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.rows import KINDS, picture_rows
 from weaver.fusion.state import FusionState
-from weaver.graphs import CUDAGraphs, graph_reasons, lasting
+from weaver.graphs import CUDAGraphs, graph_reasons, graphs_for, lasting
 
 __all__ = ["FusionSampler", "sample_fusion"]
 
@@ -79,7 +79,7 @@ class FusionSampler:
     capacity : the most concepts, the background among them, and the most negative prompts of their own that later plans
         have in each variant; None is what `plan` has
     graphs : capture the steps in CUDA graphs, one for each set of injected sites: the host then only copies features
-        and weights between them. A `weaver.graphs.CUDAGraphs` is cleared first
+        and weights between them. A `weaver.graphs.CUDAGraphs`, which may also compile, is cleared first
 
     Where a concept changes `to_q` or `to_out`, only plans that have the same such concepts in the same places take
     turns, and with graphs none do. Raises `WeaverError` where graphs can't be had, and for numbers that can't be.
@@ -109,9 +109,7 @@ class FusionSampler:
         self._draws = "generator" in inspect.signature(scheduler.step).parameters
         self._guided = plan.guidance > 1
         self._rows = picture_rows(self._pictures, plan.variants, self._guided)
-        self._graphs = (graphs if isinstance(graphs, CUDAGraphs) else CUDAGraphs()) if graphs else None
-        if self._graphs is not None:
-            self._graphs.clear()
+        self._graphs = graphs_for(graphs)
         self._state: FusionState | None = None
         self._undo = ExitStack()
 
@@ -121,6 +119,7 @@ class FusionSampler:
             state = undo.enter_context(attach(self._unet, self._plan, rows=rows))
             state.lead(self._capacity, held=self._graphs is not None)
             self._hold(self._plan)
+            self._forward = self._unet if self._graphs is None else self._graphs.best(self._unet.forward)
             self._state, self._undo = state, undo.pop_all()
         return self
 
@@ -179,7 +178,7 @@ class FusionSampler:
         batch = torch.cat([z, z]) if guided else z
         if self._ddim is None:
             batch = self._scheduler.scale_model_input(batch, self._t)
-        output = self._unet(batch, self._t, **self._arguments, return_dict=False)[0]
+        output = self._forward(batch, self._t, **self._arguments, return_dict=False)[0]
         if guided:
             negative, fused = output.chunk(2)
             output = negative + self._omega * (fused - negative)
