@@ -20,6 +20,7 @@ from weaver.graphs import CapturedForward, CUDAGraphs, captured, graph_reasons, 
 from weaver.replay import forward_until
 
 PATH = "up_blocks.1.resnets.0.conv2"
+SITES = InjectionSites("some", resnets=(3,), attentions=(4,), resnet_window=1.0, attention_window=0.5)
 
 
 class Held(CUDAGraphs):
@@ -182,6 +183,33 @@ def test_features_under_attached_graphs_in_inference_mode_and_out_of_it(tiny_pip
                 found = pipe(**plan.pipeline_arguments(), output_type="latent").images
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert len(attached[0].held) == 3
+
+
+def test_weave_keeps_its_graphs_from_one_call_to_the_next(tiny_pipe, concepts, monkeypatch):
+    """Other concepts, masks, prompts, omegas and seeds take turns in them; more concepts do not."""
+    monkeypatch.setattr(Held, "clear", lambda self: setattr(self, "held", {}) or CUDAGraphs.clear(self))
+    dog, cat, _, _, mountain = concepts
+    masks = torch.zeros(2, 32, 32)
+    masks[0, 8:, :16] = masks[1, :20, 16:] = 1
+    options = {"masks": masks, "steps": 2, "template_steps": 2, "sites": SITES}
+    turns = [
+        {"prompt": "a dog and a cat, mountain", "concepts": [dog, cat]},
+        {"prompt": "a cat and a dog, mountain", "concepts": [cat, dog], "masks": masks.flip(-1), "guidance": 3.0},
+        {"prompt": "a dog, mountain", "concepts": [dog], "masks": masks[:1], "seed": 3},
+    ]
+    graphs, samplers, sizes = Held(), [], []
+    for turn in turns:
+        expected = weave(tiny_pipe, **options | turn)
+        found = weave(tiny_pipe, **options | turn, graphs=graphs)
+        assert found.image.tobytes() == expected.image.tobytes()
+        samplers.append(graphs.sampler)
+        sizes.append((len(graphs.held), len(graphs.sampler._graphs.held)))
+        assert not any(hook_paths(tiny_pipe.unet)) and "forward" not in vars(tiny_pipe.unet)
+    assert len(set(map(id, samplers))) == 1 and len(set(sizes)) == 1 and min(sizes[0]) > 0
+    weave(tiny_pipe, **options | turns[0], background=mountain, graphs=graphs)
+    assert graphs.sampler is not samplers[0]
+    graphs.clear()
+    assert graphs.sampler is None
 
 
 @torch.no_grad()

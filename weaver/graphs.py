@@ -64,6 +64,7 @@ class CUDAGraphs:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._calls: dict[Hashable, tuple[list[torch.Tensor], list]] = {}
         self._pool = None
+        self.sampler = None  # a FusionSampler with graphs of its own, which `weave` keeps from one call to the next
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -78,6 +79,10 @@ class CUDAGraphs:
         if self._follows[0]() is not unet or self._follows[1] != mark:
             self.clear()
             self._follows = (weakref.ref(unet), mark)
+
+    def another(self) -> CUDAGraphs:
+        """Others of this kind, without any graph yet."""
+        return type(self)(compiled=self.compiled)
 
     def best(self, forward: Callable) -> Callable:
         """What is to be captured of a forward: itself, or it compiled."""

@@ -22,7 +22,7 @@ from weaver.features import collect_features, reconstruction_psnr
 from weaver.fusion.contexts import ConceptUse, as_use, encode_contexts
 from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
-from weaver.fusion.sampler import sample_fusion
+from weaver.fusion.sampler import sampler_for
 from weaver.fusion.support import model_reasons
 from weaver.graphs import CUDAGraphs, graph_reasons
 from weaver.inversion import invert
@@ -147,7 +147,8 @@ def weave(
     cache : where the template's inversion is looked for, and kept; None keeps nothing
     memory : what is kept off the device to save its memory; None keeps everything there
     graphs : replay every stage's steps from CUDA graphs, which take the memory of a step's activations; a
-        `weaver.graphs.CUDAGraphs` keeps those of template, inversion and features for later calls with this pipeline
+        `weaver.graphs.CUDAGraphs` keeps them for later calls with this pipeline, whose fusions may have other concepts,
+        as many or fewer, and other masks
     stages : takes the seconds and shows progress; None shows nothing
 
     Raises `WeaverError` when anything does not fit.
@@ -236,8 +237,8 @@ def weave(
         )
         scheduler = ddim_scheduler(pipe.scheduler)
         noise = torch.Generator().manual_seed((seed + _OTHER_NOISE) % 2**63)  # on the CPU: the same on every device
-        options = {"eta": eta, "generator": noise, "graphs": graphs is not False}
-        z = sample_fusion(pipe.unet, found.z_T, scheduler, plan, **options, progress=move)
+        with sampler_for(pipe.unet, scheduler, plan, eta, graphs or False) as sampler:
+            z = sampler(found.z_T, generator=noise, progress=move)
         image = tensor_to_images(decode_latents(pipe.vae, z))[0]
     settings = {
         "size": [size[1], size[0]],

@@ -21,7 +21,7 @@ from weaver.fusion.support import processor_reasons, unet_reasons
 from weaver.graphs import CUDAGraphs, captured, graph_reasons, graphs_for
 from weaver.layers import InjectionSites, cross_attention_paths
 
-__all__ = ["attach", "installable_reasons"]
+__all__ = ["attach", "attach_reasons", "installable_reasons", "installed"]
 
 _SAME_KEYS = 0.02  # but for rounding, in 16 bits too
 _OWN = (FusedCrossAttnProcessor, InjectedSelfAttnProcessor)
@@ -78,23 +78,30 @@ def attach(
     raise_if(plan_reasons(plan), "Cannot attach the plan")
     unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
     pipe = None if unet is target else target
-    raise_if(_reasons(unet, pipe, plan, rows) + graph_reasons(unet, graphs), "Cannot attach the plan")
+    raise_if(attach_reasons(unet, pipe, plan, rows) + graph_reasons(unet, graphs), "Cannot attach the plan")
     captures = graphs_for(graphs)
     state = FusionState(plan, pipe, rows, held=captures is not None)
+    with installed(unet, state), captured(unet, captures, lambda: state.kind):
+        yield state
+
+
+@contextmanager
+def installed(unet: nn.Module, state: FusionState) -> Iterator[None]:
+    """Within the block the U-Net's processors and hooks are those of the state, which may be put there again later."""
+    features = state.plan.features
     with ExitStack() as undo:
         undo.callback(state.installed.clear)  # processors know the state: what it holds is freed with it, at once
         undo.callback(unet.register_forward_pre_hook(state.before_forward, with_kwargs=True).remove)
-        for path in plan.keys_values:
+        for path in state.context_reads:
             _install(state, unet, path, partial(FusedCrossAttnProcessor, state, state.context_reads[path]), undo)
-        if plan.features is not None:
-            for path in plan.features.sites.attention_modules(unet):
+        if features is not None:
+            for path in features.sites.attention_modules(unet):
                 _install(state, unet, path, partial(InjectedSelfAttnProcessor, state.feature_reads(path)), undo)
-            sites = plan.features.sites
-            for first, last in zip(sites.resnet_inputs(), sites.resnet_modules(), strict=True):
+            ends = features.sites.resnet_inputs(), features.sites.resnet_modules()
+            for first, last in zip(*ends, strict=True):
                 undo.callback(unet.get_submodule(first).register_forward_pre_hook(_skip(state, last)).remove)
                 undo.callback(unet.get_submodule(last).register_forward_hook(_inject(state, last)).remove)
-        undo.enter_context(captured(unet, captures, lambda: state.kind))
-        yield state
+        yield
 
 
 def installable_reasons(unet: nn.Module, sites: InjectionSites | None = None) -> list[str]:
@@ -129,7 +136,8 @@ def _inject(state: FusionState, path: str):
     return hook
 
 
-def _reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str | tuple[str, int]] | None) -> list[str]:
+def attach_reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str | tuple[str, int]] | None) -> list[str]:
+    """Why a plan can't be put onto a pipeline's U-Net, or onto a bare one of these rows; empty when it can."""
     if unet_problems := unet_reasons(unet):
         return unet_problems
     reasons = []

@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from weaver.conditioning import unet_arguments
 from weaver.errors import WeaverError, raise_if
-from weaver.fusion.attach import attach
+from weaver.fusion.attach import attach_reasons, installed
 from weaver.fusion.checks import (
     count_reasons,
     noise_reasons,
@@ -25,7 +25,7 @@ from weaver.fusion.rows import KINDS, picture_rows
 from weaver.fusion.state import FusionState
 from weaver.graphs import CUDAGraphs, graph_reasons, graphs_for, lasting
 
-__all__ = ["FusionSampler", "sample_fusion"]
+__all__ = ["FusionSampler", "sample_fusion", "sampler_for"]
 
 
 @torch.no_grad()
@@ -65,10 +65,27 @@ def sample_fusion(
         return sampler(z, generator=generator, progress=progress)
 
 
+def sampler_for(unet, scheduler, plan: FusionPlan, eta: float, graphs: CUDAGraphs | bool) -> FusionSampler:
+    """The sampler that these graphs keep from the call before, if the plan can take its turn there; else a new one,
+    which they keep in its place."""
+    if not isinstance(graphs, CUDAGraphs):
+        return FusionSampler(unet, scheduler, plan, eta=eta, graphs=graphs)
+    kept: FusionSampler | None = graphs.sampler
+    if kept is not None and kept.draws_with(unet, scheduler, eta):
+        try:
+            kept.take(plan)
+            return kept
+        except WeaverError:  # of another shape
+            pass
+    graphs.sampler = kept = None  # its memory is free for the new one's
+    graphs.sampler = FusionSampler(unet, scheduler, plan, eta=eta, graphs=graphs.another())
+    return graphs.sampler
+
+
 class FusionSampler:
     """Draws fusions of one shape again and again; only the first one is prepared for.
 
-    Within its `with` block the U-Net is attached to. Plans of the same size, steps, lengths of text, variants and
+    Within its `with` block the U-Net is attached to; with graphs the block may be entered again. Plans of the same size, steps, lengths of text, variants and
     injected sites take turns without anything being made anew: other concepts, masks, prompts, strengths, windows,
     lambda, omega, templates or seeds, and as many concepts as there is room for.
 
@@ -111,21 +128,47 @@ class FusionSampler:
         self._rows = picture_rows(self._pictures, plan.variants, self._guided)
         self._graphs = graphs_for(graphs)
         self._state: FusionState | None = None
-        self._undo = ExitStack()
+        self._inside, self._undo = False, ExitStack()
 
     def __enter__(self) -> FusionSampler:
         rows = [(KINDS[kind], variant) for kind, variant in self._rows]
-        with ExitStack() as undo:
-            state = undo.enter_context(attach(self._unet, self._plan, rows=rows))
+        raise_if(attach_reasons(self._unet, None, self._plan, rows), "Cannot draw the fusion")
+        if self._graphs is not None:
+            self._graphs.follow(self._unet)
+        if self._state is None:
+            state = FusionState(self._plan, rows=rows)
             state.lead(self._capacity, held=self._graphs is not None)
             self._hold(self._plan)
             self._forward = self._unet if self._graphs is None else self._graphs.best(self._unet.forward)
-            self._state, self._undo = state, undo.pop_all()
+            self._state = state
+        self._undo.enter_context(installed(self._unet, self._state))
+        self._inside = True
         return self
 
     def __exit__(self, *error) -> None:
-        self._state = None
+        self._inside = False
         self._undo.close()
+        if self._graphs is None:  # which read what the state holds
+            self._state = None
+
+    def draws_with(self, unet, scheduler, eta: float) -> bool:
+        """Whether it has been entered before, and draws with this U-Net, steps of such a scheduler and this `eta`."""
+        same = self._unet is unet and self._eta == eta and type(self._scheduler) is type(scheduler)
+        return same and self._state is not None and self._scheduler.config == scheduler.config
+
+    def take(self, plan: FusionPlan) -> None:
+        """Make a plan the one that is drawn from now on; also before the block is entered again.
+
+        Raises `WeaverError` for a plan of another shape, which leaves the one before in its place.
+        """
+        raise_if(plan_reasons(plan), "Cannot draw the fusion")
+        reasons = [] if (plan.guidance > 1) == self._guided else ["one has a negative row, the other has none"]
+        if self._graphs is not None and (plan.own_projections or self._plan.own_projections):
+            reasons.append("a concept changes to_q or to_out, which graphs hold: take a sampler for each such plan")
+        raise_if(self._state.load_reasons(plan) + reasons, "Cannot draw this plan with the sampler of another")
+        self._state.load(plan)
+        self._plan = plan
+        self._hold(plan)
 
     @torch.no_grad()
     def __call__(
@@ -141,11 +184,11 @@ class FusionSampler:
         Raises `WeaverError` outside of the `with` block, and for a plan of another shape, which leaves the one before
         in its place.
         """
-        if self._state is None:
+        if not self._inside:
             raise WeaverError("The sampler draws within its `with` block only: with FusionSampler(...) as sampler: ...")
         raise_if(noise_reasons(z, self._unet, self._plan, self._pictures), "Cannot draw from this z")
         if plan is not None and plan is not self._plan:
-            self._take(plan)
+            self.take(plan)
         z = z.expand(self._pictures, -1, -1, -1) if len(z) == 1 else z
         self._z, self._generator = self._held("_z", z * self._scheduler.init_noise_sigma), generator
         self._scheduler.set_timesteps(self._plan.steps, device=z.device)  # some count their steps
@@ -192,16 +235,6 @@ class FusionSampler:
             self._z = following
         else:
             z.copy_(following)
-
-    def _take(self, plan: FusionPlan) -> None:
-        raise_if(plan_reasons(plan), "Cannot draw the fusion")
-        reasons = [] if (plan.guidance > 1) == self._guided else ["one has a negative row, the other has none"]
-        if self._graphs is not None and (plan.own_projections or self._plan.own_projections):
-            reasons.append("a concept changes to_q or to_out, which graphs hold: take a sampler for each such plan")
-        raise_if(self._state.load_reasons(plan) + reasons, "Cannot draw this plan with the sampler of another")
-        self._state.load(plan)
-        self._plan = plan
-        self._hold(plan)
 
     def _hold(self, plan: FusionPlan) -> None:
         """What the U-Net reads besides latents and time; attention reads the plan's contexts in the place of text."""
