@@ -25,7 +25,7 @@ from benchmarks.floors import measure_rates
 from benchmarks.machine import choose_device, device_name, versions
 from benchmarks.models import MODELS, load
 from benchmarks.process import parts_of_a_step, process
-from benchmarks.whole import FIELDS, KEY, changes, steps, timed_row, variants
+from benchmarks.whole import FIELDS, KEY, AtBest, changes, steps, timed_row, variants
 
 RESULTS, QUICK_RESULTS = Path("benchmarks/results"), Path("outputs/benchmarks")
 N = 3
@@ -71,17 +71,18 @@ def measure(args, pipe, model: str, device, dtype, matrix: float) -> Iterator[li
     """Rows of each part, in turn."""
     case = make_case(pipe, 0, args.steps)
     few = max(args.rounds // 5, 1)
+    plain, case = case, with_concepts(case, N)
+    best = AtBest(case, device) if {"steps", "changes", "variants"}.intersection(args.parts) else None
     if "steps" in args.parts:
         for n in args.concepts:
-            yield steps(with_concepts(case, n), device, args.rounds)
-    case = with_concepts(case, N)
+            yield steps(with_concepts(plain, n), best, device, args.rounds)
     if "parts" in args.parts:
         found = parts_of_a_step(case, device, few, matrix)
         yield [_part_row(case, kind, seconds, shares, device) for kind, (seconds, shares) in found.items()]
     if "changes" in args.parts:
-        yield changes(case, device, few)
+        yield changes(case, best, device, few)
     if "variants" in args.parts:
-        yield variants(case, args.variants, device, few)
+        yield variants(case, best, args.variants, device, few)
     if "process" in args.parts:
         template = load("sdxl", device, dtype) if model == "sd21" else pipe
         yield process(case, model, template, args.process_steps, few, matrix, device.type == "cuda")

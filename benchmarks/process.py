@@ -38,10 +38,10 @@ def process(
 
     The embedded model draws its shipped concepts and finds their words; the others have N random concepts and are told
     where they stand. The template comes from `template_pipe`, by itself where that is not the case's. On a GPU forwards
-    are captured before anything is timed, those of the fusion every time.
+    are captured before anything is timed, and those of the case's own model compiled before that.
     """
     pipe, side, apart = case.pipe, case.plan.pixels[0], template_pipe is not case.pipe
-    graphs, of_template = (CUDAGraphs() if on_gpu else None for _ in range(2))
+    graphs, of_template = (CUDAGraphs(compiled=own) if on_gpu else None for own in (True, not apart))
     if model == "embedded":
         prompt, given = PROMPT, {}
         concepts = [Concept.load(concept_path(name)) for name in SHIPPED]

@@ -15,28 +15,26 @@ from benchmarks.cases import WORDS, Case
 from weaver.conditioning import unet_arguments
 from weaver.fusion import FusionPlan, FusionSampler
 from weaver.fusion.contexts import BASE, NEGATIVE
+from weaver.graphs import CUDAGraphs
 from weaver.schedule import ddim_scheduler
 
-__all__ = ["Captured", "Guided", "Ours", "Sampler", "compile_blocks", "twin"]
+__all__ = ["Captured", "Guided", "Ours", "Sampler", "twin"]
 
 Progress = Callable[[int, int], None]
 MOST = len(WORDS) + 1  # concepts, and the background
-VARIANTS = 64  # of a compiled block: sizes of layers, times what is injected, times shapes of batches and texts
 
 
 class Ours:
     """`FusionSampler` with the case's plan or another, on a U-Net of its own that stays attached to.
 
-    `graphs` captures its steps on a GPU; `compiled` has its blocks compiled before, once for any number of
-    concepts.
+    `graphs` capture its steps on a GPU, and may compile the U-Net before, once for any number of concepts.
     """
 
-    def __init__(self, case: Case, plan: FusionPlan | None = None, *, graphs: bool = False, compiled: bool = False):
+    def __init__(self, case: Case, plan: FusionPlan | None = None, *, graphs: CUDAGraphs | bool = False):
         self.case, self.unet = case, twin(case.pipe.unet)
-        if compiled:
-            compile_blocks(self.unet)
-        scheduler, options = ddim_scheduler(case.pipe.scheduler), {"capacity": MOST} if compiled else {}
-        self._sampler = FusionSampler(self.unet, scheduler, plan or case.plan, graphs=graphs, **options).__enter__()
+        scheduler = ddim_scheduler(case.pipe.scheduler)
+        sampler = FusionSampler(self.unet, scheduler, plan or case.plan, graphs=graphs, capacity=MOST)
+        self._sampler = sampler.__enter__()
 
     def __call__(self, progress: Progress | None = None, plan: FusionPlan | None = None) -> torch.Tensor:
         """Latents [n, C, h, w] of a plan, None for the one before; `progress` is called after each step."""
@@ -161,12 +159,6 @@ def ddim_table(scheduler) -> torch.Tensor:
 def guided(negative: torch.Tensor, wanted: torch.Tensor, guidance: float) -> torch.Tensor:
     """Classifier-free guidance (2207.12598)."""
     return negative + guidance * (wanted - negative)
-
-
-def compile_blocks(unet) -> None:
-    """Compile its repeated blocks, for the shapes they are called with."""
-    torch._dynamo.config.recompile_limit = VARIANTS
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
 def twin(unet):

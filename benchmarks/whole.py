@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import torch
@@ -13,10 +14,11 @@ from benchmarks.draws import CLOCKS, Marks, agree, in_turn, kinds_of, of_ours, r
 from benchmarks.eager import OnePass, ScoreMix
 from benchmarks.samplers import Captured, Guided, Ours
 from benchmarks.timing import quantiles
-from weaver.fusion import ConceptUse, FusionPlan, stack_plans
+from weaver.fusion import ConceptUse, stack_plans
+from weaver.graphs import CUDAGraphs
 from weaver.latents import decode_latents, tensor_to_images
 
-__all__ = ["CHANGES", "FIELDS", "KEY", "PROVIDERS", "changes", "steps", "timed_row", "variants"]
+__all__ = ["CHANGES", "AtBest", "FIELDS", "KEY", "PROVIDERS", "changes", "steps", "timed_row", "variants"]
 
 KEY = ("device", "model", "dtype", "part", "provider", "state", "N", "variants", "steps")
 FIELDS = (
@@ -47,26 +49,50 @@ PROVIDERS = (
     "one pass, captured",
     "score mix",
     "guided",
+    "guided, captured",
     "guided, compiled and captured",
 )
 CHANGES = ("changed mask", "changed concept")
 
 
-def steps(case: Case, device: torch.device, rounds: int) -> list[dict]:
+class AtBest:
+    """Ours and the model without concepts as fast as they are on a device: compiled and captured on a GPU; as they are
+    on a CPU, where neither helps. Made once, for any number of concepts.
+    """
+
+    def __init__(self, case: Case, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.ours = Ours(case, graphs=self.graphs())
+        self._plain = Captured(Guided(case, compiled=True)) if self.on_gpu else None
+        self._case, self._error = case, None
+
+    def graphs(self) -> CUDAGraphs | bool:
+        return CUDAGraphs(compiled=True) if self.on_gpu else False
+
+    def plain(self) -> tuple[Captured, float]:
+        """Guided sampling, and its distance to the same as it is written; `Refused` where it is too large."""
+        if self._error is None:
+            written = Guided(self._case)
+            self._error = agree(self._plain(None), written(None), rounding(written, self._case.z.dtype))
+        return self._plain, self._error
+
+
+def steps(case: Case, best: AtBest, device: torch.device, rounds: int) -> list[dict]:
     """All providers in turn, from the same noise; what must equal another result is checked before."""
-    on_gpu = device.type == "cuda"
-    draws, errors = {"ours": _at_best(case, device), "one pass, eager": OnePass(case)}, {}
+    draws, errors = {"ours": partial(best.ours, plan=case.plan), "one pass, eager": OnePass(case)}, {}
     allowed = rounding(draws["one pass, eager"], case.z.dtype)
     draws["score mix"], draws["guided"] = ScoreMix(case), Guided(case)
     expected = draws["one pass, eager"](None)
     errors["ours"] = agree(draws["ours"](None), expected, allowed)
-    if on_gpu:
+    if best.on_gpu:
         draws["ours, captured"] = Ours(case, graphs=True)
         draws["one pass, captured"] = Captured(OnePass(case))
-        draws["guided, compiled and captured"] = Captured(Guided(case, compiled=True))
-        for name in ("ours, captured", "one pass, captured", "guided, compiled and captured"):
+        draws["guided, captured"] = Captured(draws["guided"])
+        for name in ("ours, captured", "one pass, captured", "guided, captured"):
             same = draws["guided"](None) if name.startswith("guided") else expected
             errors[name] = agree(draws[name](None), same, allowed)
+        name = "guided, compiled and captured"
+        draws[name], errors[name] = best.plain()
     for draw in draws.values():
         draw(None)
     with counted() as made:
@@ -81,11 +107,13 @@ def steps(case: Case, device: torch.device, rounds: int) -> list[dict]:
     return found
 
 
-def variants(case: Case, counts: Sequence[int], device: torch.device, rounds: int) -> list[dict]:
+def variants(case: Case, best: AtBest, counts: Sequence[int], device: torch.device, rounds: int) -> list[dict]:
     """So many pictures of other concepts on one template, from its features in memory to latents."""
     plans = [with_concepts(case, case.n_concepts, seed=seed).plan for seed in range(max(counts))]
-    draws = {str(n): _at_best(case, device, stack_plans(plans[:n])) for n in counts}
-    draws["1"](None)
+    draws = {str(n): Ours(case, stack_plans(plans[:n]), graphs=best.graphs()) for n in counts if n > 1}
+    draws["1"] = partial(best.ours, plan=plans[0])
+    for draw in draws.values():
+        draw(None)
     found = []
     for name, of_one in in_turn(draws, device, rounds).items():
         samples = [sum(of_round) for of_round in of_one]
@@ -93,31 +121,30 @@ def variants(case: Case, counts: Sequence[int], device: torch.device, rounds: in
     return found
 
 
-def changes(case: Case, device: torch.device, rounds: int) -> list[dict]:
+def changes(case: Case, best: AtBest, device: torch.device, rounds: int) -> list[dict]:
     """Another mask or another concept on the template's features in memory: plan, fusion and picture."""
     moved = {"masks": case.masks.roll(1, -1)}
     base_hash = case.uses[0].concept.base_hash
     other = ConceptUse(make_concept(case.pipe, 0, case.uses[0].concept.word, seed=99, base_hash=base_hash))
     found = []
-    draw = _at_best(case, device)
-    draw_changed(draw, {})
+    draw_changed(best.ours, case, {})
     for part, changed in zip(CHANGES, (moved, {"uses": (other, *case.uses[1:])}), strict=True):
         samples = []
         with counted() as made:
             for _ in range(rounds):
                 marks = Marks(device)
                 marks.mark()
-                draw_changed(draw, changed)
+                draw_changed(best.ours, case, changed)
                 marks.mark()
                 samples += marks.seconds()
         found.append(timed_row(case, part, "ours", samples, device) | {"made": made[0]})
     return found
 
 
-def draw_changed(draw: Ours, changed: dict):
+def draw_changed(draw: Ours, case: Case, changed: dict):
     """The picture of a case with other `uses` or `masks`."""
-    latents = draw(plan=draw.case.make_plan(**changed))
-    return tensor_to_images(decode_latents(draw.case.pipe.vae, latents))[0]
+    latents = draw(plan=case.make_plan(**changed))
+    return tensor_to_images(decode_latents(case.pipe.vae, latents))[0]
 
 
 def timed_row(case: Case, part: str, provider: str, samples: Sequence[float], device: torch.device) -> dict:
@@ -145,9 +172,3 @@ def counted() -> Iterator[list[int]]:
     with mock.patch.object(torch.cuda.CUDAGraph, "capture_begin", capture_begin):
         yield made
     made[0] = len(captures) + counters["stats"]["unique_graphs"] - before
-
-
-def _at_best(case: Case, device: torch.device, plan: FusionPlan | None = None) -> Ours:
-    """Ours compiled and captured on a GPU; as it is on a CPU, where neither makes it faster."""
-    on_gpu = device.type == "cuda"
-    return Ours(case, plan, graphs=on_gpu, compiled=on_gpu)

@@ -223,24 +223,29 @@ def test_repeated_blocks_compiled(pipe, plans, replays):
     assert len(replays) == STEPS
 
 
-def test_the_whole_unet_compiled_and_captured(pipe, plans, replays):
-    """Inversion, features, fusion of one plan and the next, and an attached pipeline."""
-    inversion, (first, second) = plans
+def test_the_whole_unet_compiled_and_captured(pipe, plans):
+    """Inversion, features, fusion of one plan and the next, and an attached pipeline; one kind of step each."""
+    inversion, _ = plans
+    sites = InjectionSites("one kind", resnets=(3,), attentions=(4,), resnet_window=1.0, attention_window=1.0)
     graphs, scheduler = CUDAGraphs(compiled=True), ddim_scheduler(pipe.scheduler)
-    found = invert(pipe, inversion.z_0, PROMPT, STEPS, graphs=graphs)
-    close(found.z_T, inversion.z_T)
-    features = collect_features(pipe, inversion, SITES, graphs=graphs)
-    for ours, theirs in zip(features.tensors, first.features.tensors, strict=True):
+    close(invert(pipe, inversion.z_0, PROMPT, STEPS, graphs=graphs).latents, inversion.latents)
+    features, expected = (collect_features(pipe, inversion, sites, graphs=how) for how in (graphs, None))
+    for ours, theirs in zip(features.tensors, expected.tensors, strict=True):
         assert ours.keys() == theirs.keys()
         for path, tensor in ours.items():
             close(tensor, theirs[path])
-    expected = [sample_fusion(pipe.unet, plan.features.z_T, scheduler, plan) for plan in (first, second)]
-    with FusionSampler(pipe.unet, scheduler, first, capacity=2, graphs=CUDAGraphs(compiled=True)) as sampler:
-        for plan, picture in zip((first, second, first), (*expected, expected[0]), strict=True):
-            close(sampler(plan.features.z_T, plan), picture)
+    concepts = [ConceptUse(make_concept(pipe, i + 1, word)) for i, word in enumerate(WORDS_OF_CONCEPTS[:2])]
+    options = {"prompt": PROMPT, "features": expected}
+    masks = torch.zeros(1, 32, 32)
+    masks[0, 8:, :16] = 1
+    first, second = (FusionPlan.build(pipe, [use], masks, **options) for use in concepts)
+    pictures = [sample_fusion(pipe.unet, expected.z_T, scheduler, plan) for plan in (first, second)]
+    with FusionSampler(pipe.unet, scheduler, first, graphs=CUDAGraphs(compiled=True)) as sampler:
+        for plan, picture in zip((first, second, first), (*pictures, pictures[0]), strict=True):
+            close(sampler(expected.z_T, plan), picture)
     used = make(type(pipe), pipe, requires_safety_checker=False)
     used.scheduler = scheduler
-    arguments = first.pipeline_arguments() | {"latents": first.features.z_T, "output_type": "latent"}
+    arguments = first.pipeline_arguments() | {"latents": expected.z_T, "output_type": "latent"}
     with attach(used, first, graphs=CUDAGraphs(compiled=True)):
         for _ in range(2):
-            close(used(**arguments).images, expected[0])
+            close(used(**arguments).images, pictures[0])

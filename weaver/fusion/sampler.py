@@ -85,9 +85,10 @@ def sampler_for(unet, scheduler, plan: FusionPlan, eta: float, graphs: CUDAGraph
 class FusionSampler:
     """Draws fusions of one shape again and again; only the first one is prepared for.
 
-    Within its `with` block the U-Net is attached to; with graphs the block may be entered again. Plans of the same size, steps, lengths of text, variants and
-    injected sites take turns without anything being made anew: other concepts, masks, prompts, strengths, windows,
-    lambda, omega, templates or seeds, and as many concepts as there is room for.
+    Within its `with` block the U-Net is attached to; with graphs the block may be entered again. Plans of the same
+    size, steps, lengths of text, variants and injected sites take turns without anything being made anew: other
+    concepts, masks, prompts, strengths, windows, lambda, omega, templates or seeds, and as many concepts as there is
+    room for.
 
     Parameters
     ----------
