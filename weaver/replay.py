@@ -84,11 +84,14 @@ class _Compiled:
         self._forward: Callable | None = None
 
     def __call__(self, z, t, arguments: dict):
-        self._forward = self._forward or compile_whole(self._take)
-        with uncaptured(self._unet), _hooked(self._unet, self._wanted, self._found.__setitem__):
+        self._forward = self._forward or compile_whole(self._run)
+        with uncaptured(self._unet), _hooked(self._unet, self._wanted, self._keep):
             return self._forward(z, t, arguments)
 
-    def _take(self, z, t, arguments: dict):
+    def _keep(self, path: str, output: torch.Tensor) -> None:
+        self._found[path] = output
+
+    def _run(self, z, t, arguments: dict):
         output = self._unet(z, t, **arguments, return_dict=False)[0]
         found = dict(self._found)
         self._found.clear()
