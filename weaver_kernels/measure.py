@@ -2,12 +2,14 @@
 
 The layers are the cross-attentions of Stable Diffusion's U-Nets with three concepts, whose tokens have two live
 contexts each. Every configuration is a captured graph over several sets of buffers, more than the second-level cache
-holds, and configurations take turns, so that a change of clocks falls on all.
+holds, and configurations take turns, so that a change of clocks falls on all. An error of the device is not caught:
+nothing runs after it (`weaver_kernels.child`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -16,6 +18,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
+from weaver_kernels.child import Running
 from weaver_kernels.context_attention import ContextPlan, context_attention_reference
 from weaver_kernels.tuning import KernelConfig
 from weaver_kernels.unets import TEXT, Geometry, layers_of
@@ -32,6 +35,7 @@ __all__ = [
 ]
 
 Key = TypeVar("Key", bound=Hashable)
+T = TypeVar("T")
 CONCEPTS, SUPPRESSION = 3, 0.5
 ROUNDS, MOST_COPIES = 25, 48
 
@@ -108,11 +112,13 @@ def eager_error(inputs: LayerInputs, true: torch.Tensor) -> float:
 
 def why_wrong(inputs: LayerInputs, config: KernelConfig, true: torch.Tensor, limit: float) -> str:
     """Launch once over NaN; empty when the result is within `limit` of the truth, else the reason."""
+    from triton.runtime.errors import OutOfResources
+
     inputs.out.fill_(float("nan"))
     try:
         error = relative_error(inputs.launch(config), true)
-    except Exception as failure:  # resources that only loading shows to be too many
-        return f"{type(failure).__name__}: {failure}".splitlines()[0]
+    except OutOfResources as failure:  # which only loading shows
+        return str(failure)
     return "" if error <= limit else f"wrong by {error:.1e}, {limit:.1e} is allowed"
 
 
@@ -131,9 +137,18 @@ def time_configs(
     q_each: bool,
     configs: Sequence[KernelConfig],
     tell: Callable[[str], None],
+    running: Running = nullcontext,
     device: str = "cuda",
 ) -> dict[KernelConfig, float]:
-    """Microseconds of each configuration for all layers of its head dimension; those that are wrong are only told."""
+    """Microseconds of each configuration for all layers of its head dimension; those that are wrong are only told.
+
+    running : entered while the kernel runs with a configuration, and left when the device has done all of it
+    """
+
+    def within(config: KernelConfig, work: Callable[[], T]) -> T:
+        with running(config):
+            return work()
+
     totals = dict.fromkeys(configs, 0.0)
     for layer in layers_of(head_dim):
         tile_sizes = sorted({config.tile for config in totals})
@@ -141,12 +156,16 @@ def time_configs(
         true = true_result(inputs)
         limit = 2 * eager_error(inputs, true)
         for config in list(totals):
-            if reason := why_wrong(inputs, config, true, limit):
+            if reason := within(config, partial(why_wrong, inputs, config, true, limit)):
                 tell(f"  {tuple(config)} {reason}")
                 del totals[config]
+        if not totals:
+            break
         copies = min(MOST_COPIES, 1 + 2 * _cache_bytes() // inputs.bytes)
         sets = [inputs, *(inputs.again() for _ in range(copies - 1))]
-        times = interleaved_medians({config: _captured(sets, config) for config in totals}, ROUNDS)
+        replays = {config: within(config, partial(_captured, sets, config)) for config in totals}
+        runs = {config: partial(within, config, replay) for config, replay in replays.items()}
+        times = interleaved_medians(runs, ROUNDS)
         for config, microseconds in times.items():
             totals[config] += layer.count * microseconds
     return totals

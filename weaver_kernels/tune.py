@@ -3,7 +3,8 @@
 For each head dimension, width of the type and kind of query: every candidate that passes the compile check and agrees
 with float64 is timed in a CUDA graph, and the fastest over the U-Nets' layers goes into
 `configs/context_attention.json`, with the device and the time. A row is written as soon as it is found, and what this
-device, this Triton and this kernel have measured is not measured again: a run that stopped goes on where it was.
+device, this Triton and this kernel have measured is not measured again: a run that stopped goes on where it was. A row
+is measured in a process of its own, and again without a configuration that ended it.
 `--dry` compiles the candidates for any architecture, without a GPU.
 """
 
@@ -15,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from itertools import islice, product
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+from weaver_kernels.child import Running, measure_in_child
 from weaver_kernels.compiling import OP, SHARED_KIB, Case, compile_each, failures, missing_tools
 from weaver_kernels.devices import triton_version
 from weaver_kernels.measure import time_configs
@@ -172,9 +175,17 @@ def usable_configs(
         yield found
 
 
+_tell = partial(print, flush=True)  # two processes write
+
+
 def _measure(row: Row, configs: Sequence[KernelConfig]) -> Mapping[KernelConfig, float]:
+    return measure_in_child(partial(_time_row, row), configs, _tell)
+
+
+@torch.no_grad()
+def _time_row(row: Row, configs: Sequence[KernelConfig], running: Running) -> Mapping[KernelConfig, float]:
     dtype = torch.float16 if row.bits == 16 else torch.float32
-    return time_configs(row.head_dim, dtype, row.q_each, configs, tell=print)
+    return time_configs(row.head_dim, dtype, row.q_each, configs, _tell, running)
 
 
 def _dry(todo: Sequence[Row], arch: int, jobs: int) -> int:
@@ -185,7 +196,6 @@ def _dry(todo: Sequence[Row], arch: int, jobs: int) -> int:
     return int(poor > 0)
 
 
-@torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     """0 when every row is measured, 1 when nothing usable was found for one, 2 when it can't be done here, 3 when time
     ran out."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from operations.interpreted import needs_interpreter
-from weaver_kernels import measure, tune, tuning
+from weaver_kernels import child, measure, tune, tuning
+from weaver_kernels.child import measure_in_child
 from weaver_kernels.compiling import Compiled
 from weaver_kernels.measure import eager_error, interleaved_medians, make_inputs, true_result, why_wrong
 from weaver_kernels.tune import Row, candidates, measured_before, rows, usable_configs
@@ -126,6 +129,39 @@ def test_a_table_is_replaced_as_a_whole_and_keeps_its_form(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def times_of_those_that_survive(configs, running):
+    """One raises as a device does, one ends the process; the others take as long as they have stages."""
+    for config in configs:
+        with running(config):
+            if config.tile == 64:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered\nSearch for it")
+            if config.tile == 128:
+                os._exit(7)
+    return {config: float(config.stages) for config in configs}
+
+
+def test_a_configuration_that_ends_its_process_is_left_out_and_the_others_are_measured_again():
+    told, kept = [], [KernelConfig(32, 4, 1), KernelConfig(32, 4, 2)]
+    configs = [kept[0], KernelConfig(64, 4, 1), kept[1], KernelConfig(128, 4, 1)]
+    assert measure_in_child(times_of_those_that_survive, configs, told.append) == {kept[0]: 1.0, kept[1]: 2.0}
+    assert told == [
+        "  (64, 4, 1, False) RuntimeError: CUDA error: an illegal memory access was encountered; without it again",
+        "  (128, 4, 1, False) ended its process with status 7; without it again",
+    ]
+
+
+def test_an_error_of_no_configuration_is_not_laid_on_one(monkeypatch):
+    said = [{"running": FAST, "failed": "no"}, {"running": None, "failed": "out of memory"}]
+    monkeypatch.setattr(child, "_attempt", lambda run, configs: said.pop(0))
+    with pytest.raises(RuntimeError, match="no configuration was running: out of memory"):
+        measure_in_child(times_of_those_that_survive, [FAST, SLOW], lambda line: None)
+
+
+def test_nothing_is_found_where_every_configuration_ends_its_process(monkeypatch):
+    monkeypatch.setattr(child, "_attempt", lambda run, configs: {"running": configs[0], "failed": "no"})
+    assert measure_in_child(times_of_those_that_survive, [FAST, SLOW], lambda line: None) == {}
+
+
 def test_medians_of_runs_that_take_turns():
     order, times = [], {"a": iter([1.0, 9.0, 2.0]), "b": iter([4.0, 3.0, 50.0])}
 
@@ -147,10 +183,27 @@ def test_results_are_compared_with_float64_before_anything_is_timed(q_each):
     assert 0 < limit < 1e-2
     assert why_wrong(inputs, KernelConfig(32, 4, 1), true, limit) == ""
     assert "wrong by" in why_wrong(inputs, KernelConfig(16, 4, 1), true + 0.01, limit)
-    assert "KeyError" in why_wrong(inputs, KernelConfig(64, 4, 1), true, limit)
+
+
+def test_only_too_few_resources_are_told_as_a_reason_and_other_errors_end_the_measuring(monkeypatch):
+    """After an error of the device nothing that is measured means anything."""
+    needs_interpreter()
+    from triton.runtime.errors import OutOfResources
+
+    inputs = make_inputs(Geometry(4, 1, 16, 1), torch.float32, q_each=False, tile_sizes=(16,), device="cpu")
+    failing = iter([OutOfResources(300, 227, "shared memory"), RuntimeError("CUDA error: an illegal memory access")])
+
+    def launch(self, config):
+        raise next(failing)
+
+    monkeypatch.setattr(measure.LayerInputs, "launch", launch)
+    assert "shared memory, Required: 300" in why_wrong(inputs, FAST, torch.ones(1), 1.0)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        why_wrong(inputs, FAST, torch.ones(1), 1.0)
 
 
 def test_a_number_that_is_not_written_is_wrong(monkeypatch):
+    needs_interpreter()
     inputs = make_inputs(Geometry(4, 1, 16, 1), torch.float32, q_each=False, tile_sizes=(16,), device="cpu")
     true = true_result(inputs)
 
@@ -179,9 +232,18 @@ def test_a_configuration_that_is_wrong_on_one_layer_is_not_chosen(monkeypatch):
     monkeypatch.setattr(measure.LayerInputs, "launch", broken)
     monkeypatch.setattr(measure, "_captured", captured)
     monkeypatch.setattr(measure, "_cache_bytes", lambda: 40_000)
-    told = []
-    found = measure.time_configs(16, torch.float16, False, [right, wrong], told.append, device="cpu")
+    told, ran = [], []
+
+    @contextmanager
+    def running(config):
+        ran.append(config)
+        yield
+        ran.append(None)
+
+    found = measure.time_configs(16, torch.float16, False, [right, wrong], told.append, running, device="cpu")
     assert found == {right: 33.0}
+    assert ran[1::2] == [None] * (len(ran) // 2), "one at a time"
+    assert ran[::2] == [right, wrong] * (2 + measure.ROUNDS) + [right, wrong] + [right] * (1 + measure.ROUNDS)
     assert len(told) == 1 and "(32, 4, 1, False) wrong by" in told[0]
     assert [config for config, _ in sets_of] == [right, wrong, right]
     assert all(n == 1 + 80_000 // measured for (_, n), measured in zip(sets_of, (31_616, 31_616, 32_768), strict=True))
