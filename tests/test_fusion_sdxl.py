@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -233,12 +234,13 @@ def test_no_negative_prompt_is_what_the_pipeline_makes_of_it(tiny_sdxl, zeros):
     assert plan.prompts == (None if zeros else "", PROMPT, OWN)
     with attach(pipe, plan):
         found = draw(pipe, prompt=PROMPT)
-        assert torch.equal(found, draw(pipe, **plan.pipeline_arguments()))
+        close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)  # texts encoded together round otherwise
+        close(found, draw(pipe, **plan.pipeline_arguments()))
         if zeros:
             with pytest.raises(WeaverError, match="negative None"):
                 draw(pipe, prompt=PROMPT, negative_prompt="")
         else:
-            assert torch.equal(found, draw(pipe, prompt=PROMPT, negative_prompt=""))
+            close(found, draw(pipe, prompt=PROMPT, negative_prompt=""))
 
 
 def test_the_output_and_the_model_are_as_ever(tiny_sdxl):

@@ -157,12 +157,12 @@ class Concept:
                 odd.append(key)
         return [f"{len(odd)} of its changes of text encoders do not fit them, {odd[0]} among them"] if odd else []
 
-    def check_base(self, pipe, base_hash: str | None = None) -> None:
+    def check_base(self, pipe, base_hash: str | None = None, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Raise `ConceptError` unless `pipe` has the base model that this concept was trained on, or one that it fits.
 
-        `base_hash` is the `attn2_hash` of its U-Net where it is known already; None computes it.
+        `base_hash` and `weights` are the `attn2_hash` and `attn2_parameters` of its U-Net where they are known already.
         """
-        weights = attn2_parameters(pipe.unet)
+        weights = attn2_parameters(pipe.unet) if weights is None else weights
         odd = sorted(
             name
             for name, delta in self.deltas.items()

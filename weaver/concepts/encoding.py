@@ -16,7 +16,17 @@ from weaver.concepts.prompts import tokenize
 from weaver.conditioning import text_encoders
 from weaver.memory.resting import home_of, hooked, lent
 
-__all__ = ["Encoding", "TokenIds", "absent_is_zero", "encode", "encode_ids", "read_prompts"]
+__all__ = [
+    "Encoding",
+    "Reading",
+    "TokenIds",
+    "absent_is_zero",
+    "encode",
+    "encode_ids",
+    "encode_readings",
+    "read",
+    "read_prompts",
+]
 
 
 class Encoding(NamedTuple):
@@ -48,12 +58,26 @@ class TokenIds(NamedTuple):
         numbers = picks.tolist()
         return TokenIds(self.ids[picks], [self.lengths[i] for i in numbers], [self.positions[i] for i in numbers])
 
+    @staticmethod
+    def joined(parts: Sequence[TokenIds]) -> TokenIds:
+        """All rows, one after another."""
+        ids, lengths, positions = zip(*parts, strict=True)
+        return TokenIds(torch.cat(ids), sum(lengths, []), sum(positions, []))
+
     def to(self, device: torch.device) -> TokenIds:
         """With the ids on another device."""
         return self._replace(ids=self.ids.to(device))
 
 
-@torch.no_grad()
+class Reading(NamedTuple):
+    """One prompt as a pipeline's tokenizers read it [1, L], by text encoder, and the concept that acts on it."""
+
+    ids: Mapping[str, TokenIds]
+    concept: Concept | None = None
+    scale: float = 1.0
+    absent: bool = False  # no prompt at all, which is zeros
+
+
 def encode(pipe, prompt: str | None, concept: Concept | None = None, scale: float = 1.0) -> Encoding:
     """Encode one prompt as the `encode_prompt` of the pipeline does, with a concept's token if given.
 
@@ -66,16 +90,43 @@ def encode(pipe, prompt: str | None, concept: Concept | None = None, scale: floa
     Returns text [1, L, C] in the (last) text encoder's dtype, on the pipeline's device. Raises `PromptError` when the
     concept's token is not in the prompt, or stands behind the last position the encoders read.
     """
-    if prompt is None:
-        empty = encode(pipe, "")
-        return Encoding(*map(torch.zeros_like, empty)) if absent_is_zero(pipe) else empty
+    return encode_readings(pipe, [read(pipe, prompt, concept, scale)])
+
+
+def read(pipe, prompt: str | None, concept: Concept | None = None, scale: float = 1.0) -> Reading:
+    """What `encode` encodes; errors are its."""
     token = concept.modifier or None if concept is not None else None
-    read = read_prompts(pipe, [prompt], token, concept.vectors if token else 1)
-    encoders = text_encoders(pipe)
-    read = {name: ids.to(home_of(encoders[name]) or _device_of(pipe, encoders[name])) for name, ids in read.items()}
-    return encode_ids(
-        encoders, read, concept.embeddings if token else {}, around=partial(_at_work, pipe, concept, scale)
-    )
+    ids = read_prompts(pipe, [prompt or ""], token, concept.vectors if token else 1)
+    return Reading(ids, concept, scale, absent=prompt is None and absent_is_zero(pipe))
+
+
+@torch.no_grad()
+def encode_readings(pipe, readings: Sequence[Reading]) -> Encoding:
+    """Prompts as `encode` encodes each, in as few calls of the text encoders as their changes allow."""
+    encoders, together = text_encoders(pipe), {}
+    for row, reading in enumerate(readings):
+        changes = (id(reading.concept), reading.scale) if reading.concept and reading.concept.text_deltas else None
+        together.setdefault(changes, []).append(row)
+    rows, parts = [row for of_call in together.values() for row in of_call], []
+    for of_call in ([readings[row] for row in rows] for rows in together.values()):
+        ids, vectors = {}, {}
+        for name, encoder in encoders.items():
+            device = home_of(encoder) or _device_of(pipe, encoder)
+            ids[name] = TokenIds.joined([reading.ids[name] for reading in of_call]).to(device)
+            vectors[name] = [
+                reading.concept.embeddings[name].to(device).repeat(len(reading.ids[name].positions[0]) // n, 1)
+                for reading in of_call
+                if reading.concept is not None and (n := reading.concept.vectors) and reading.ids[name].positions[0]
+            ]
+        vectors = {name: torch.cat(found) for name, found in vectors.items() if found}
+        around = partial(_at_work, pipe, of_call[0].concept, of_call[0].scale)
+        parts.append(encode_ids(encoders, ids, vectors, around=around))
+    found = Encoding.joined(parts).rows(torch.tensor(rows).argsort())
+    for row, reading in enumerate(readings):
+        if reading.absent:
+            for part in found:
+                part[row] = 0
+    return found
 
 
 def absent_is_zero(pipe) -> bool:

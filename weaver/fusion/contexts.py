@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from weaver.concepts.changes import Delta, moved, scaled
-from weaver.concepts.concept import Concept, attn2_hash
+from weaver.concepts.concept import Concept, attn2_hash, attn2_parameters
 from weaver.concepts.concept_checks import OUTPUT_BIAS
-from weaver.concepts.encoding import Encoding, absent_is_zero, encode
+from weaver.concepts.encoding import Encoding, Reading, absent_is_zero, encode_readings, read
 from weaver.concepts.own_prompts import own_prompt_reasons, own_prompts, token_reasons
 from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError, told
@@ -110,8 +110,8 @@ def use_reasons(pipe, uses: Sequence[ConceptUse], base_hash: str | None = None) 
     `base_hash` is the `attn2_hash` of the pipeline's U-Net where it is known already; it takes reading 100 MB.
     """
     reasons = []
-    if base_hash is None and any(use.concept is not None for use in uses):
-        base_hash = attn2_hash(pipe.unet)
+    if any(use.concept is not None for use in uses):
+        base_hash, weights = base_hash or attn2_hash(pipe.unet), attn2_parameters(pipe.unet)
     for use in uses:
         if not is_number(use.strength) or use.strength < 0:
             reasons.append(f"strength of {use.name} is {told(use.strength)}, expected 0 or more (1 is all of it)")
@@ -123,7 +123,7 @@ def use_reasons(pipe, uses: Sequence[ConceptUse], base_hash: str | None = None) 
             reasons.append(f"window of {use.name} is {told_window}, expected (start, end) with 0 <= start < end <= 1")
         if use.concept is not None:
             try:
-                use.concept.check_base(pipe, base_hash)
+                use.concept.check_base(pipe, base_hash, weights)
             except WeaverError as error:
                 reasons.append(str(error))
     return reasons
@@ -161,17 +161,18 @@ def encode_contexts(
     texts = tuple(text for text, *_ in prompts)
     if reasons or any(concept.embedding_reasons(pipe) + concept.text_reasons(pipe) for concept in concepts):
         return texts, None, reasons
-    encoded = []
-    with lent(*text_encoders(pipe).values()):
-        for text, concept, scale in prompts:
-            try:
-                encoded.append(encode(pipe, text, concept, scale))
-            except WeaverError as error:
-                reasons.append(str(error))
+    readings: dict[tuple, Reading] = {}
+    for key in prompts:
+        try:
+            readings[key] = read(pipe, *key) if key not in readings else readings[key]
+        except WeaverError as error:
+            reasons.append(str(error))
     if reasons:
         return texts, None, reasons
-    text, pooled = zip(*encoded, strict=True)
-    return texts, Encoding(torch.cat(text), None if pooled[0] is None else torch.cat(pooled)), []
+    with lent(*text_encoders(pipe).values()):
+        found = encode_readings(pipe, list(readings.values()))
+    of_key = {key: row for row, key in enumerate(readings)}
+    return texts, found.rows(torch.tensor([of_key[key] for key in prompts])), []
 
 
 @torch.no_grad()

@@ -146,7 +146,8 @@ class FusionPlan:
         reasons += mask_reasons + use_reasons(pipe, uses, base_hash) + text_reasons
         raise_if(reasons, "Cannot build the fusion plan")
 
-        text, pooled = (None if part is None else part.to(unet.device) for part in encoded)
+        device = unet.device  # which is found by walking through all modules
+        text, pooled = (None if part is None else part.to(device) for part in encoded)
         keys_values, same_as = context_keys_values(unet, text, uses), same_contexts(text, uses)
         levels = len(unet.config.block_out_channels)
         sizes = {path: layer_size(path, levels, size) for path in keys_values}
@@ -159,7 +160,7 @@ class FusionPlan:
                 own = [i for i, use in enumerate(uses) if use.negative_prompt is not None]
                 fused = token_weights(reduced, strengths, suppression)
                 negative = pad(negative_weights(reduced, strengths, own), (0, 0, 0, len(uses) - len(own)))
-                weights[phase, hw] = torch.stack([negative, fused])[:, None].to(unet.device, dtype)
+                weights[phase, hw] = torch.stack([negative, fused])[:, None].to(device, dtype)
         pixels = (size[0] * factor, size[1] * factor)
         time_ids = make_time_ids(pipe, pixels, text) if features is None else features.time_ids
         return cls(
@@ -168,7 +169,7 @@ class FusionPlan:
             keys_values,
             own_projections(unet, uses, text.dtype),
             same_as,
-            torch.tensor(row_contexts(uses), device=unet.device)[:, None],
+            torch.tensor(row_contexts(uses), device=device)[:, None],
             phases,
             weights,
             sizes,

@@ -37,14 +37,15 @@ def unet_reasons(unet) -> list[str]:
         )
     if unet.config.encoder_hid_dim_type is not None:
         reasons.append(f"the U-Net projects its text by {unet.config.encoder_hid_dim_type}: unload the image adapter")
-    for path in cross_attention_paths(unet):
+    paths = cross_attention_paths(unet)
+    for path in paths:
         attention = unet.get_submodule(path)
         for part in ("norm_cross", "norm_q", "norm_k", "group_norm", "spatial_norm", "add_k_proj"):
             if getattr(attention, part, None):
                 reasons.append(f"{path} has {part}, which can't be shared by contexts")
         if attention.residual_connection:
             reasons.append(f"{path} adds its own input, which can't be shared by contexts")
-    projections = [f"{path}.{name}" for path in cross_attention_paths(unet) for name in ("to_k", "to_v")]
+    projections = [f"{path}.{name}" for path in paths for name in ("to_k", "to_v")]
     if hooked_into := [path for path in projections if hook_paths(unet.get_submodule(path))]:
         where = _of_such(hooked_into)
         reasons.append(f"{where} has forward hooks, which are never called where texts are projected once: remove them")
