@@ -100,11 +100,10 @@ def plan_of(job, pipe, monkeypatch, tmp_path) -> dict[str, str]:
     seen = []
 
     def stop(*args, **kwargs):
-        seen.extend(value for value in args if isinstance(value, pipeline.FusionPlan))
-        seen.append(kwargs["eta"])
+        seen.extend(value for value in args if isinstance(value, pipeline.FusionPlan | float))
         raise Enough
 
-    monkeypatch.setattr(pipeline, "sample_fusion", stop)
+    monkeypatch.setattr(pipeline, "sampler_for", stop)
     monkeypatch.setattr(run, "load_model", lambda *a, **k: pipe)
     with pytest.raises(Enough):
         run_job(job, tmp_path / "out")

@@ -58,6 +58,9 @@ def picture_record(job: Job, pipe, concepts: Sequence[Concept], settings: dict, 
         "template": _template_entry(job) | {"files": hashes.get("template", [])},
         "concepts": entries[: len(job.concepts)],
         "background": entries[-1] if job.background else None,
+        "styles": [
+            {"weight": style.weight, "files": hashes[f"styles[{number}]"]} for number, style in enumerate(job.styles)
+        ],
         "device": {"type": pipe.device.type, "dtype": str(pipe.unet.dtype).removeprefix("torch.")},
         "versions": library_versions(),
         "weights": weights,

@@ -30,6 +30,7 @@ from weaver.outputs import make_report, result_files, write_outputs
 from weaver.pipeline import WeaveResult, weave
 from weaver.places import Places
 from weaver.progress import Stages
+from weaver.styles import styled
 
 __all__ = ["Run", "run_job"]
 
@@ -115,14 +116,16 @@ def run_job(
                 maker = load("template.model", job.template.model, label, fuses=False, **options)
             if offload:
                 away.enter_context(resting(modules_of(maker), torch.device(job.device)))
-            job, template, places = choose_template(job, pipe, maker, places, stages, source, graphs=graphs)
+            with styled(pipe, job.styles, source):  # concepts, which are trained between, are of the model without
+                job, template, places = choose_template(job, pipe, maker, places, stages, source, graphs=graphs)
         del maker  # its memory is free for what follows
         with stages.stage("bank"):
             known |= train_bank(
                 job, pipe, stages, processes=processes, at_once=memory and memory.at_once, source=source
             )
         concepts = [known[spec.name] for spec in job.everyone]
-        result = _weave(job, pipe, concepts, template, places, cache, memory, graphs, stages)
+        with styled(pipe, job.styles, source):
+            result = _weave(job, pipe, concepts, template, places, cache, memory, graphs, stages)
         record = picture_record(job, pipe, concepts, result.settings, inputs, weights)
         report = make_report(job, result, stages.seconds)
         write_outputs(folder, job, result, concepts, record, report, inputs, stages.elapsed)

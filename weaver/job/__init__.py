@@ -13,6 +13,7 @@ from weaver.job.spec import (
     JobError,
     MaskSpec,
     MasksSpec,
+    StyleSpec,
     TemplateSpec,
     TrainSpec,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "MaskSpec",
     "MasksSpec",
     "SAME_MODEL",
+    "StyleSpec",
     "TemplateSpec",
     "TrainSpec",
 ]

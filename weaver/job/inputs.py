@@ -16,6 +16,7 @@ from weaver.hashing import file_hash
 from weaver.job import BackgroundSpec, Job, JobError
 from weaver.job.fields import EMBEDDED
 from weaver.pictures import open_picture, open_rgb
+from weaver.styles import check_style
 
 __all__ = ["InputFile", "read_inputs", "shipped_name", "training_folders", "training_pictures"]
 
@@ -79,6 +80,8 @@ def _files(job: Job, problems: list[str]) -> Iterator[tuple[str, Path, Callable[
     """(field, path, check) of every file; complaints of shipped names that do not exist go to `problems`."""
     if image := job.template.image:
         yield "template.image", image, partial(open_rgb, image)
+    for number, style in enumerate(job.styles):
+        yield f"styles[{number}].file", style.file, partial(check_style, style.file)
     for place, spec in job.places():
         field = f"{place}.file" if spec.file else f"{place}.train.images"
         name = shipped_name(spec)

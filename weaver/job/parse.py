@@ -6,7 +6,17 @@ import re
 from pathlib import Path
 
 from weaver.choices import FEATURES, MASK_SOURCES, OVERLAPS
-from weaver.job import SAME_MODEL, BackgroundSpec, ConceptSpec, FusionSpec, Job, JobError, MasksSpec, TemplateSpec
+from weaver.job import (
+    SAME_MODEL,
+    BackgroundSpec,
+    ConceptSpec,
+    FusionSpec,
+    Job,
+    JobError,
+    MasksSpec,
+    StyleSpec,
+    TemplateSpec,
+)
 from weaver.job.fields import Fields, resolve_path
 from weaver.job.parse_concept import parse_concept
 from weaver.layers import SITES
@@ -44,6 +54,7 @@ def job_from_mapping(mapping: object, *, folder: Path, source: str = "job") -> J
         fusion=_fusion(fields.section("fusion")),
         concepts=tuple(parse_concept(entry, ConceptSpec) for entry in entries or ()),
         background=parse_concept(fields.section("background"), BackgroundSpec) if fields.has("background") else None,
+        styles=tuple(_style(entry) for entry in fields.sections("styles") or ()),
     )
     inversion = fields.section("inversion")
     values["inversion_prompt"] = inversion.text("prompt", empty=True)
@@ -83,6 +94,16 @@ def _size(fields: Fields) -> tuple[int, int] | None:
         fields.complain("size", f"must be whole pixels above 0, is [{sides[0]:g}, {sides[1]:g}]")
         return None
     return int(sides[1]), int(sides[0])
+
+
+def _style(fields: Fields) -> StyleSpec:
+    if not fields.has("file"):
+        fields.complain("file", "is missing; name a LoRA")
+    spec = StyleSpec(file=fields.file("file"), weight=fields.number("weight", 1.0))
+    if isinstance(spec.file, str):
+        fields.complain("file", f"{spec.file!r} is no file, and no style ships with the package")
+    fields.finish()
+    return spec
 
 
 def _template(fields: Fields) -> TemplateSpec:

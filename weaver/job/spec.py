@@ -16,6 +16,7 @@ __all__ = [
     "MaskSpec",
     "MasksSpec",
     "SAME_MODEL",
+    "StyleSpec",
     "TemplateSpec",
     "TrainSpec",
 ]
@@ -75,6 +76,14 @@ class ConceptSpec(BackgroundSpec):
 
 
 @dataclass(frozen=True)
+class StyleSpec:
+    """A LoRA in which the whole picture is drawn, times a weight."""
+
+    file: Path
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class TemplateSpec:
     """The template: a picture file, or made from a prompt by `model`.
 
@@ -128,6 +137,7 @@ class Job:
     prompt: str
     concepts: tuple[ConceptSpec, ...]
     background: BackgroundSpec | None = None
+    styles: tuple[StyleSpec, ...] = ()
     negative_prompt: str = ""
     seed: int = 0
     steps: int = 50

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -28,6 +28,7 @@ from weaver.memory.stand_ins import BASE_HASH, PROMPT, WORD, delta_bytes, masks_
 from weaver.models import threads_for
 from weaver.replay import forward_until
 from weaver.schedule import ddim_scheduler
+from weaver.styles import style_numbers
 from weaver.template import template_picture
 
 __all__ = ["CONCEPT_WEIGHTS", "template_peaks", "weave_peaks"]
@@ -52,7 +53,7 @@ def template_peaks(
     found: dict[str, Peak] = {}
     for shapes in dict.fromkeys((model, maker)):
         ledger.hold(WEIGHTS, shapes.tensors())
-    with threads_for(model.pipe, ledger.device), ledger:
+    with threads_for(model.pipe, ledger.device), ledger, _styles(job, model, ledger):
         with resting([*model.modules, *maker.modules] if plan.offload else []):
             if not job.template.image:
                 options = {"size": job.size, "steps": _STEPS, "guidance": job.template.guidance}
@@ -73,8 +74,15 @@ def weave_peaks(
     """
     others = [module for module in model.modules if module is not model.pipe.unet]
     ledger.hold(WEIGHTS, model.tensors())
-    with threads_for(model.pipe, ledger.device), ledger, resting(others if plan.offload else []):
+    resting_others = resting(others if plan.offload else [])
+    with threads_for(model.pipe, ledger.device), ledger, resting_others, _styles(job, model, ledger):
         return _Weaving(job, model.pipe, plan, ledger, graphs, variants).peaks()
+
+
+def _styles(job: Job, model: Shapes, ledger: Ledger) -> AbstractContextManager:
+    """The weights of the job's styles, counted as the U-Net's."""
+    numbers = sum(style_numbers(style.file) for style in job.styles)
+    return ledger.more(WEIGHTS, numbers * model.pipe.unet.dtype.itemsize)
 
 
 def _find_words(job: Job, pipe, device: str) -> None:
