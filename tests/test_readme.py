@@ -58,7 +58,7 @@ def test_no_line_of_text_is_over_120_columns():
 
 def test_the_job_is_a_job(tmp_path):
     (tmp_path / "pictures" / "my-cat").mkdir(parents=True)
-    for name in ("rex.safetensors", "my-mountains.safetensors"):
+    for name in ("rex.safetensors", "my-mountains.safetensors", "watercolour.safetensors"):
         (tmp_path / name).write_bytes(b"")
     job = job_from_mapping(yaml.safe_load(blocks("yaml")[0]), folder=tmp_path)
     assert [spec.name for spec in job.everyone] == ["cat", "rex", "my-mountains"]
@@ -68,7 +68,7 @@ def test_the_table_names_every_field():
     table = README[README.index("| field |") :]
     called = {"suppression": "lambda", "inversion_prompt": "inversion.prompt", "concepts": "concepts[]"}
     called |= {"resnet_window": "ResNet", "attention_window": "attention features", "settings": "TrainSettings"}
-    for name in ("Job", "TemplateSpec", "ConceptSpec", "TrainSpec", "MaskSpec", "MasksSpec", "FusionSpec"):
+    for name in ("Job", "TemplateSpec", "ConceptSpec", "TrainSpec", "MaskSpec", "MasksSpec", "StyleSpec", "FusionSpec"):
         for field in dataclass_fields(getattr(job_module, name)):
             assert called.get(field.name, field.name) in table, f"{name}.{field.name}"
 
