@@ -6,14 +6,17 @@ import json
 from importlib.metadata import version
 
 import pytest
-from jobs import SIDE, job_of
+import torch
+from jobs import SIDE, TRAINED, job_of
 from PIL import Image
 
 from weaver import Cache, pipeline, run
+from weaver.concepts.concept import Concept
 from weaver.errors import WeaverError
 from weaver.job import choose
 from weaver.job.resolve import TEMPLATE_MODEL, resolve_job
 from weaver.manifest import PNG_KEY
+from weaver.outputs import TrainedKeptWarning
 from weaver.run import run_job
 
 
@@ -249,3 +252,23 @@ def test_another_model_makes_the_template_without_a_negative_prompt_it_does_not_
     assert record["template"]["model"] == "some/model" and set(record["weights"]) == {"model", "template.model"}
     assert stages.labels[:2] == ["loading the model", "loading the template's model"]
     assert stages.labels[2:] == ["inversion", "features", "fusion"]
+
+
+@pytest.mark.parametrize("failure", [WeaverError("no memory"), KeyboardInterrupt()], ids=["error", "stopped"])
+def test_what_was_trained_is_kept_where_the_rest_fails(job_folder, tmp_path, monkeypatch, failure):
+    changes = {"prompt": "a cat, mountain", "concepts": [TRAINED]}
+    expected = run_job(job_of(job_folder, **changes), tmp_path / "whole").concepts[0]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "fused.png").write_bytes(b"of a run before")
+
+    def fail(*args):
+        raise failure
+
+    monkeypatch.setattr(run, "_weave", fail)
+    with pytest.warns(TrainedKeptWarning, match="trained, and kept: .*tom.safetensors"), pytest.raises(type(failure)):
+        run_job(job_of(job_folder, **changes), out)
+    kept = Concept.load(out / "concepts" / "tom.safetensors")
+    assert all(torch.equal(delta, expected.deltas[name].to(delta)) for name, delta in kept.deltas.items())
+    assert {path.name for path in out.iterdir()} == {"fused.png", "concepts"}
+    assert (out / "fused.png").read_bytes() == b"of a run before"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from PIL import Image
 
 from weaver.concepts.concept import Concept
+from weaver.errors import WeaverError
 from weaver.folder import all_or_nothing
 from weaver.job import BackgroundSpec, Job
 from weaver.job.inputs import InputFile, shipped_name, training_pictures
@@ -19,11 +22,15 @@ from weaver.pipeline import WeaveResult
 from weaver.sheet import Card, contact_sheet
 from weaver.version import __version__
 
-__all__ = ["STAGES", "make_report", "result_files", "write_outputs"]
+__all__ = ["STAGES", "TrainedKeptWarning", "make_report", "result_files", "trained_kept", "write_outputs"]
 
 STAGES = ("bank", "template", "inversion", "masks", "fusion")
 _FILES = ("template.png", "masks.png", "fused.png", "sheet.png", "manifest.json", "report.json")
 _CARD_PICTURES = 9  # more do not fit on the sheet
+
+
+class TrainedKeptWarning(UserWarning):
+    """A run came to nothing, and the concepts that it trained are there."""
 
 
 def make_report(job: Job, result: WeaveResult, seconds: dict[str, float]) -> dict:
@@ -82,6 +89,26 @@ def write_outputs(
         _write_json(partial / "manifest.json", make_manifest(job, folder.resolve(), record, inputs))
         report["total_seconds"] = round(elapsed(), 2)
         _write_json(partial / "report.json", report)
+
+
+@contextmanager
+def trained_kept(folder: Path, job: Job, concepts: Sequence[Concept]) -> Iterator[None]:
+    """Where the block fails or is stopped, concepts trained before it are written into `folder` and named in a warning,
+    as far as they can be."""
+    try:
+        yield
+    except BaseException:
+        kept = []
+        with suppress(OSError, WeaverError):
+            for spec, concept in zip(job.everyone, concepts, strict=True):
+                if spec.train:
+                    path = folder / _concept_file(spec)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    kept.append(str(concept.save(path)))
+        if kept:
+            message = f"trained, and kept: {', '.join(kept)}; as file in the place of train they are taken as they are"
+            warnings.warn(message, TrainedKeptWarning, stacklevel=3)
+        raise
 
 
 def _concept_file(spec: BackgroundSpec) -> Path:

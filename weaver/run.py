@@ -26,7 +26,7 @@ from weaver.manifest import check_inputs, check_weights, picture_record
 from weaver.memory.plans import MemoryPlan
 from weaver.memory.resting import modules_of, resting
 from weaver.models import choose_device, load_model, threads_for, weights_hash
-from weaver.outputs import make_report, result_files, write_outputs
+from weaver.outputs import make_report, result_files, trained_kept, write_outputs
 from weaver.pipeline import WeaveResult, weave
 from weaver.places import Places
 from weaver.progress import Stages
@@ -76,7 +76,8 @@ def run_job(
     stages : shows progress; None shows nothing
     manifest : of the run that this one repeats, as `read_job` gives it: files and models must be the same
 
-    Raises `WeaverError`, one line, before any sampling where that can be known; then nothing is written.
+    Raises `WeaverError`, one line, before any sampling where that can be known; then nothing is written. Where it fails
+    later, or is stopped, the concepts that were trained are kept, and a warning says where.
     """
     stages, folder = stages or Stages(bars=False), Path(folder)
     check_folder(folder, result_files(job))
@@ -124,11 +125,12 @@ def run_job(
                 job, pipe, stages, processes=processes, at_once=memory and memory.at_once, source=source
             )
         concepts = [known[spec.name] for spec in job.everyone]
-        with styled(pipe, job.styles, source):
-            result = _weave(job, pipe, concepts, template, places, cache, memory, graphs, stages)
-        record = picture_record(job, pipe, concepts, result.settings, inputs, weights)
-        report = make_report(job, result, stages.seconds)
-        write_outputs(folder, job, result, concepts, record, report, inputs, stages.elapsed)
+        with trained_kept(folder, job, concepts):
+            with styled(pipe, job.styles, source):
+                result = _weave(job, pipe, concepts, template, places, cache, memory, graphs, stages)
+            record = picture_record(job, pipe, concepts, result.settings, inputs, weights)
+            report = make_report(job, result, stages.seconds)
+            write_outputs(folder, job, result, concepts, record, report, inputs, stages.elapsed)
     return Run(folder, result, tuple(concepts), report)
 
 
