@@ -16,7 +16,7 @@ from benchmarks.timing import host_peak
 from weaver.concepts.examples import prepare
 from weaver.concepts.images import TrainingSet
 from weaver.concepts.learned import start
-from weaver.concepts.objective import Objective
+from weaver.concepts.objective import Batch, Objective, Rows
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.train import train_concept
 from weaver.concepts.training_state import added, frozen
@@ -79,6 +79,18 @@ def test_a_step_in_parts_is_that_of_one_batch(request, model, kind):
     for gradient, whole in zip(found, expected, strict=True):
         assert whole.any()
         torch.testing.assert_close(gradient, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+
+
+@torch.no_grad()
+def test_pictures_count_alike_however_small_their_masks(tiny_pipe):
+    learned = start(tiny_pipe, "cat", WHOLE)
+    objective = Objective(tiny_pipe, learned.vectors, WHOLE, prepare(tiny_pipe, masked(), "<v1>"))
+    (batch,) = objective.draw(torch.Generator().manual_seed(3))
+    rows = batch.rows["own"]
+    alone = [Rows(*(part[i : i + 1] for part in rows[:3])) for i in range(len(rows.picks))]
+    each = torch.stack([objective.loss(Batch({"own": row}, False)).own for row in alone])
+    assert len(set(rows.picks.tolist())) > 1 and each.std() > 0.01 * each.mean()
+    torch.testing.assert_close(objective.loss(batch).own, each.mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_training_in_parts_learns_the_same(tiny_pipe):

@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     ----------
     picks : numbers of the pictures [b]
     t, noise : timesteps [b] and noise [b, C, h, w]
-    share : of a step's loss for this kind, 0 to 1: by rows, or by the cells that the rows' regions hold
+    share : of a step's loss for this kind, 0 to 1: by rows, of woven ones by the cells that their regions hold
     """
 
     picks: torch.Tensor
@@ -96,7 +96,9 @@ class Objective:
         return [Batch({kind: rows[i] for kind, rows in parted.items()}, inject) for i in range(parts)]
 
     def loss(self, batch: Batch) -> Losses:
-        """The loss of a batch, differentiable in what is learned. That of a woven row is its region's.
+        """The loss of a batch, differentiable in what is learned.
+
+        Each picture of the concept counts alike, however small the region that it has; woven rows count by theirs.
 
         The sum over a step's batches is the loss of all their rows in one.
         """
@@ -117,7 +119,10 @@ class Objective:
         output = self._unet(noisy, t, **arguments).sample.float()
         error = (output - target).square().mean(1, keepdim=True)
         errors = dict(zip(kinds, error.split([len(rows.t) for rows in kinds.values()]), strict=True))
-        means = {k: rows.share * _mean(errors[k], self._regions[k], rows.picks) for k, rows in kinds.items()}
+        means = {}
+        for kind, rows in kinds.items():
+            mean = _mean_of_cells if kind == "woven" else _mean_of_pictures
+            means[kind] = rows.share * mean(errors[kind], self._regions[kind], rows.picks)
         prior = means.pop("prior", None)
         own = sum(self._counts[kind] * mean for kind, mean in means.items())
         own = own / sum(self._counts[kind] for kind in means)
@@ -129,7 +134,7 @@ class Objective:
         if len(rows.picks) == count:
             return [rows]
         parts = map(Rows, *(part.split(count) for part in rows[:3]))
-        if region is None:
+        if kind != "woven":
             return [part._replace(share=count / len(rows.picks)) for part in parts]
         whole = region[rows.picks].sum()
         return [part._replace(share=region[part.picks].sum() / whole) for part in parts]
@@ -147,10 +152,16 @@ class Objective:
         return None if found[0][0] is None else torch.cat([ids[picks] for ids, picks in found])
 
 
-def _mean(error: torch.Tensor, region: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
-    """The mean of errors [b, 1, h, w] over the region of their pictures, `rows` of it."""
+def _mean_of_pictures(error: torch.Tensor, region: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    """The mean over pictures of each one's mean error [b, 1, h, w] in its region, which are `rows` of them."""
     if region is None:
         return error.mean()
+    weight = region[rows]
+    return ((error * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3))).mean()
+
+
+def _mean_of_cells(error: torch.Tensor, region: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The mean of errors [b, 1, h, w] over all cells of the pictures' regions."""
     weight = region[rows]
     return (error * weight).sum() / weight.sum()
 
