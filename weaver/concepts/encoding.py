@@ -12,20 +12,18 @@ import torch
 from weaver.compiled import hooks_run
 from weaver.concepts.changes import added_to, scaled
 from weaver.concepts.concept import Concept, text_module
-from weaver.concepts.prompts import tokenize
+from weaver.concepts.prompts import TokenIds, read_prompts
 from weaver.conditioning import text_encoders
 from weaver.memory.resting import home_of, hooked, lent
 
 __all__ = [
     "Encoding",
     "Reading",
-    "TokenIds",
     "absent_is_zero",
     "encode",
     "encode_ids",
     "encode_readings",
     "read",
-    "read_prompts",
 ]
 
 
@@ -44,29 +42,6 @@ class Encoding(NamedTuple):
         """All rows, one after another."""
         texts, pooled = zip(*parts, strict=True)
         return Encoding(torch.cat(texts), None if pooled[0] is None else torch.cat(pooled))
-
-
-class TokenIds(NamedTuple):
-    """Prompts as one tokenizer reads them: ids [B, L], how many stand before the padding, where the token's stand."""
-
-    ids: torch.Tensor
-    lengths: list[int]
-    positions: list[list[int]]
-
-    def rows(self, picks: torch.Tensor) -> TokenIds:
-        """The prompts `picks` [b] of these."""
-        numbers = picks.tolist()
-        return TokenIds(self.ids[picks], [self.lengths[i] for i in numbers], [self.positions[i] for i in numbers])
-
-    @staticmethod
-    def joined(parts: Sequence[TokenIds]) -> TokenIds:
-        """All rows, one after another."""
-        ids, lengths, positions = zip(*parts, strict=True)
-        return TokenIds(torch.cat(ids), sum(lengths, []), sum(positions, []))
-
-    def to(self, device: torch.device) -> TokenIds:
-        """With the ids on another device."""
-        return self._replace(ids=self.ids.to(device))
 
 
 class Reading(NamedTuple):
@@ -132,20 +107,6 @@ def encode_readings(pipe, readings: Sequence[Reading]) -> Encoding:
 def absent_is_zero(pipe) -> bool:
     """Whether the pipeline reads zeros where no negative prompt is given, not an empty one."""
     return "text_encoder_2" in text_encoders(pipe) and bool(pipe.config.force_zeros_for_empty_prompt)
-
-
-def read_prompts(pipe, prompts: Sequence[str], token: str | None = None, vectors: int = 1) -> dict[str, TokenIds]:
-    """Prompts as each tokenizer of a pipeline reads them, by its text encoder's name, on the CPU.
-
-    Arguments and errors are those of `tokenize`.
-    """
-    read = {}
-    for name in text_encoders(pipe):
-        tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
-        found = [tokenize(pipe, prompt, token, vectors, tokenizer=tokenizer) for prompt in prompts]
-        ids, positions, lengths = zip(*found, strict=True)
-        read[name] = TokenIds(torch.cat(ids), list(lengths), list(positions))
-    return read
 
 
 def encode_ids(

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from weaver.concepts.encoding import Encoding, TokenIds, encode_ids, read_prompts
+from weaver.concepts.encoding import Encoding, encode_ids
 from weaver.concepts.images import TrainingSet
+from weaver.concepts.prompts import TokenIds, read_prompts
 from weaver.conditioning import make_time_ids
 from weaver.defaults import model_size
 from weaver.errors import WeaverError

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from weaver.concepts.concept import Concept
+from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError
 
-__all__ = ["PromptError", "caption_with", "derive_prompt", "names_token", "tokenize"]
+__all__ = ["PromptError", "caption_with", "TokenIds", "derive_prompt", "names_token", "read_prompts", "tokenize"]
 
 _log = logging.getLogger(__name__)
 # What may follow a noun that is not itself part of a longer one, as "dog" is in "a dog house".
@@ -27,6 +29,29 @@ _STAND_IN = 0  # any ordinary id: its embedding is replaced, and it can't be tak
 
 class PromptError(WeaverError):
     """A prompt that lacks the modifier token or the class word; names both."""
+
+
+class TokenIds(NamedTuple):
+    """Prompts as one tokenizer reads them: ids [B, L], how many stand before the padding, where the token's stand."""
+
+    ids: torch.Tensor
+    lengths: list[int]
+    positions: list[list[int]]
+
+    def rows(self, picks: torch.Tensor) -> TokenIds:
+        """The prompts `picks` [b] of these."""
+        numbers = picks.tolist()
+        return TokenIds(self.ids[picks], [self.lengths[i] for i in numbers], [self.positions[i] for i in numbers])
+
+    @staticmethod
+    def joined(parts: Sequence[TokenIds]) -> TokenIds:
+        """All rows, one after another."""
+        ids, lengths, positions = zip(*parts, strict=True)
+        return TokenIds(torch.cat(ids), sum(lengths, []), sum(positions, []))
+
+    def to(self, device: torch.device) -> TokenIds:
+        """With the ids on another device."""
+        return self._replace(ids=self.ids.to(device))
 
 
 def derive_prompt(base_prompt: str, concept: Concept, *, occurrence: int = 0, without: Sequence[str] = ()) -> str:
@@ -113,3 +138,17 @@ def _whole(text: str, flags: int = 0) -> re.Pattern[str]:
     before = r"(?<!\w)" if re.match(r"\w", text) else ""
     after = r"(?!\w)" if re.search(r"\w$", text) else ""
     return re.compile(before + re.escape(text) + after, flags)
+
+
+def read_prompts(pipe, prompts: Sequence[str], token: str | None = None, vectors: int = 1) -> dict[str, TokenIds]:
+    """Prompts as each tokenizer of a pipeline reads them, by its text encoder's name, on the CPU.
+
+    Arguments and errors are those of `tokenize`.
+    """
+    read = {}
+    for name in text_encoders(pipe):
+        tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+        found = [tokenize(pipe, prompt, token, vectors, tokenizer=tokenizer) for prompt in prompts]
+        ids, positions, lengths = zip(*found, strict=True)
+        read[name] = TokenIds(torch.cat(ids), list(lengths), list(positions))
+    return read

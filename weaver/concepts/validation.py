@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from weaver.concepts.encoding import Encoding, encode, encode_ids, read_prompts
+from weaver.concepts.encoding import Encoding, encode, encode_ids
 from weaver.concepts.learned import Learned
 from weaver.concepts.optimise import Step
 from weaver.concepts.prior import DRAWN_AT_ONCE
+from weaver.concepts.prompts import read_prompts
 from weaver.conditioning import text_encoders
 from weaver.defaults import defaults_for
 from weaver.errors import WeaverError
