@@ -3,8 +3,8 @@
 For each head dimension, width of the type and kind of query: every candidate that passes the compile check and agrees
 with float64 is timed in a CUDA graph, and the fastest over the U-Nets' layers goes into
 `configs/context_attention.json`, with the device and the time. A row is written as soon as it is found, and what this
-device, this Triton and this kernel have measured is not measured again: a run that stopped goes on where it was. A row
-is measured in a process of its own, and again without a configuration that ended it.
+device, this Triton and this kernel have measured is not measured again: a run that stopped goes on where it was.
+Another process measures; where a configuration ends it, the row is measured again without that one.
 `--dry` compiles the candidates for any architecture, without a GPU.
 """
 
@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from weaver_kernels.child import Running, measure_in_child
+from weaver_kernels.child import MeasuringChild, Running
 from weaver_kernels.compiling import OP, SHARED_KIB, Case, compile_each, failures, missing_tools
 from weaver_kernels.devices import triton_version
 from weaver_kernels.measure import time_configs
@@ -178,10 +178,6 @@ def usable_configs(
 _tell = partial(print, flush=True)  # two processes write
 
 
-def _measure(row: Row, configs: Sequence[KernelConfig]) -> Mapping[KernelConfig, float]:
-    return measure_in_child(partial(_time_row, row), configs, _tell)
-
-
 @torch.no_grad()
 def _time_row(row: Row, configs: Sequence[KernelConfig], running: Running) -> Mapping[KernelConfig, float]:
     dtype = torch.float16 if row.bits == 16 else torch.float32
@@ -221,16 +217,17 @@ def main(argv: list[str] | None = None) -> int:
     table = json.loads(arguments.table.read_text(encoding="utf-8"))
     left = [row for row in todo if not measured_before(table, row, arch, mark)]
     print(f"{device.name}: {len(todo) - len(left)} of {len(todo)} rows measured before", flush=True)
-    done = tune(
-        left,
-        table,
-        arch,
-        mark,
-        usable=usable_configs(left, arch, arguments.jobs, device.shared_memory_per_block_optin // 1024),
-        measure=_measure,
-        write=lambda changed: write_table(arguments.table, changed),
-        seconds=arguments.seconds,
-    )
+    with MeasuringChild(_tell) as child:
+        done = tune(
+            left,
+            table,
+            arch,
+            mark,
+            usable=usable_configs(left, arch, arguments.jobs, device.shared_memory_per_block_optin // 1024),
+            measure=lambda row, configs: child.measure(partial(_time_row, row), configs),
+            write=lambda changed: write_table(arguments.table, changed),
+            seconds=arguments.seconds,
+        )
     for row in done.failed:
         print(f"nothing usable: {row}")
     for row in done.left:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from operations.interpreted import needs_interpreter
-from weaver_kernels import child, measure, tune, tuning
-from weaver_kernels.child import measure_in_child
+from weaver_kernels import measure, tune, tuning
+from weaver_kernels.child import MeasuringChild
 from weaver_kernels.compiling import Compiled
 from weaver_kernels.measure import eager_error, interleaved_medians, make_inputs, true_result, why_wrong
 from weaver_kernels.tune import Row, candidates, measured_before, rows, usable_configs
@@ -143,7 +143,12 @@ def times_of_those_that_survive(configs, running):
 def test_a_configuration_that_ends_its_process_is_left_out_and_the_others_are_measured_again():
     told, kept = [], [KernelConfig(32, 4, 1), KernelConfig(32, 4, 2)]
     configs = [kept[0], KernelConfig(64, 4, 1), kept[1], KernelConfig(128, 4, 1)]
-    assert measure_in_child(times_of_those_that_survive, configs, told.append) == {kept[0]: 1.0, kept[1]: 2.0}
+    with MeasuringChild(told.append) as child:
+        assert child.measure(times_of_those_that_survive, configs) == {kept[0]: 1.0, kept[1]: 2.0}
+        process = child._process
+        assert child.measure(times_of_those_that_survive, kept[:1]) == {kept[0]: 1.0}
+        assert child._process is process  # of one that did not fail
+    assert process.exitcode == 0
     assert told == [
         "  (64, 4, 1, False) RuntimeError: CUDA error: an illegal memory access was encountered; without it again",
         "  (128, 4, 1, False) ended its process with status 7; without it again",
@@ -152,14 +157,14 @@ def test_a_configuration_that_ends_its_process_is_left_out_and_the_others_are_me
 
 def test_an_error_of_no_configuration_is_not_laid_on_one(monkeypatch):
     said = [{"running": FAST, "failed": "no"}, {"running": None, "failed": "out of memory"}]
-    monkeypatch.setattr(child, "_attempt", lambda run, configs: said.pop(0))
+    monkeypatch.setattr(MeasuringChild, "_attempt", lambda *_: said.pop(0))
     with pytest.raises(RuntimeError, match="no configuration was running: out of memory"):
-        measure_in_child(times_of_those_that_survive, [FAST, SLOW], lambda line: None)
+        MeasuringChild(lambda line: None).measure(times_of_those_that_survive, [FAST, SLOW])
 
 
 def test_nothing_is_found_where_every_configuration_ends_its_process(monkeypatch):
-    monkeypatch.setattr(child, "_attempt", lambda run, configs: {"running": configs[0], "failed": "no"})
-    assert measure_in_child(times_of_those_that_survive, [FAST, SLOW], lambda line: None) == {}
+    monkeypatch.setattr(MeasuringChild, "_attempt", lambda _, run, configs: {"running": configs[0], "failed": "no"})
+    assert MeasuringChild(lambda line: None).measure(times_of_those_that_survive, [FAST, SLOW]) == {}
 
 
 def test_medians_of_runs_that_take_turns():
