@@ -129,7 +129,9 @@ def test_weights_in_the_place_of_the_bases_need_their_model(capsys, folder, pipe
     assert code == 2 and f"{weights}: its weights take the place of the base model's" in err and "--model" in err
     assert err.count("\n") == 1 and not folder.exists()
     code, out, _ = bank(capsys, "add", weights, "--word", "mountain", "--model", model, "--offline")
-    assert code == 0 and out.startswith("hills: '<new1> mountain', Custom Diffusion of diffusers")
+    told, added = out.splitlines()[:2]
+    assert code == 0 and told == f"{weights}: its token <new1> was taken from <new1>.safetensors beside it"
+    assert added.startswith("hills: '<new1> mountain', Custom Diffusion of diffusers")
     kept = Concept.load(folder / "hills.safetensors")
     kept.check_base(pipe)
     assert len(kept.deltas) == 32

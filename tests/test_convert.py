@@ -76,11 +76,14 @@ def test_a_lora_of_full_rank_draws_what_the_concept_draws(concept, drawn, tmp_pa
 def test_our_own_reader_reads_a_lora_back(pipe, concept, tmp_path, capsys, to):
     out = converted(concept, to, tmp_path, "--rank", 99)
     assert "become factors of rank 16:" in capsys.readouterr().out  # no matrix has more
-    again = load_concept(out, pipe, word="dog")
+    told = []
+    again = load_concept(out, pipe, word="dog", tell=told.append)
     whole = products(again.deltas)
     assert whole.keys() == concept.deltas.keys()
     for key, change in products(concept.deltas).items():
         torch.testing.assert_close(whole[key], change, rtol=0, atol=2e-6)
+    assert again.token == "<v1>" and torch.equal(again.embeddings["text_encoder"], concept.embeddings["text_encoder"])
+    assert told == [f"{out}: its token <v1> was taken from <v1>.safetensors beside it"]
     token = load_concept(out.with_name("<v1>.safetensors"), pipe, word="dog")
     assert token.token == "<v1>" and torch.equal(token.embeddings["text_encoder"], concept.embeddings["text_encoder"])
 
@@ -239,6 +242,9 @@ def test_of_two_text_encoders(tmp_path):
     for to in LORAS:
         done = convert(whole, to, tmp_path / to / "out.safetensors")
         again = load_concept(done.files[0], pipe, word="dog")
+        (tmp_path / to / "<v2>.safetensors").write_bytes(b"of another concept, and not opened")
+        assert load_concept(done.files[0], pipe, word="dog").token == "<v1>"
+        assert all(torch.equal(again.embeddings[key], x) for key, x in concept.embeddings.items())
         for group in ("deltas", "text_deltas"):
             found, expected = getattr(again, group), getattr(whole, group)
             assert found.keys() == expected.keys()
@@ -385,3 +391,47 @@ def test_a_token_that_is_not_in_brackets_is_found_again(pipe, concept, tmp_path)
     assert done.files[1].name == "<rex>.safetensors" and load_concept(done.files[0], pipe, word="dog").token == "rex"
     with pytest.raises(ConceptError, match="token 'rex' gives no name for a file beside rex.safetensors"):
         convert(rex, "kohya-lora", tmp_path / "rex.safetensors")
+
+
+@pytest.mark.parametrize("token", ["<v1>", "rex"])
+def test_the_token_of_a_lora_comes_back_into_the_bank_by_itself(concept, tmp_path, capsys, token):
+    out = converted(replace(concept, token=token), "kohya-lora", tmp_path, name="lora.safetensors")
+    capsys.readouterr()
+    assert main(["inspect", str(out)]) == 0
+    assert f"token {token}: 2 vectors in each text encoder, in {token}.safetensors beside it" in capsys.readouterr().out
+    assert main(["bank", "add", str(out), "--word", "dog", "--folder", str(tmp_path / "bank")]) == 0
+    told = capsys.readouterr().out
+    assert f"{out}: its token {token} was taken from {token}.safetensors beside it\nlora: '{token} dog'" in told
+    kept = Concept.load(tmp_path / "bank" / "lora.safetensors")
+    assert torch.equal(kept.embeddings["text_encoder"], concept.embeddings["text_encoder"])
+
+
+def test_a_token_file_that_is_gone_is_missed(concept, tmp_path, capsys):
+    out = converted(concept, "diffusers-lora", tmp_path)
+    out.with_name("<v1>.safetensors").unlink()
+    with pytest.raises(ConceptError, match=r"\(<v1>.safetensors\) is not beside it: put it there, or"):
+        load_concept(out, word="dog")
+    capsys.readouterr()
+    assert main(["inspect", str(out)]) == 0 and "no token: the file of its token (<v1" in capsys.readouterr().out
+    assert load_concept(out, word="dog", token="a rex").modifier == ""
+
+
+def test_no_other_token_is_taken_for_a_loras(concept, tmp_path):
+    """Neither another one of the same name, nor one that lies beside a LoRA that had none."""
+    out = converted(concept, "diffusers-lora", tmp_path)
+    other = replace(concept, embeddings={"text_encoder": concept.embeddings["text_encoder"] + 1})
+    second = convert(other, "diffusers-lora", out.with_name("other.safetensors"), replace=True).files[0]
+    found = load_concept(second, word="dog").embeddings["text_encoder"]
+    assert torch.equal(found, other.embeddings["text_encoder"])
+    with pytest.raises(ConceptError, match="<v1>.safetensors beside it holds another token than it was saved with"):
+        load_concept(out, word="dog")
+    third = convert(replace(concept, embeddings={}, token="sks"), "kohya-lora", out.with_name("plain.safetensors"))
+    plain = load_concept(third.files[0], word="dog")
+    assert (plain.token, plain.embeddings) == ("", {})
+
+
+def test_a_header_names_no_file_elsewhere(concept, tmp_path):
+    out = converted(concept, "kohya-lora", tmp_path)
+    save_file(load_file(out), out, {"concept_weaver_token": "../in/rex"})
+    with pytest.raises(ConceptError, match=r"names a token '\.\./in/rex', which no file beside it can have"):
+        read_concept_file(out)

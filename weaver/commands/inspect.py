@@ -41,7 +41,10 @@ def print_summary(path: Path, summary: Mapping) -> None:
     """Print what `weaver.concepts.formats.summary.summarise` found in a file."""
     print(f"{path}: {summary['format']}, {format_bytes(summary['bytes'])}, SHA-256 {summary['sha256'][:12]}")
     for token, vectors in summary["tokens"].items():
-        print(f"  token {token}: {vectors} vector{'s' * (vectors > 1)} in each text encoder")
+        beside = f", in {summary['token_files'][token]} beside it" if token in summary["token_files"] else ""
+        print(f"  token {token}: {vectors} vector{'s' * (vectors > 1)} in each text encoder{beside}")
+    if summary["lacks"]:
+        print(f"  no token: {summary['lacks']}")
     for key in ("word", "base"):
         if summary[key]:
             print(f"  {'class word' if key == 'word' else 'base model, by hash'}: {summary[key]}")

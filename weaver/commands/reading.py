@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tqdm import tqdm
+
 from weaver.choices import ON_UNUSED
 
 __all__ = ["add_on_unused", "add_reading", "opened_model", "read_whole"]
@@ -42,7 +44,11 @@ def opened_model(args: argparse.Namespace):
 
 
 def read_whole(path: Path, args: argparse.Namespace, pipe, name: str | None = None):
-    """The concept in a file, on its base where it needs one; what of it a fusion does not use is told."""
+    """The concept in a file, on its base where it needs one.
+
+    What of it a fusion does not use is told, and so is a file beside it that its token was taken from.
+    """
     from weaver.concepts.formats.reading import load_concept
 
-    return load_concept(path, pipe, name=name, word=args.word, token=args.token, on_unused=args.on_unused)
+    told = {"name": name, "word": args.word, "token": args.token, "on_unused": args.on_unused}
+    return load_concept(path, pipe, **told, tell=tqdm.write)  # above the bars

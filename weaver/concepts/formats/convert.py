@@ -18,6 +18,7 @@ from weaver.concepts.decompose import Losses
 from weaver.concepts.formats.parsed import BASE_KEY
 from weaver.concepts.formats.save_custom_diffusion import custom_diffusion_weights
 from weaver.concepts.formats.save_lora import diffusers_lora, kohya_lora
+from weaver.concepts.formats.token_file import token_path, told_token, vectors_of_file
 from weaver.errors import told
 from weaver.folder import all_or_nothing
 from weaver_kernels import LowRank
@@ -27,7 +28,6 @@ __all__ = ["RANK", "Converted", "convert"]
 RANK = 16
 _CUSTOM = "custom-diffusion"
 _LORAS = {"diffusers-lora": diffusers_lora, "kohya-lora": kohya_lora}
-_PARTS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 Writer = Callable[[Path], object]
 
 
@@ -90,7 +90,8 @@ def _weights(concept: Concept, to: str, out: Path, rank: int, pipe) -> tuple[Wri
     notes, base = [], {BASE_KEY: concept.base_hash} if concept.base_hash else {}
     if to != _CUSTOM:
         file = _LORAS[to](concept, rank)
-        write, notes = partial(save_file, file.tensors, metadata=file.metadata | base), _losses(concept, file.losses)
+        metadata = file.metadata | base | told_token(concept)
+        write, notes = partial(save_file, file.tensors, metadata=metadata), _losses(concept, file.losses)
         alphas = {(name.split("_")[1], x.item()) for name, x in file.tensors.items() if name.endswith(".alpha")}
         if len(alphas) > len({part for part, _ in alphas}):
             notes.append("its ranks differ, and so its alphas: diffusers takes one for all, give it a diffusers-lora")
@@ -136,11 +137,7 @@ def _token_file(concept: Concept, to: str, out: Path) -> dict[Path, Writer]:
     bracketed = token.startswith("<") and token.endswith(">")
     # By its brackets the reader of Custom Diffusion's files finds the token's.
     name = f"<{token}>" if to == _CUSTOM and not bracketed else token
-    path = out.parent / f"{name}.safetensors"
-    if path.name.startswith(".") or path.parent != out.parent or "\0" in name or path == out:
+    path = token_path(name, out)
+    if path is None:
         raise ConceptError(f"token {token!r} gives no name for a file beside {out.name}: give another, --token '<v1>'")
-    if len(concept.embeddings) == 1:
-        vectors = {token: concept.embeddings["text_encoder"].contiguous()}
-    else:
-        vectors = {_PARTS[part]: value.contiguous() for part, value in concept.embeddings.items()}
-    return {path: partial(save_file, vectors, metadata={"format": "pt"})}
+    return {path: partial(save_file, vectors_of_file(concept), metadata={"format": "pt"})}

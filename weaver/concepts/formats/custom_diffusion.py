@@ -12,6 +12,7 @@ from weaver.concepts.concept_checks import OUTPUT_BIAS
 from weaver.concepts.formats.opening import OpenedFile, open_tensors
 from weaver.concepts.formats.parsed import ParsedFile
 from weaver.concepts.formats.textual_inversion import as_vectors
+from weaver.concepts.formats.token_file import TokenBeside
 from weaver.errors import told
 from weaver_kernels import LowRank
 
@@ -91,11 +92,8 @@ def _of_diffusers(opened: OpenedFile) -> ParsedFile:
             unchanged[f"unet.{name}"] = _tensor(opened, key, value)
     if not weights:
         raise opened.error("none of its weights are a cross-attention's (attn2), so nothing could be fused")
-    tokens = _tokens_beside(opened)
-    lacks = "" if tokens else _LACKS
-    return ParsedFile(
-        "Custom Diffusion of diffusers", weights, embeddings=tokens, unchanged=unchanged, lacks=lacks
-    )  # fmt: skip
+    beside = _tokens_beside(opened)
+    return ParsedFile("Custom Diffusion of diffusers", weights, unchanged=unchanged, **beside._asdict())
 
 
 def _tokens(opened: OpenedFile) -> dict[str, dict[str, torch.Tensor]]:
@@ -115,15 +113,15 @@ def _tokens(opened: OpenedFile) -> dict[str, dict[str, torch.Tensor]]:
     return tokens
 
 
-def _tokens_beside(opened: OpenedFile) -> dict[str, dict[str, torch.Tensor]]:
+def _tokens_beside(opened: OpenedFile) -> TokenBeside:
     """The tokens of the files `<...>.bin` in the same folder, `{token: vector}` each."""
-    tokens = {}
+    tokens, files = {}, {}
     for path in sorted(opened.path.parent.glob("<*>.*")):
         if path.suffix in (".bin", ".safetensors", ".pt"):
             beside = open_tensors(path).loaded()
             for token, value in beside.tensors.items():
-                tokens[token] = {_ENCODERS[0]: as_vectors(beside, token, value)}
-    return tokens
+                tokens[token], files[token] = {_ENCODERS[0]: as_vectors(beside, token, value)}, path.name
+    return TokenBeside(tokens, files, "" if tokens else _LACKS)
 
 
 def _mapping(opened: OpenedFile, key: str) -> Mapping[str, object]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from math import sqrt
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from weaver.concepts.changes import ranks_of
 from weaver.concepts.formats.opening import OpenedFile
 from weaver.concepts.formats.parsed import ParsedFile
 from weaver.concepts.formats.refused import OTHER_BASE
+from weaver.concepts.formats.token_file import token_beside
 from weaver.concepts.formats.untrusted import Refusal
 from weaver.errors import told
 from weaver_kernels import LowRank
@@ -40,15 +42,17 @@ _LAYERS_PER_BLOCK = SimpleNamespace(layers_per_block=2)  # of SDXL's U-Net, whos
 def parse(opened: OpenedFile) -> ParsedFile | None:
     """Read a LoRA of any dialect; None for files of another kind. Raises `ConceptError` for one that can't be used.
 
-    Alphas are tensors in kohya's files, in the metadata of diffusers' and in the `adapter_config.json` beside PEFT's.
+    Alphas are tensors in kohya's files, in the metadata of diffusers' and in the `adapter_config.json` beside PEFT's. A
+    token is in the file beside it that `convert` left there.
     """
     tensors = {key: value for key, value in opened.tensors.items() if isinstance(value, torch.Tensor)}
     if not any(_DOWN.search(key) for key in tensors):
         return None
     try:
-        return _parsed(tensors, _config(opened), opened.metadata)
+        parsed = _parsed(tensors, _config(opened), opened.metadata)
     except Refusal as refusal:
         raise opened.error(str(refusal)) from refusal
+    return replace(parsed, **token_beside(opened)._asdict())
 
 
 def _config(opened: OpenedFile) -> dict:

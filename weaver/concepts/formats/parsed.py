@@ -32,7 +32,8 @@ class ParsedFile:
     weights : ``{"<path>.attn2.to_k": [out, in], ..., "<path>.attn2.to_out.0.bias": [out]}``, in the place of the base
         model's (Custom Diffusion).
     deltas, text_deltas, outside : what is added to weights, as in `Concept`.
-    embeddings : ``{token: {"text_encoder": [V, C], ...}}``, of every token in the file.
+    embeddings : ``{token: {"text_encoder": [V, C], ...}}``, of every token in the file, or in files beside it.
+    token_files : ``{token: name}``, the files beside it that tokens were taken from.
     settings : what the file tells of its training; plain JSON values.
     unchanged : ``{"unet.<parameter>": tensor}``, whole parameters that no concept can change: they must be the base
         model's.
@@ -47,6 +48,7 @@ class ParsedFile:
     text_deltas: Mapping[str, Delta] = field(default_factory=dict)
     outside: Mapping[str, Delta] = field(default_factory=dict)
     embeddings: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    token_files: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     unchanged: Mapping[str, torch.Tensor] = field(default_factory=dict)
     base_hash: str = ""

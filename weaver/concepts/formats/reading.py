@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,6 +53,11 @@ class ConceptReading:
             raise ConceptError(f"{path}: {error}") from error
         return cls(file, name or path.stem, word, chosen, chosen if embeddings else "")
 
+    @property
+    def token_file(self) -> str:
+        """The name of the file beside this one that the token was taken from; empty where it is in the file itself."""
+        return "" if isinstance(self.file, Concept) else self.file.token_files.get(self.token, "")
+
     def concept(self, pipe=None) -> Concept:
         """The concept on the base model of `pipe`, None as in `ParsedFile.concept`.
 
@@ -72,11 +78,12 @@ def load_concept(
     token: str | None = None,
     name: str | None = None,
     on_unused: str = "warn",
+    tell: Callable[[str], object] | None = None,
 ) -> Concept:
     """Read a concept from a file of any known format, for the base model of `pipe`.
 
     Known are this package's own files, Custom Diffusion's (adobe's and diffusers'), LoRAs (of diffusers, PEFT and
-    kohya's scripts) and textual inversion.
+    kohya's scripts) and textual inversion. The token of one that was converted is in a file beside it (`convert`).
 
     Parameters
     ----------
@@ -86,12 +93,16 @@ def load_concept(
     name : what to call it; None is the file's own name
     on_unused : what to do where the file changes more than cross-attention and text encoders, of which fusion makes no
         use: "warn", or "refuse"
+    tell : is called with a line of text where the token was taken from a file beside this one
 
     Raises `ConceptError`, which names the file, for what can't be read or does not fit the model.
     """
     try:
-        concept = ConceptReading.of(path, name=name, word=word, token=token).concept(pipe)
+        reading = ConceptReading.of(path, name=name, word=word, token=token)
+        concept = reading.concept(pipe)
         tell_unused(concept, on_unused, str(path))
     except ConceptError as error:
         raise error if str(path) in str(error) else ConceptError(f"{path}: {error}") from error
+    if tell and reading.token_file:
+        tell(f"{path}: its token {reading.token} was taken from {reading.token_file} beside it")
     return concept

@@ -32,9 +32,10 @@ _TEXT = "text encoders, for its own prompt"
 def summarise(path: str | os.PathLike) -> dict:
     """What a file of any known format holds, as plain JSON values.
 
-    Returns "format", "bytes", "sha256", "tokens" (vectors by token), "word" and "base" (None where the file does not
-    tell), "parts" (each with "name", "changes", "ranks", "share" of the Frobenius norm of all changes, None for weights
-    that take the place of a base model's, and whether a fusion has "used" for it) and "settings".
+    Returns "format", "bytes", "sha256", "tokens" (vectors by token), "token_files" (those beside it that tokens were
+    taken from, by token), "lacks" (what of a token is missing, None for nothing), "word" and "base" (None where the
+    file does not tell), "parts" (each with "name", "changes", "ranks", "share" of the Frobenius norm of all changes,
+    None for weights that take the place of a base model's, and whether a fusion has "used" for it) and "settings".
     """
     path = Path(path)
     file = read_concept_file(path)
@@ -45,6 +46,8 @@ def summarise(path: str | os.PathLike) -> dict:
         "bytes": path.stat().st_size,
         "sha256": file_hash(path),
         "tokens": {token: len(next(iter(vectors.values()))) for token, vectors in tokens.items()},
+        "token_files": {} if whole else dict(file.token_files),
+        "lacks": None if whole else file.lacks or None,
         "word": file.word if whole else None,
         "base": file.base_hash or None,
         "parts": _parts(file, {} if whole else file.weights),
