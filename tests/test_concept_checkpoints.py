@@ -25,7 +25,7 @@ def train(pipe, *, stop: int | None = None, images=None, settings=SETTINGS, **op
             raise Interrupted
 
     given = {"prior": PRIOR, "settings": settings, "progress": progress, "checkpoint_every": 3}
-    return train_concept(pipe, images or pictures(2), **NAMES, **given | options)
+    return train_concept(pipe, images or pictures(2), **NAMES | given | options)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,16 @@ def test_a_checkpoint_changes_nothing(tiny_pipe, tmp_path, whole):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": replace(SETTINGS, learning_rate=2e-3)}, "with other settings: remove it"),
-        ({"images": pictures(2, seed=5)}, "with other pictures: remove it"),
-        ({"prior": None, "settings": replace(SETTINGS, prior_batch=0)}, "other prior pictures and settings"),
+        (
+            {"settings": replace(SETTINGS, learning_rate=2e-3, optimiser="muon")},
+            r"other settings \(optimiser: kept 'adamw', asked 'muon'; learning_rate: kept 0.001, asked 0.002\): ask",
+        ),
+        ({"token": "<v2>"}, r"with other pictures or captions and settings \(token: kept '<v1>', asked '<v2>'\): ask"),
+        ({"images": pictures(2, seed=5)}, "with other pictures or captions: ask for what it has to go on, remove it"),
+        (
+            {"prior": None, "settings": replace(SETTINGS, prior_batch=0)},
+            r"other prior pictures and settings \(prior_batch: kept 1, asked 0\): ask",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused_and_stays(tiny_pipe, tmp_path, changes, message):
@@ -118,7 +125,7 @@ def test_class_pictures_of_another_training_are_refused(tiny_pipe, tmp_path):
     options = {"prior": None, "at_once": 2, "checkpoint": file}
     with pytest.raises(Interrupted):
         train(tiny_pipe, stop=2, settings=MADE, **options)
-    with pytest.raises(WeaverError, match=r"rex.ckpt.class: class pictures of another seed: remove it"):
+    with pytest.raises(WeaverError, match=r"class: class pictures made otherwise \(seed: kept 0, asked 7\): remove it"):
         train(tiny_pipe, settings=replace(MADE, seed=7), **options)
     (tmp_path / "rex.ckpt.class" / "made.json").write_text("{")
     with pytest.raises(WeaverError, match=r"made.json: can't be read .*remove its folder"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-__all__ = ["WeaverError", "raise_if", "told"]
+__all__ = ["WeaverError", "differences", "raise_if", "told"]
 
 _LONGEST = 60  # characters of a value that an error tells
 
@@ -31,3 +31,12 @@ def told(value: object) -> str:
     """A value as an error names it: in one line, cut where it is long."""
     text = re.sub(r"\s*\n\s*", " ", repr(value))
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def differences(kept: Mapping[str, object], asked: Mapping[str, object]) -> list[str]:
+    """Which of the values `asked` for are others than those `kept` under their names: "seed: kept 0, asked 7"."""
+    return [
+        f"{name}: kept {told(kept[name]) if name in kept else 'nothing'}, asked {told(value)}"
+        for name, value in asked.items()
+        if name not in kept or kept[name] != value
+    ]

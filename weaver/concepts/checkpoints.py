@@ -13,7 +13,7 @@ import torch
 
 from weaver.concepts.images import TrainingSet
 from weaver.concepts.kept_pictures import KeptPictures
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, differences
 from weaver.folder import whole_file
 
 __all__ = ["Checkpoint", "data_hash"]
@@ -27,12 +27,14 @@ class Checkpoint:
     ----------
     path : the file, written whole or not at all; `remove` throws it away
     every : steps from one to the next
-    identity : what the training is of; a file of another one is refused
+    identity : what the training is of, as hashes
+    settings : how it learns, plain values; a file of another training, or of other settings, is refused
     """
 
     path: Path
     every: int
     identity: Mapping[str, str]
+    settings: Mapping[str, object] = field(default_factory=dict)
     _parts: Mapping[str, object] = field(default_factory=dict)
     _learned: Sequence[torch.Tensor] = ()
 
@@ -57,17 +59,21 @@ class Checkpoint:
         return int(state["step"])
 
     def read(self) -> dict | None:
-        """What the file holds, None without one; raises `WeaverError` for a file of another training."""
+        """What the file holds, None without one; raises `WeaverError`, which names every difference, for another's."""
         if not self.path.exists():
             return None
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            identity, _ = dict(state["identity"]), int(state["step"])
+            identity, settings, _ = dict(state["identity"]), dict(state["settings"]), int(state["step"])
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             raise WeaverError(f"{self.path}: not a readable checkpoint ({error}): remove it to begin anew") from error
-        if odd := [key for key, value in self.identity.items() if identity.get(key) != value]:
+        odd = [key for key, value in self.identity.items() if identity.get(key) != value]
+        if changed := differences(settings, self.settings):
+            odd.append(f"settings ({'; '.join(changed)})")
+        if odd:
             raise WeaverError(
-                f"{self.path}: a checkpoint of a training with other {' and '.join(odd)}: remove it, or name another"
+                f"{self.path}: a checkpoint of a training with other {' and '.join(odd)}: ask for what it has to go "
+                "on, remove it to begin anew, or name another"
             )
         return state
 
@@ -76,7 +82,8 @@ class Checkpoint:
         if step % self.every:
             return
         state = {name: part.state_dict() for name, part in self._parts.items()}
-        state |= {"identity": dict(self.identity), "step": step, "generator": self._generator.get_state()}
+        state |= {"identity": dict(self.identity), "settings": dict(self.settings)}
+        state |= {"step": step, "generator": self._generator.get_state()}
         state["learned"] = [tensor.detach() for tensor in self._learned]
         with whole_file(self.path) as partial:
             torch.save(state, partial)

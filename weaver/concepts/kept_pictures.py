@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, differences
 from weaver.folder import whole_file
 from weaver.pictures import open_rgb
 
@@ -41,9 +41,9 @@ class KeptPictures:
             identity, count, made = dict(told["identity"]), int(told["pictures"]), int(told["made"])
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise WeaverError(f"{index}: can't be read ({error}): remove its folder to make them anew") from error
-        if odd := [key for key, value in self.identity.items() if identity.get(key) != value]:
+        if odd := differences(identity, self.identity):
             raise WeaverError(
-                f"{self.folder}: class pictures of another {' and '.join(odd)}: remove it, or name another"
+                f"{self.folder}: class pictures made otherwise ({'; '.join(odd)}): remove it, or name another"
             )
         return [open_rgb(self._file(number)) for number in range(count)], made
 

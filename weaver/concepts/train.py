@@ -106,8 +106,9 @@ def train_concept(
     _check(pipe, images, prior, token, word)
     kept, pictures = None, None
     if checkpoint is not None:
-        identity = _identity(pipe, images, prior, woven) | {"token or class word": f"{token} {word}"}
-        kept = Checkpoint(Path(checkpoint), checkpoint_every, identity | {"settings": repr(settings)})
+        identity = _identity(pipe, images, prior, woven)
+        told = {"token": token, "word": word} | asdict(settings)
+        kept = Checkpoint(Path(checkpoint), checkpoint_every, identity, told)
         kept.read()  # that of another training is told before anything is made
         made = {key: getattr(settings, key) for key in ("prior_steps", "prior_guidance", "seed")}
         pictures = kept.class_pictures(**{"base model": identity["base model"], "class word": word}, **made)
@@ -170,7 +171,7 @@ def _identity(pipe, images: TrainingSet, prior: TrainingSet | None, woven: Woven
     pairs = (woven.images + woven.templates, woven.captions + woven.base_captions) if woven else None
     return {
         "base model": attn2_hash(pipe.unet),
-        "pictures": data_hash(images),
+        "pictures or captions": data_hash(images),
         "prior pictures": data_hash(prior),
         "woven scenes": data_hash(TrainingSet(*pairs) if pairs else None),
     }
