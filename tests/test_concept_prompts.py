@@ -7,7 +7,7 @@ import torch
 
 from weaver.concepts.concept import Concept
 from weaver.concepts.encoding import encode
-from weaver.concepts.prompts import PromptError, derive_prompt
+from weaver.concepts.prompts import PromptError, derive_prompt, tokenize
 
 PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 PROMPTS = [
@@ -116,6 +116,21 @@ def test_a_plain_word_as_token_is_not_found_inside_other_words(tiny_pipe):
 def test_token_behind_the_last_position_read(tiny_pipe):
     with pytest.raises(PromptError, match="lies behind the 16 tokens"):
         encode(tiny_pipe, "a dog and " * 6 + "a <v1> cat", make_concept())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "room"), [("a <v1> cat", 13), ("a <v1> and a <v1> cat", 5), ("<v1> cat" + " and a dog" * 9, 14)]
+)
+def test_more_vectors_than_there_is_room_for(tiny_pipe, caplog, prompt, room):
+    """The number that is told is the largest that is read: of 16 tokens two are the text's begin and end."""
+    with pytest.raises(
+        PromptError, match=rf"for 90 vectors, and the prompt .* room for {room} of them in the 16 tokens"
+    ):
+        tokenize(tiny_pipe, prompt, "<v1>", 90)
+    assert not caplog.text
+    assert len(tokenize(tiny_pipe, prompt, "<v1>", room)[1]) == room * prompt.count("<v1>")
+    with pytest.raises(PromptError, match=f"take {room} vectors or fewer"):
+        tokenize(tiny_pipe, prompt, "<v1>", room + 1)
 
 
 def test_a_cut_prompt_is_told(tiny_pipe, caplog):

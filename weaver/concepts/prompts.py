@@ -124,10 +124,17 @@ def tokenize(
             body += [_STAND_IN] * vectors
         if piece.strip():
             body += tokenizer(convert(piece, tokenizer), add_special_tokens=False, verbose=False).input_ids
+    if positions and positions[-1] > limit - 2:
+        times = len(pieces) - 1
+        room = (limit - 2 - (positions[-1] - times * vectors)) // times
+        if vectors == 1 or room < 1:
+            raise PromptError(f"token {token!r} lies behind the {limit} tokens that are read of the prompt {prompt!r}")
+        raise PromptError(
+            f"token {token!r} stands for {vectors} vectors, and the prompt {prompt!r} has room for {room} of them in "
+            f"the {limit} tokens that this model reads: take {room} vectors or fewer"
+        )
     if len(body) > limit - 2:
         _log.warning("prompt %r is cut to the %d tokens that the text encoder reads", prompt, limit)
-    if positions and positions[-1] > limit - 2:
-        raise PromptError(f"token {token!r} lies behind the {limit} tokens that are read of the prompt {prompt!r}")
     ids = [tokenizer.bos_token_id, *body[: limit - 2], tokenizer.eos_token_id]
     padded = ids + [tokenizer.pad_token_id] * (limit - len(ids))
     return torch.tensor([padded]), positions, len(ids)
