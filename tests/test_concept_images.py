@@ -57,6 +57,34 @@ def test_an_unreadable_picture_is_named(tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(("broken", "more"), [(2, ""), (5, ""), (8, "; and 3 more")])
+def test_every_unreadable_picture_is_told_of_up_to_five_by_name(tmp_path, broken, more):
+    save(tmp_path / "a.png")
+    for number in range(broken):
+        (tmp_path / f"b{number}.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(PictureError, match=f"^{broken} of {broken + 1} pictures can't be used: ") as raised:
+        load_images(tmp_path, "<v1>", "cat")
+    message = str(raised.value)
+    assert [f"b{number}.png: not a readable picture" in message for number in range(broken)] == [
+        number < 5 for number in range(broken)
+    ]
+    assert message.endswith(more or ")") and ("more" in message) == bool(more) and "\n" not in message
+
+
+def test_pictures_and_captions_that_cant_be_used_are_told_together(tmp_path):
+    for name in "abc":
+        save(tmp_path / f"{name}.png")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG broken")
+    (tmp_path / "b.txt").write_text("a cat")
+    with pytest.raises(
+        WeaverError, match=r"2 of 3 .*a\.png: not a readable.*; .*b\.txt: caption 'a cat' lacks"
+    ) as raised:
+        load_images(tmp_path, "<v1>", "cat")
+    assert not isinstance(raised.value, PictureError)
+    with pytest.raises(WeaverError, match="^caption 'a {word}' lacks the token '<v1>'[^;]*$"):
+        load_images([tmp_path / "c.png"] * 2, "<v1>", "cat", template="a {word}")
+
+
 def test_folders_without_pictures(tmp_path):
     with pytest.raises(WeaverError, match=r"no pictures in this folder \(\.png"):
         load_images(tmp_path, "<v1>", "cat")

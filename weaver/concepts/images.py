@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
 from weaver.concepts.framing import Framing
 from weaver.concepts.prompts import names_token
 from weaver.errors import WeaverError
-from weaver.pictures import open_rgb
+from weaver.pictures import PictureError, open_rgb
 
 __all__ = ["TrainingSet", "caption_of", "load_images", "mask_file", "mask_of", "picture_files"]
 
 _MASK = ".mask.png"
 _KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+_NAMED = 5  # files that can't be used, of which an error tells what is wrong
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,33 @@ def load_images(
     token, word : the concept's modifier token and class word.
     template : None for "a {token} {word}".
 
-    Raises `WeaverError` for a folder without pictures and for captions without the token, `PictureError` naming the
-    first file that can't be read.
+    Raises `WeaverError` for a folder without pictures and for captions without the token, `PictureError` where nothing
+    is wrong but that files can't be read; both tell of five files, and how many more there are.
     """
     paths = picture_files(Path(source)) if isinstance(source, str | os.PathLike) else [Path(path) for path in source]
-    captions = tuple(caption_of(path, token, word, template=template) for path in paths)
-    masks = tuple(mask_of(path) for path in paths)
-    return TrainingSet(tuple(open_rgb(path) for path in paths), captions, masks if any(masks) else ())
+    found = _of_each(
+        paths, lambda path: (caption_of(path, token, word, template=template), mask_of(path), open_rgb(path))
+    )
+    captions, masks, images = (tuple(one[i] for one in found) for i in range(3))
+    return TrainingSet(images, captions, masks if any(masks) else ())
+
+
+def _of_each(paths: Sequence[Path], read: Callable[[Path], T]) -> list[T]:
+    """What `read` gives for each picture; one error for all that it refuses."""
+    found, errors = [], []
+    for path in paths:
+        try:
+            found.append(read(path))
+        except WeaverError as error:
+            errors.append(error)
+    reasons = list(dict.fromkeys(map(str, errors)))  # a caption of all is one
+    if len(reasons) == 1:
+        raise errors[0]
+    if reasons:
+        kind = PictureError if all(isinstance(error, PictureError) for error in errors) else WeaverError
+        more = f"; and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
+        raise kind(f"{len(errors)} of {len(paths)} pictures can't be used: {'; '.join(reasons[:_NAMED])}{more}")
+    return found
 
 
 def mask_file(picture: Path) -> Path | None:
