@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from weaver.concepts.images import TrainingSet, load_images
+from weaver.concepts.images import TrainingSet, load_class_images, load_images
 from weaver.errors import WeaverError
 from weaver.pictures import PictureError
 
@@ -104,6 +104,29 @@ def test_captions_need_the_token(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(WeaverError, match=r"a\.txt: not a readable caption in UTF-8"):
         load_images(tmp_path, "<v1>", "cat")
+
+
+def test_class_pictures_have_captions_beside_them_too(tmp_path):
+    for name in ("a.png", "a.mask.png", "b.png"):
+        save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("two {word}s on a sofa\n")
+    data = load_class_images(tmp_path, "<v1>", "cat")
+    assert (data.captions, data.masks) == (("two cats on a sofa", "a cat"), ())
+
+
+@pytest.mark.parametrize(
+    ("caption", "message"),
+    [
+        ("a {token} {word}", r"caption 'a {token} {word}' has the token '<v1>', and shows others: write {word} alone"),
+        ("a <v1> cat", r"caption 'a <v1> cat' has the token '<v1>'"),
+        (" \n", "the caption is empty: write what the picture shows, or remove the file"),
+    ],
+)
+def test_captions_that_class_pictures_cant_have(tmp_path, caption, message):
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text(caption)
+    with pytest.raises(WeaverError, match=rf"a\.txt: {message}"):
+        load_class_images(tmp_path, "<v1>", "cat")
 
 
 def test_as_many_captions_as_pictures():

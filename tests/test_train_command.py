@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
+import torch
 from jobs import picture
 from PIL import Image
 
@@ -60,6 +63,19 @@ def test_a_lora_with_class_pictures_of_ones_own(folder, tmp_path):
     assert concept.settings["prior"] == "given" and concept.base_hash
     assert train(folder, "--out", str(out), "--method", "lora", "--rank", "3", "--prior-batch", "0", "--replace") == 0
     assert {len(delta.down) for delta in Concept.load(out).deltas.values()} == {3}
+
+
+def test_captions_beside_class_pictures_are_learned_from(folder, tmp_path):
+    """Other captions are another training: in the same steps another concept comes of them."""
+    others, found = shutil.copytree(folder / "class", tmp_path / "class"), []
+    for caption in (None, "a dog, mountain background", "a cat"):
+        for number in range(2 if caption else 0):
+            (others / f"{number}.txt").write_text(caption)
+        out = tmp_path / f"{len(found)}.safetensors"
+        assert train(folder, "--out", str(out), "--class-images", str(others)) == 0
+        found.append(Concept.load(out).deltas)
+    same = [[torch.equal(x, found[0][key]) for key, x in deltas.items()] for deltas in found]
+    assert all(same[2]) and not all(same[1])
 
 
 def test_the_embedded_models_own_defaults(tmp_path):

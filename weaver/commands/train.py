@@ -42,7 +42,13 @@ def add_parser(commands, epilog: str) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the concept's file (concepts/TOKEN.safetensors)")
     parser.add_argument("--replace", action="store_true", help="write over a concept's file that is there")
     parser.add_argument("--method", choices=_METHODS, default=_METHODS[0], help=f"({_METHODS[0]})")
-    parser.add_argument("--class-images", type=Path, metavar="DIR", help="pictures of its class; else the model's own")
+    parser.add_argument(
+        "--class-images",
+        type=Path,
+        metavar="DIR",
+        help="pictures of its class, each with its caption in NAME.txt beside it (a WORD); masks there are not used "
+        "(pictures that the model makes)",
+    )
     parser.add_argument(
         "--validate",
         metavar="PROMPT",
@@ -76,7 +82,7 @@ def _train(args: argparse.Namespace) -> int:
         quiet_libraries()
         from weaver.concepts.bank import prior_and_scenes
         from weaver.concepts.checkpoints import Checkpoint
-        from weaver.concepts.images import load_images
+        from weaver.concepts.images import load_class_images, load_images
         from weaver.concepts.train import train_concept
         from weaver.concepts.validation import Validation
     out = _destination(args)
@@ -89,11 +95,7 @@ def _train(args: argparse.Namespace) -> int:
     pictures = load_images(args.images[0] if folder else args.images, args.token, args.word)
     given = None
     if args.class_images:
-        from weaver.concepts.images import TrainingSet, picture_files
-        from weaver.pictures import open_rgb
-
-        files = picture_files(args.class_images)
-        given = TrainingSet(tuple(map(open_rgb, files)), (f"a {args.word}",) * len(files))
+        given = load_class_images(args.class_images, args.token, args.word)
     with args.stages.step("loading the model"):
         with model_source(args.model, offline=args.offline, fuses=False) as (_, config, _):
             if config["_class_name"] not in _PIPELINES:

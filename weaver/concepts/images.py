@@ -15,7 +15,7 @@ from weaver.concepts.prompts import names_token
 from weaver.errors import WeaverError
 from weaver.pictures import PictureError, open_rgb
 
-__all__ = ["TrainingSet", "caption_of", "load_images", "mask_file", "mask_of", "picture_files"]
+__all__ = ["TrainingSet", "caption_of", "load_class_images", "load_images", "mask_file", "mask_of", "picture_files"]
 
 _MASK = ".mask.png"
 _KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -88,6 +88,30 @@ def load_images(
     )
     captions, masks, images = (tuple(one[i] for one in found) for i in range(3))
     return TrainingSet(images, captions, masks if any(masks) else ())
+
+
+def load_class_images(folder: str | os.PathLike, token: str, word: str) -> TrainingSet:
+    """Read the pictures of a folder as others of a concept's class, which hold that in place (prior preservation).
+
+    A picture's caption is the text file of the same name beside it, with `{word}` in it filled in, otherwise
+    "a <word>"; none may have the concept's token in it. Masks are not used: the loss counts all of such a picture.
+
+    Raises as `load_images` does, and `WeaverError` for captions that are empty or have the token.
+    """
+    found = _of_each(picture_files(Path(folder)), lambda path: (_class_caption(path, token, word), open_rgb(path)))
+    return TrainingSet(tuple(image for _, image in found), tuple(caption for caption, _ in found))
+
+
+def _class_caption(picture: Path, token: str, word: str) -> str:
+    beside = picture.with_suffix(".txt")
+    if not beside.is_file():
+        return f"a {word}"
+    text = _read_caption(beside)
+    if not text:
+        raise WeaverError(f"{beside}: the caption is empty: write what the picture shows, or remove the file")
+    if "{token}" in text or names_token(text, token):
+        raise WeaverError(f"{beside}: caption {text!r} has the token {token!r}, and shows others: write {{word}} alone")
+    return text.replace("{word}", word)
 
 
 def _of_each(paths: Sequence[Path], read: Callable[[Path], T]) -> list[T]:
