@@ -9,6 +9,7 @@ import torch
 from test_concept_train import FAST, NAMES, PRIOR, equal, pictures
 
 from weaver.concepts.changes import parts_of
+from weaver.concepts.concept import attn2_hash
 from weaver.concepts.train import train_concept
 from weaver.errors import WeaverError
 
@@ -87,6 +88,15 @@ def test_a_checkpoint_of_another_training_is_refused_and_stays(tiny_pipe, tmp_pa
     with pytest.raises(WeaverError, match=message):
         train(tiny_pipe, checkpoint=file, **changes)
     assert file.read_bytes() == before
+
+
+def test_a_checkpoint_of_another_precision_is_refused(tiny_pipe, pipe, tmp_path):
+    file = tmp_path / "rex.ckpt"
+    with pytest.raises(Interrupted):
+        train(tiny_pipe, stop=3, checkpoint=file)
+    assert attn2_hash(pipe.unet) == attn2_hash(tiny_pipe.unet)
+    with pytest.raises(WeaverError, match=r"with other settings \(precision: kept 'float64', asked 'float32'\): ask"):
+        train(pipe, checkpoint=file)
 
 
 def test_a_damaged_checkpoint_is_told(tiny_pipe, tmp_path):

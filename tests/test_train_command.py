@@ -10,8 +10,10 @@ from jobs import picture
 from PIL import Image
 
 from weaver.cli import main
+from weaver.concepts import train as training
 from weaver.concepts.concept import Concept
-from weaver.embedded import concept_images
+from weaver.embedded import concept_images, load_pipeline
+from weaver.models import load_model
 from weaver_kernels import LowRank
 
 
@@ -76,6 +78,36 @@ def test_captions_beside_class_pictures_are_learned_from(folder, tmp_path):
         found.append(Concept.load(out).deltas)
     same = [[torch.equal(x, found[0][key]) for key, x in deltas.items()] for deltas in found]
     assert all(same[2]) and not all(same[1])
+
+
+@pytest.mark.parametrize("precision", [None, "float32", "float16", "bfloat16"])
+def test_a_concept_learned_in_any_precision_is_of_the_same_base(folder, tmp_path, monkeypatch, precision):
+    """Jobs load a model in float32 or float16, and must know it again as the one that the concept belongs to."""
+    seen, learn = [], training.train_concept
+
+    def seeing(pipe, *given, **options):
+        seen.extend(getattr(pipe, part).dtype for part in ("unet", "vae", "text_encoder"))
+        return learn(pipe, *given, **options)
+
+    monkeypatch.setattr(training, "train_concept", seeing)
+    out = tmp_path / "tom.safetensors"
+    asked = ["--precision", precision] if precision else []
+    assert train(folder, "--out", str(out), "--device", "cpu", *asked) == 0
+    assert seen == 3 * [getattr(torch, precision or "float32")]
+    concept = Concept.load(out)
+    concept.check_base(load_model(str(folder / "model"), device="cpu"))
+    assert all(delta.isfinite().all() for delta in concept.deltas.values())
+    assert any(delta.any() for delta in concept.deltas.values())
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_the_embedded_model_learns_in_half_precision(tmp_path, precision):
+    out = tmp_path / "pug.safetensors"
+    given = ["train", str(concept_images("pug")), "--word", "dog", "--token", "<pug>", "--out", str(out)]
+    assert main([*given, "--steps", "2", "--precision", precision]) == 0
+    concept = Concept.load(out)
+    concept.check_base(load_pipeline())
+    assert concept.settings["woven"] == 64 and any(delta.any() for delta in concept.deltas.values())
 
 
 def test_the_embedded_models_own_defaults(tmp_path):

@@ -7,6 +7,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from weaver.choices import PRECISIONS
 from weaver.concepts.settings import OPTIMISERS, TrainSettings
 from weaver.errors import WeaverError
 from weaver.folder import check_folder
@@ -61,6 +62,9 @@ def add_parser(commands, epilog: str) -> None:
     )
     parser.add_argument("--at-once", type=int, metavar="N", help="pictures made (4) or encoded (8) in one pass: memory")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of the model while it is learned in (float16 on cuda, else float32)"
+    )
     parser.add_argument("--offline", action="store_true", help="take the model from the local cache only")
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
     settings = parser.add_argument_group("settings", "defaults are the model's own (weaver/concepts/settings.py)")
@@ -77,7 +81,7 @@ def add_parser(commands, epilog: str) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     with args.stages.step("starting"):
-        from weaver.models import load_model, model_source, quiet_libraries, threads_for
+        from weaver.models import model_source, quiet_libraries, threads_for
 
         quiet_libraries()
         from weaver.concepts.bank import prior_and_scenes
@@ -103,7 +107,7 @@ def _train(args: argparse.Namespace) -> int:
                 raise WeaverError(
                     f"--model: {args.model!r} is a {config['_class_name']}; concepts are learned in {known}"
                 )
-        pipe = load_model(args.model, device=args.device, offline=args.offline, fuses=False)
+        pipe, base_hash = _loaded(args)
     settings = _settings(args, pipe)
     if given and not settings.prior_batch:
         raise WeaverError("--class-images: none of them is in a step; leave out --prior-batch 0, or the pictures")
@@ -119,6 +123,7 @@ def _train(args: argparse.Namespace) -> int:
                 prior=given or prior,
                 woven=woven,
                 settings=settings,
+                base_hash=base_hash,
                 checkpoint=out.with_suffix(".checkpoint"),
                 keep_checkpoint=True,
                 at_once=args.at_once,
@@ -131,6 +136,22 @@ def _train(args: argparse.Namespace) -> int:
     seconds = args.stages.elapsed()
     print(f"{out}: {args.token} {args.word}, learned from {_counted(pictures.images)} in {seconds:.0f} s")
     return 0
+
+
+def _loaded(args: argparse.Namespace):
+    """The pipeline in the precision that is asked for; the hash of its base, None where it is that of this pipeline."""
+    import torch
+
+    from weaver.concepts.concept import attn2_hash
+    from weaver.models import load_model
+
+    rounded = args.precision == "bfloat16"  # jobs have models in float16 and float32, which hash alike
+    dtype = torch.float16 if rounded else args.precision and getattr(torch, args.precision)
+    pipe = load_model(args.model, device=args.device, offline=args.offline, dtype=dtype, fuses=False)
+    if not rounded:
+        return pipe, None
+    base_hash = attn2_hash(pipe.unet)
+    return pipe.to(torch.bfloat16), base_hash
 
 
 def _destination(args: argparse.Namespace) -> Path:

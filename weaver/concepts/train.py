@@ -54,6 +54,7 @@ def train_concept(
     prior: TrainingSet | None = None,
     woven: WovenSet | None = None,
     settings: TrainSettings | None = None,
+    base_hash: str | None = None,
     at_once: int | None = None,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 100,
@@ -84,6 +85,8 @@ def train_concept(
     woven : scenes with the concept in the place of another of its class, on which it is learned as a fusion shows it
         (`weaver.concepts.woven`), `settings.woven_batch` of them in a step; None learns from `images` alone.
     settings : None for the defaults for Stable Diffusion.
+    base_hash : the concept's (`Concept`); None is the `attn2_hash` of the U-Net. A model in bfloat16 has a hash of its
+        own: give that of the model before it was rounded, and the concept fits it in float16 and float32.
     at_once : how many pictures are made or encoded in one pass, which takes memory; None is 4 and 8.
     checkpoint : a file that is written every `checkpoint_every` steps. Where it is there, a training of the same
         arguments goes on from it, and on the CPU ends with the same concept as in one go. Class pictures that the model
@@ -104,14 +107,16 @@ def train_concept(
         captions = [f"a {token} {word}"] * len(images) if captions is None else captions
         images = TrainingSet(tuple(images), tuple(captions))
     _check(pipe, images, prior, token, word)
+    base_hash = base_hash or attn2_hash(pipe.unet)
     kept, pictures = None, None
     if checkpoint is not None:
-        identity = _identity(pipe, images, prior, woven)
-        told = {"token": token, "word": word} | asdict(settings)
+        identity = _identity(base_hash, images, prior, woven)
+        told = {"token": token, "word": word, "precision": str(pipe.unet.dtype).removeprefix("torch.")}
+        told |= asdict(settings)
         kept = Checkpoint(Path(checkpoint), checkpoint_every, identity, told)
         kept.read()  # that of another training is told before anything is made
         made = {key: getattr(settings, key) for key in ("prior_steps", "prior_guidance", "seed")}
-        pictures = kept.class_pictures(**{"base model": identity["base model"], "class word": word}, **made)
+        pictures = kept.class_pictures(**{"base model": base_hash, "class word": word}, **made)
     learned = start(pipe, word, settings)
     log = TrainingLog(log_dir) if log_dir is not None else None
     watching = [] if log is None else [log]
@@ -152,7 +157,7 @@ def train_concept(
         name=name or token.strip("<>"),
         token=token,
         word=word,
-        base_hash=attn2_hash(pipe.unet),
+        base_hash=base_hash,
         embeddings={encoder: vectors.detach().cpu() for encoder, vectors in learned.vectors.items()},
         deltas=deltas,
         settings=asdict(settings)
@@ -166,11 +171,11 @@ def train_concept(
     return concept
 
 
-def _identity(pipe, images: TrainingSet, prior: TrainingSet | None, woven: WovenSet | None) -> dict[str, str]:
+def _identity(base_hash: str, images: TrainingSet, prior: TrainingSet | None, woven: WovenSet | None) -> dict[str, str]:
     """What a training is of."""
     pairs = (woven.images + woven.templates, woven.captions + woven.base_captions) if woven else None
     return {
-        "base model": attn2_hash(pipe.unet),
+        "base model": base_hash,
         "pictures or captions": data_hash(images),
         "prior pictures": data_hash(prior),
         "woven scenes": data_hash(TrainingSet(*pairs) if pairs else None),
