@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
 from jobs import picture
 from PIL import Image
 
-from weaver.cli import main
+from weaver.cli import _parser, main
 from weaver.concepts import train as training
 from weaver.concepts.concept import Concept
+from weaver.concepts.settings import TrainSettings
 from weaver.embedded import concept_images, load_pipeline
 from weaver.models import load_model
 from weaver_kernels import LowRank
@@ -43,6 +45,19 @@ def test_a_concept_from_a_folder_of_pictures(folder, tmp_path, capsys):
     told = {key: concept.settings[key] for key in ("steps", "flip", "views", "rank", "prior")}
     assert told == {"steps": 2, "flip": True, "views": 1, "rank": 0, "prior": "made by the base model"}
     assert [path.name for path in out.parent.iterdir()] == ["tom.safetensors"]
+
+
+def test_every_setting_is_explained_with_its_defaults():
+    train_parser = _parser()._subparsers._group_actions[0].choices["train"]
+    told = {action.dest: action.help for action in train_parser._actions}
+    usual, embedded = TrainSettings(), TrainSettings.embedded()
+    said = {"rank": "16", "token_learning_rate": "as --learning-rate"}  # where it is not the default of `TrainSettings`
+    for name in (field.name for field in fields(TrainSettings)):
+        one, other = getattr(usual, name), getattr(embedded, name)
+        expected = said.get(name, str(one)) + (f"; embedded {other}" if one != other else "")
+        assert told[name].endswith(f" ({expected})") or (one is other is False and "(" not in told[name]), name
+        assert 20 < len(told[name]) < 110, name
+    assert all(told.values())
 
 
 def test_validation_pictures_and_a_log_beside_the_concept(folder, tmp_path):

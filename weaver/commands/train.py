@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import fields
 from pathlib import Path
 
 from weaver.choices import PRECISIONS
-from weaver.concepts.settings import OPTIMISERS, TrainSettings
+from weaver.commands.train_settings import METHODS, add_settings, chosen_settings
 from weaver.errors import WeaverError
 from weaver.folder import check_folder
 
@@ -19,11 +18,8 @@ _DESCRIPTION = (
     "it; NAME.mask.png, white where the concept is, keeps the rest from being learned. Interrupted, the same command "
     "goes on where it was."
 )
-_METHODS = ("custom-diffusion", "lora")
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _EVERY = 100  # steps
-_RANK = 16  # of a LoRA where none is asked for
-_KINDS = {"int": int, "float": float, "float | None": float}
 
 
 def add_parser(commands, epilog: str) -> None:
@@ -42,13 +38,14 @@ def add_parser(commands, epilog: str) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the concept's file (concepts/TOKEN.safetensors)")
     parser.add_argument("--replace", action="store_true", help="write over a concept's file that is there")
-    parser.add_argument("--method", choices=_METHODS, default=_METHODS[0], help=f"({_METHODS[0]})")
+    parser.add_argument(
+        "--method", choices=METHODS, default=METHODS[0], help=f"whole changes of weights, or factors ({METHODS[0]})"
+    )
     parser.add_argument(
         "--class-images",
         type=Path,
         metavar="DIR",
-        help="pictures of its class, each with its caption in NAME.txt beside it (a WORD); masks there are not used "
-        "(pictures that the model makes)",
+        help="pictures of its class, captions in NAME.txt beside them (a WORD), masks not used; else the model's own",
     )
     parser.add_argument(
         "--validate",
@@ -56,26 +53,20 @@ def add_parser(commands, epilog: str) -> None:
         action="append",
         help="draw this, with the token in it, while it learns: in FILE's .validation folder; may be repeated",
     )
-    parser.add_argument("--validate-every", type=int, default=_EVERY, metavar="N", help=f"steps between ({_EVERY})")
+    parser.add_argument(
+        "--validate-every", type=int, default=_EVERY, metavar="N", help=f"steps from one drawing to the next ({_EVERY})"
+    )
     parser.add_argument(
         "--log-dir", type=Path, metavar="DIR", help="write losses and validation there, for TensorBoard"
     )
     parser.add_argument("--at-once", type=int, metavar="N", help="pictures made (4) or encoded (8) in one pass: memory")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, help="of the model while it is learned in (float16 on cuda, else float32)"
+        "--precision", choices=PRECISIONS, help="of the model's weights meanwhile (float16 on cuda, else float32)"
     )
     parser.add_argument("--offline", action="store_true", help="take the model from the local cache only")
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
-    settings = parser.add_argument_group("settings", "defaults are the model's own (weaver/concepts/settings.py)")
-    for field in fields(TrainSettings):
-        name = f"--{field.name.replace('_', '-')}"
-        if field.type == "bool":
-            settings.add_argument(name, action="store_true", default=None)
-        elif field.name == "optimiser":
-            settings.add_argument(name, choices=OPTIMISERS)
-        else:
-            settings.add_argument(name, type=_KINDS[field.type], metavar=field.name.rpartition("_")[2].upper())
+    add_settings(parser)
     parser.set_defaults(command=_train, ended="the same command goes on from its last checkpoint, if it wrote one")
 
 
@@ -108,7 +99,7 @@ def _train(args: argparse.Namespace) -> int:
                     f"--model: {args.model!r} is a {config['_class_name']}; concepts are learned in {known}"
                 )
         pipe, base_hash = _loaded(args)
-    settings = _settings(args, pipe)
+    settings = chosen_settings(args, pipe)
     if given and not settings.prior_batch:
         raise WeaverError("--class-images: none of them is in a step; leave out --prior-batch 0, or the pictures")
     with threads_for(pipe):
@@ -170,16 +161,3 @@ def _destination(args: argparse.Namespace) -> Path:
 
 def _counted(pictures) -> str:
     return f"{len(pictures)} picture{'s' * (len(pictures) > 1)}"
-
-
-def _settings(args: argparse.Namespace, pipe) -> TrainSettings:
-    from weaver.models import is_embedded
-
-    changes = {f.name: getattr(args, f.name) for f in fields(TrainSettings) if getattr(args, f.name) is not None}
-    if args.method == "lora":
-        changes.setdefault("rank", _RANK)
-    if bool(changes.get("rank")) != (args.method == "lora"):
-        rank = changes["rank"]
-        fix = "add --method lora" if rank else "give 1 or more"
-        raise WeaverError(f"--rank: is {rank} with --method {args.method}; {fix}")
-    return TrainSettings.embedded(**changes) if is_embedded(pipe) else TrainSettings(**changes)
