@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from test_concept_train import ALONE, NAMES, equal, pictures
 
+from weaver.concepts import objective
 from weaver.concepts.examples import prepare
 from weaver.concepts.images import TrainingSet, load_images, picture_files
 from weaver.concepts.train import train_concept
@@ -58,15 +59,16 @@ def test_what_lies_outside_a_mask_is_not_learned(tiny_pipe):
     assert max(close) < 1e-5  # a mask of all is no mask
 
 
-def test_the_loss_outside_a_mask_has_no_gradient(tiny_pipe, monkeypatch):
-    from weaver.concepts.objective import _mean
-
+@pytest.mark.parametrize("mean", ["pictures", "cells"])
+def test_the_loss_outside_a_mask_has_no_gradient(mean):
     error = torch.rand(2, 1, 4, 4, requires_grad=True)
     region = torch.zeros(3, 1, 4, 4)
     region[2, :, :2], region[0, :, 3] = 1, 0.5
-    loss = _mean(error, region, torch.tensor([2, 0]))
+    loss = getattr(objective, f"_mean_of_{mean}")(error, region, torch.tensor([2, 0]))
     loss.backward()
-    assert loss.item() == pytest.approx((error[0, :, :2].sum().item() + 0.5 * error[1, :, 3].sum().item()) / 10)
+    first, second = error[0, :, :2].sum().item(), 0.5 * error[1, :, 3].sum().item()
+    expected = {"pictures": (first / 8 + second / 2) / 2, "cells": (first + second) / 10}
+    assert loss.item() == pytest.approx(expected[mean])
     assert (error.grad[0, 0, 2:] == 0).all() and (error.grad[1, 0, :3] == 0).all()
 
 
