@@ -27,7 +27,13 @@ def _gain(rivals: Sequence[str], n: int) -> Callable[[Sums, Rows], str | None]:
 
 
 def _growth(sums: Sums, rows: Rows) -> str | None:
-    return f"{sums['ours', 8] / sums['ours', 1]:.2f}" if {("ours", 1), ("ours", 8)} <= sums.keys() else None
+    """Of every model, by its name."""
+    found = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        ours = unet_ms([row for row in rows if row["model"] == model], model)
+        if {("ours", 1), ("ours", 8)} <= ours.keys():
+            found.append(f"{ours['ours', 8] / ours['ours', 1]:.2f} ({model})")
+    return ", ".join(found) or None
 
 
 def _varlen(sums: Sums, rows: Rows) -> str | None:
@@ -66,7 +72,7 @@ GPU = {
 def targets(by_setting: Mapping[Setting, Rows], wanted: Mapping[str, Callable], dtype: str) -> dict[str, str | None]:
     """What was measured of each target in a type, with hard masks; None where nothing was.
 
-    Sums are of SD 2.1 at 768; shares of the floor are of every model.
+    Sums are of SD 2.1 at 768; shares of the floor, and what more concepts cost, are of every model.
     """
     chosen = {key.model: rows for key, rows in by_setting.items() if (key.dtype, key.masks) == (dtype, "hard")}
     sums = unet_ms(chosen.get(MODEL, []), MODEL)

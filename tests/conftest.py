@@ -26,9 +26,11 @@ TEXT_WIDTH = 16
 
 def pytest_configure(config):
     """Triton decides when it is first imported whether kernels are interpreted; the GPU set compiles them."""
+    os.environ["WEAVER_CACHE"] = os.path.join(tempfile.gettempdir(), f"weaver-test-cache-{os.getpid()}")
     if config.getoption("markexpr") != "gpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    os.environ["WEAVER_CACHE"] = os.path.join(tempfile.gettempdir(), f"weaver-test-cache-{os.getpid()}")
+    elif not config.option.collectonly and not torch.cuda.is_available():
+        pytest.exit(f"the GPU tests need an NVIDIA GPU, and torch {torch.__version__} sees none", returncode=2)
 
 
 def pytest_unconfigure(config):

@@ -245,8 +245,8 @@ def test_sums_and_targets():
     assert unet_ms(measured, "sd21")["ours", 1] == pytest.approx(16 * 10 / 1000)
     assert ("ours", 1) not in unet_ms(measured[1:], "sd21")  # a layer is missing
     found = list(targets(settings(measured), CPU, "float32").values())
-    assert found == [None, "4.00", None, "1.20"]
-    large = ["80% (sd21 96x96 5x64, N=1, of 4 measured)", None, None, "1.20"]
+    assert found == [None, "4.00", None, "1.20 (sd21)"]
+    large = ["80% (sd21 96x96 5x64, N=1, of 4 measured)", None, None, "1.20 (sd21)"]
     assert list(targets(settings(measured), GPU, "float32").values()) == large
     of_sdxl = [{**row(model="sdxl", layer="64x64 10x64", masks=masks), "share": "0.6"} for masks in shapes.MASKS]
     least = targets(settings([*measured, *of_sdxl]), GPU, "float32")

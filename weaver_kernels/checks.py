@@ -1,12 +1,13 @@
-"""Bad input is one `ValueError` that lists every reason."""
+"""Bad input is one `ValueError` that lists every reason; what a caller's autocast would round is kept from it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 
-__all__ = ["gradient_reasons", "require"]
+__all__ = ["gradient_reasons", "own_precision", "require"]
 
 
 def require(op: str, reasons: Sequence[str]) -> None:
@@ -21,3 +22,17 @@ def gradient_reasons(**tensors: torch.Tensor | None) -> list[str]:
         return []
     asking = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
     return [f"inference only, and {', '.join(asking)} requires grad: call under torch.no_grad()"] if asking else []
+
+
+def own_precision(function: Callable) -> Callable:
+    """A function of a first tensor, without autocast: that would take its float32 products in 16 bits."""
+
+    @wraps(function)
+    def call(q: torch.Tensor, *args, **kwargs):
+        kind = q.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return function(q, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(q, *args, **kwargs)
+
+    return call

@@ -173,6 +173,18 @@ def test_what_runs_on_a_gpu_up_to_the_launch(planned, dtype, monkeypatch):
     assert_within_twice_eager(out, case)
 
 
+@pytest.mark.parametrize("lengths", [torch.tensor([[9, 1], [3, 2], [5, 4]])[:, 0], torch.tensor([7]).expand(3)])
+def test_lengths_that_do_not_lie_side_by_side(lengths, monkeypatch):
+    from weaver_kernels.context_attention import op
+
+    needs_interpreter()
+    monkeypatch.setattr(op, "kernel_arch", lambda device: 86)
+    case = make_case(t=16, d=16, s=3, length=9)
+    case["key_lengths"] = lengths
+    out = op._cuda(case["q"], case["k"], case["v"], case["weights"], None, lengths, None, 0.25)
+    assert_within_twice_eager(out, case)
+
+
 def test_nothing_to_compute_is_not_launched(monkeypatch):
     from weaver_kernels.context_attention import op
 

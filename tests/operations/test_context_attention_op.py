@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from operations.cases import assert_within_twice_eager, make_case, soft_weights, truth
-from weaver_kernels import ContextPlan, context_attention
+from weaver_kernels import ContextPlan, context_attention, context_attention_reference
 from weaver_kernels.context_attention import live
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -143,6 +143,7 @@ def test_compiles_in_one_graph_and_not_again_for_other_masks(with_plan):
         ({"q": torch.zeros(2, 7, 15)}, "q must be"),
         ({"weights": torch.zeros(1, 3, 40, dtype=torch.int32)}, "weights must be .* torch.int32"),
         ({"q": torch.zeros(1, 40, 1, 16, device="meta")}, "several devices: cpu, meta"),
+        ({"q": torch.zeros(1, 40, 1, 0), "k": torch.zeros(3, 20, 1, 0), "v": torch.zeros(3, 20, 1, 0)}, "no heads"),
         ({"scale": 0.0}, "scale must be positive"),
         ({"scale": float("nan")}, "scale must be positive"),
         ({"context_index": torch.zeros(1, 3)}, "context_index must be .* integers"),
@@ -184,3 +185,15 @@ def test_gradients_elsewhere_are_nobodys_business():
     case["q"].requires_grad_()
     with torch.no_grad():
         assert_within_twice_eager(context_attention(**case), case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_of_the_caller_rounds_nothing(dtype):
+    case = make_case(b=2, t=256, s=3, d=16, dtype=dtype)
+    case["weights"] = torch.zeros(2, 3, 256)
+    for s in range(3):
+        case["weights"][:, s, 80 * s : 80 * (s + 1)] = 1  # gathered, each by itself
+    expected = context_attention(**case), context_attention_reference(**case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = context_attention(**case), context_attention_reference(**case)
+    assert all(map(torch.equal, found, expected))

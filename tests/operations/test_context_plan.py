@@ -147,8 +147,10 @@ def test_updates_are_in_place_and_the_same_as_a_new_plan(tile_sizes):
         ({"context_index": torch.tensor([[0.9, 1.0, 2.0]] * 2)}, "integers, got .* torch.float32"),
         ({"weights": torch.zeros(2, 3, 40, dtype=torch.int32)}, "floating-point, got .*torch.int32"),
         ({"weights": torch.zeros(2, 3, 40, requires_grad=True)}, "inference only, and weights requires grad"),
+        ({"capacity": -1}, "capacity must be 0 or more, got -1"),
+        ({"tile_sizes": (16, 0)}, r"tile_sizes must be 1 or more, got \[16, 0\]"),
     ],
-    ids=["short", "float", "device", "float-index", "integers", "gradients"],
+    ids=["short", "float", "device", "float-index", "integers", "gradients", "capacity", "tiles"],
 )
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):

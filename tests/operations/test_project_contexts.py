@@ -149,10 +149,15 @@ def test_equal_contexts_merge_in_a_plan():
             {"out": ContextKV(*(torch.zeros(5, 17, HEADS, DIM, device=device) for device in ("cpu", "meta")))},
             "text is on cpu, out.values on meta",
         ),
+        ({"changes": [ProjectionChange()]}, "changes must be .*, got a list"),
+        ({"changes": {0: torch.zeros(WIDTH, CHANNELS)}}, "context 0 must be a ProjectionChange, got a Tensor"),
+        ({"changes": {"0": ProjectionChange()}}, "context '0', expected a whole number"),
+        ({"changes": {0: ProjectionChange(k=LowRank(torch.zeros(()), torch.zeros(())))}}, "k of context 0 must be a"),
     ],
     ids=[
         *("text", "weights", "channels", "heads", "contexts", "full", "factors", "out", "gradients"),
         *("gradients-of-full", "gradients-of-factors", "integers", "integers-of-full", "device", "device-of-out"),
+        *("no-mapping", "no-change", "no-number", "no-matrices"),
     ],
 )
 def test_bad_input(change, message):
@@ -168,6 +173,10 @@ def test_comparing_texts_takes_no_room_for_every_pair_of_them():
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         assert equal_contexts(text, [None] * 40).tolist() == [s % 20 for s in range(40)]
     assert max(event.cpu_memory_usage for event in profiler.key_averages()) < 8 * text.nbytes
+
+
+def test_no_context_is_equal_to_any():
+    assert equal_contexts(torch.zeros(0, 2, 3), []).dtype == torch.int64
 
 
 def test_texts_and_weights_are_counted():

@@ -130,11 +130,26 @@ def test_compiles_in_one_graph():
         ({"v": torch.zeros(3, 28, 2, 16)}, r"v has \(keys, heads\) \(28, 2\)"),
         ({"v": torch.zeros(3, 29, 2, 16, dtype=torch.float16)}, "share a floating-point dtype"),
         ({"k": torch.zeros(1, 0, 2, 16), "v": torch.zeros(3, 0, 2, 16)}, "there are no keys"),
+        (dict.fromkeys("qkv", torch.zeros(1, 29, 2, 0)), "no keys, heads or dimensions"),
         ({"scale": -1.0}, "scale must be positive"),
         ({"v": torch.zeros(3, 29, 2, 16, requires_grad=True)}, "inference only, and v requires grad"),
     ],
-    ids=["axes", "rows", "heads", "keys", "dtype", "none", "scale", "gradients"],
+    ids=["axes", "rows", "heads", "keys", "dtype", "none", "no-dim", "scale", "gradients"],
 )
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         shared_attention(**dict(zip("qkv", make(dtype=torch.float32), strict=True)) | change)
+
+
+def test_two_rows_of_queries_are_refused_by_the_reference_too():
+    q, k, v = make(dtype=torch.float32)
+    with pytest.raises(ValueError, match="must have one row"):
+        shared_attention_reference(q.expand(2, -1, -1, -1), k, v)
+
+
+def test_autocast_of_the_caller_rounds_nothing():
+    q, k, v = make(dtype=torch.float32)
+    expected = shared_attention(q, k, v), shared_attention_reference(q, k, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = shared_attention(q, k, v), shared_attention_reference(q, k, v)
+    assert all(map(torch.equal, found, expected))

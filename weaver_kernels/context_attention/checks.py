@@ -33,6 +33,8 @@ def shape_reasons(q, k, v, weights, context_index, key_lengths, scale) -> list[s
         return reasons
     rows, n_contexts, tokens = w_shape
     n_all, _, heads, dim = k_shape
+    if not heads or not dim:
+        reasons.append(f"there are no heads or dimensions: k is {tuple(k_shape)}")
     shared, each = (rows, tokens, heads, dim), (rows, n_contexts, tokens, heads, dim)
     if q_shape != shared and q_shape != each:
         if q_shape[-2:] != k_shape[-2:]:

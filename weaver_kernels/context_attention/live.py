@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from weaver_kernels.checks import require
+from weaver_kernels.checks import own_precision, require
 from weaver_kernels.context_attention.checks import value_reasons
 from weaver_kernels.tuning import config_table
 
 __all__ = ["live_context_attention"]
 
 
+@own_precision
 def live_context_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -99,7 +99,13 @@ def _cuda(q, k, v, weights, context_index, key_lengths, lists, scale):
     if lists is None:
         tile_sizes = (config.tile,)
         lists = live_lists(weights != 0, tile_sizes, context_index)
-    return _launch()(q, k, v, weights, key_lengths, scale, lists, tile_sizes, config)
+    if key_lengths is not None:
+        key_lengths = key_lengths.contiguous()
+    arguments = q, k, v, weights, key_lengths, scale, lists, tile_sizes, config
+    if q.device.index in (None, torch.cuda.current_device() if q.is_cuda else None):
+        return _launch()(*arguments)
+    with torch.cuda.device(q.device):  # Triton launches on the current one
+        return _launch()(*arguments)
 
 
 @cache

@@ -65,6 +65,10 @@ class ContextPlan:
             raise ValueError(f"ContextPlan: weights must be [B, S, T] floating-point, got {got}")
         rows, n_contexts, tokens = weights.shape
         capacity = n_contexts if capacity is None else capacity
+        reasons = [f"capacity must be 0 or more, got {capacity}"] if capacity < 0 else []
+        if tile_sizes is not None and any(size < 1 for size in tile_sizes):
+            reasons.append(f"tile_sizes must be 1 or more, got {list(tile_sizes)}")
+        require("ContextPlan", reasons)
         self.merged = merge
         self.for_launch = tile_sizes is not None
         if tile_sizes is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from weaver_kernels.checks import gradient_reasons, require
+from weaver_kernels.checks import gradient_reasons, own_precision, require
 from weaver_kernels.context_attention.checks import shape_reasons, value_reasons
 
 __all__ = ["context_attention_reference"]
 
 
+@own_precision
 def context_attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,

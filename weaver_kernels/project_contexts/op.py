@@ -58,7 +58,8 @@ def project_contexts(
     ------
     ValueError with every reason, when shapes, dtypes or devices do not fit or gradients are asked for.
     """
-    changes = dict(changes or {})
+    changes = {} if changes is None else changes
+    require("project_contexts", _change_reasons(changes))
     given, added = {"text": text, "weight_k": weight_k, "weight_v": weight_v}, _tensors(changes)
     reasons = _reasons(text, weight_k, weight_v, heads, changes, out) + gradient_reasons(**given, **added)
     if out is not None:
@@ -91,7 +92,7 @@ def equal_contexts(text: torch.Tensor, weights: Sequence[Hashable]) -> torch.Ten
         raise ValueError(f"equal_contexts: {len(text)} texts and {len(weights)} weights")
     bits = text.detach().cpu().contiguous().view(torch.uint8).flatten(1).numpy()  # `unique` sorts for tens of ms
     pairs = list(zip((own.tobytes() for own in bits), weights, strict=True))
-    return torch.tensor([pairs.index(pair) for pair in pairs], device=text.device)
+    return torch.tensor([pairs.index(pair) for pair in pairs], dtype=torch.int64, device=text.device)
 
 
 def _stacked(changes, width, text):
@@ -138,6 +139,22 @@ def _tensors(changes) -> dict[str, torch.Tensor]:
             elif part is not None:
                 found[f"{name} of context {s}"] = part
     return found
+
+
+def _change_reasons(changes) -> list[str]:
+    """Reasons seen in the types of changes alone."""
+    if not isinstance(changes, Mapping):
+        return [f"changes must be {{context: ProjectionChange}}, got a {type(changes).__name__}"]
+    reasons = [f"changes has context {s!r}, expected a whole number" for s in changes if not isinstance(s, int)]
+    for s, change in changes.items():
+        if not isinstance(change, ProjectionChange):
+            reasons.append(f"the change of context {s} must be a ProjectionChange, got a {type(change).__name__}")
+            continue
+        for name, part in zip("kv", change, strict=True):
+            factors = part if isinstance(part, LowRank) else () if part is None else (part,)
+            if any(not isinstance(x, torch.Tensor) or x.ndim != 2 for x in factors):
+                reasons.append(f"{name} of context {s} must be a matrix, or factors that are")
+    return reasons
 
 
 def _kind_reasons(given: Mapping[str, torch.Tensor], added: Mapping[str, torch.Tensor]) -> list[str]:

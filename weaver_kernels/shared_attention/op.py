@@ -7,13 +7,13 @@ too wide for it, attention is written out over blocks of queries.
 
 from __future__ import annotations
 
-import math
 from functools import cache
 
 import torch
 
-from weaver_kernels.checks import gradient_reasons, require
+from weaver_kernels.checks import gradient_reasons, own_precision, require
 from weaver_kernels.devices import kernel_arch
+from weaver_kernels.shared_attention.checks import shape_reasons
 from weaver_kernels.tuning import config_table
 
 __all__ = ["shared_attention"]
@@ -47,7 +47,7 @@ def shared_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale
     ------
     ValueError with every reason, when shapes or dtypes do not fit or gradients are asked for.
     """
-    require("shared_attention", _reasons(q, k, v, scale) + gradient_reasons(q=q, k=k, v=v))
+    require("shared_attention", shape_reasons(q, k, v, scale) + gradient_reasons(q=q, k=k, v=v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arch, half = kernel_arch(q.device), q.dtype in (torch.float16, torch.bfloat16)
     if arch and half and q.shape[-1] in _FLEX_DIMS and v.shape[-1] in _FLEX_DIMS:
@@ -89,6 +89,7 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
+@own_precision
 def _by_blocks(q, k, v, scale, most_scores) -> torch.Tensor:
     """The map in blocks of queries, so that at most so many scores exist at a time."""
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -103,25 +104,3 @@ def _by_blocks(q, k, v, scale, most_scores) -> torch.Tensor:
         found = torch.bmm(scores, beside).unflatten(-1, (rows, width))  # [H, t, R, E]
         out[:, start : start + block] = found.permute(2, 1, 0, 3)
     return out
-
-
-def _reasons(q, k, v, scale) -> list[str]:
-    reasons = []
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        return [f"q, k, v must be [1, T, H, D], [1, L, H, D], [R, L, H, E], got {shapes}"]
-    if len(q) != 1 or len(k) != 1:
-        reasons.append(f"q and k must have one row, which all rows of v share, got {len(q)} and {len(k)}")
-    if q.shape[-2:] != k.shape[-2:]:
-        reasons.append(f"q has (heads, dim) {tuple(q.shape[-2:])}, k has {tuple(k.shape[-2:])}")
-    if v.shape[1:3] != k.shape[1:3]:
-        reasons.append(f"v has (keys, heads) {tuple(v.shape[1:3])}, k has {tuple(k.shape[1:3])}")
-    if 0 in k.shape:
-        reasons.append(f"there are no keys: k is {tuple(k.shape)}")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        reasons.append(f"q, k, v must share a floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if scale is not None and not 0 < scale < math.inf:
-        reasons.append(f"scale must be positive and finite, got {scale}")
-    if len({x.device for x in (q, k, v)}) > 1:
-        reasons.append(f"tensors are on several devices: {q.device}, {k.device}, {v.device}")
-    return reasons
