@@ -200,5 +200,5 @@ def _untuned(attn, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _attend(attn, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """[B, H, T, D] and text [B, L, H * D] twice -> [B, H, T, D]; training needs gradients, which `weaver_kernels` lack."""
+    """[B, H, T, D] and text [B, L, H * D] twice -> [B, H, T, D], with gradients, which `weaver_kernels` do not have."""
     return F.scaled_dot_product_attention(q, _heads(attn, keys), _heads(attn, values), scale=attn.scale)
