@@ -149,6 +149,8 @@ def test_it_draws_within_its_block_only(tiny_pipe, plans):
     z = plans[0].features.z_T
     with pytest.raises(WeaverError, match="within its `with` block only"):
         sampler(z)
+    with pytest.raises(WeaverError, match="takes another plan within its block"):
+        sampler.take(plans[1])
     with sampler:
         sampler(z)
     with pytest.raises(WeaverError, match="within its `with` block only"):

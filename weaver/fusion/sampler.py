@@ -160,8 +160,11 @@ class FusionSampler:
     def take(self, plan: FusionPlan) -> None:
         """Make a plan the one that is drawn from now on; also before the block is entered again.
 
-        Raises `WeaverError` for a plan of another shape, which leaves the one before in its place.
+        Raises `WeaverError` before the block was entered, and for a plan of another shape, which leaves the one before
+        in its place.
         """
+        if self._state is None:
+            raise WeaverError("The sampler takes another plan within its block, with graphs after it too: enter it")
         raise_if(plan_reasons(plan), "Cannot draw the fusion")
         reasons = [] if (plan.guidance > 1) == self._guided else ["one has a negative row, the other has none"]
         if self._graphs is not None and (plan.own_projections or self._plan.own_projections):
