@@ -3,15 +3,17 @@
 The reference imports nothing of the package (`paper_comparison` holds the two beside each other): it copies the U-Net,
 adds each concept's token to copies of tokenizers and text encoders, loops over contexts inside each cross-attention,
 projects each with its own key and value weights, runs the output projection of each, fuses after it, applies guidance,
-and recomputes the source row in the batch of every step (rows: source, negative, fused). In float64, where the two
-differ by rounding only. SDXL's rows have the pooled embeddings of the source, the negative and the base prompt, and the
-same time ids.
+and recomputes the source row in the batch of every step (rows: source, negative, fused). What concepts change outside
+of cross-attention, or of its queries and outputs as factors, goes past the paper: it is added to the fused row's output
+of each module, one concept at a time, inside its mask. In float64, where the two differ by rounding only. SDXL's rows
+have the pooled embeddings of the source, the negative and the base prompt, and the same time ids.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -95,27 +97,36 @@ class CrossAttention:
     def __init__(self, run, path):
         self.run, self.path = run, path
 
-    def one(self, attn, h, text, concept):
+    def one(self, attn, h, text, concept, fused=False):
         """softmax(q k^T) v through the output projection, with a concept's own W^k and W^v."""
         w_k, w_v = attn.to_k.weight, attn.to_v.weight
         if concept is not None:
             w_k = w_k + self.run.case.scale * concept.deltas.get(f"{self.path}.to_k", 0 * w_k)
             w_v = w_v + self.run.case.scale * concept.deltas.get(f"{self.path}.to_v", 0 * w_v)
         w_q, w_o, b_o = attn.to_q.weight, attn.to_out[0].weight, attn.to_out[0].bias
-        if concept is not None:  # a LoRA's, and Custom Diffusion's of all of cross-attention
-            w_q = w_q + self.run.case.scale * concept.deltas.get(f"{self.path}.to_q", 0 * w_q)
-            w_o = w_o + self.run.case.scale * concept.deltas.get(f"{self.path}.to_out.0", 0 * w_o)
-            b_o = b_o + self.run.case.scale * concept.deltas.get(f"{self.path}.to_out.0.bias", 0 * b_o)
-        q, k, v = heads(F.linear(h, w_q), attn), heads(F.linear(text, w_k), attn), heads(F.linear(text, w_v), attn)
+        if concept is not None:  # Custom Diffusion's of all of cross-attention
+            w_q = w_q + self.matrix(concept, "to_q", w_q)
+            w_o = w_o + self.matrix(concept, "to_out.0", w_o)
+            b_o = b_o + self.matrix(concept, "to_out.0.bias", b_o)
+        q = F.linear(h, w_q)
+        q = self.run.changed(f"{self.path}.to_q", attn.to_q, h, q) if fused else q
+        q, k, v = heads(q, attn), heads(F.linear(text, w_k), attn), heads(F.linear(text, w_v), attn)
         out = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
-        return F.linear(out.transpose(1, 2).flatten(-2), w_o, b_o)
+        out = out.transpose(1, 2).flatten(-2)
+        found = F.linear(out, w_o, b_o)
+        return self.run.changed(f"{self.path}.to_out.0", attn.to_out[0], out, found) if fused else found
+
+    def matrix(self, concept, name, like):
+        """What a concept adds to a weight as a matrix; factors are added to what the projection gives."""
+        change = concept.deltas.get(f"{self.path}.{name}")
+        return self.run.case.scale * change if isinstance(change, torch.Tensor) else 0 * like
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
         run, case = self.run, self.run.case
         rows = dict(zip(run.rows, hidden_states.split(1), strict=True))
         out = {kind: self.one(attn, h, run.text[kind], None) for kind, h in rows.items() if kind != "fused"}
         h = rows["fused"]
-        base = self.one(attn, h, run.text["base"], None)
+        base = self.one(attn, h, run.text["base"], None, fused=True)
         masks = run.masks_for(h.shape[1])
         mixed = torch.zeros_like(base)
         for i, text in run.own_negatives.items() if "negative" in rows else ():
@@ -124,7 +135,7 @@ class CrossAttention:
             out["negative"] = out["negative"] + run.strength(i) * masks[i][None, :, None] * (own - general)
         for i, (text, concept) in enumerate(run.contexts):
             a = run.strength(i)
-            h_i = a * self.one(attn, h, text, concept) + (1 - a) * base
+            h_i = a * self.one(attn, h, text, concept, fused=True) + (1 - a) * base
             mixed = mixed + masks[i][None, :, None] * h_i
         if not case.background:
             mixed = mixed + masks[-1][None, :, None] * base
@@ -170,7 +181,7 @@ class Reference:
         for factor in (2, 4, 8, 16):
             small = F.avg_pool2d(full[None], factor)[0].flatten(1)
             self.masks[small.shape[1]] = small
-        self.unet = copy.deepcopy(pipe.unet)
+        self.unet, self.times = copy.deepcopy(pipe.unet), {}
         self.install()
 
     def strength(self, i):
@@ -181,6 +192,14 @@ class Reference:
         return self.masks[tokens]
 
     def install(self):
+        for path in {path: None for _, concept in self.contexts for path in concept.outside}:
+            module, changed = self.unet.get_submodule(path), partial(self.change, path)
+            if path.endswith("time_emb_proj"):  # where it is added to the picture: to what conv1 gives
+                resnet = self.unet.get_submodule(path.rpartition(".")[0])
+                resnet.register_forward_pre_hook(partial(self.keep_time, path))
+                resnet.conv1.register_forward_hook(changed)
+            else:
+                module.register_forward_hook(changed)
         sites = self.case.sites or Sites("none")
         for path, module in self.unet.named_modules():
             if path.endswith("attn2"):
@@ -192,6 +211,32 @@ class Reference:
         for n in sites.resnets:
             conv2 = self.unet.up_blocks[n // 3].resnets[n % 3].conv2
             conv2.register_forward_hook(self.copy_source_row)
+
+    def keep_time(self, path, resnet, args):
+        self.times[path] = F.silu(args[1])
+
+    def change(self, path, module, args, output):
+        return torch.cat([output[:-1], self.changed(path, module, args[0][-1:], output[-1:])])
+
+    def changed(self, path, module, x, y):
+        """y[t] + sum_i a_i M_i[t] (delta_i x)[t], a soft edge's changes blended."""
+        h, w = y.shape[-2:] if y.ndim == 4 else (1, y.shape[-2])
+        masks = self.masks_for(h * w)
+        for i, (_, concept) in enumerate(self.contexts):
+            factors = (concept.outside | concept.deltas).get(path)
+            if isinstance(factors, tuple):
+                down, up = factors
+                down, up = down.double(), self.case.scale * up.double()
+                amount = self.strength(i) * masks[i]
+                if path.endswith("time_emb_proj"):
+                    added = F.linear(F.linear(self.times[path][-1:], down), up)[..., None, None]
+                elif y.ndim == 4:
+                    down, up = down.view(*down.shape, *(1,) * (4 - down.ndim)), up.view(*up.shape[:2], 1, 1)
+                    added = F.conv2d(F.conv2d(x, down, None, module.stride, module.padding), up)
+                else:
+                    added = F.linear(F.linear(x, down), up)
+                y = y + added * (amount.view(1, 1, h, w) if y.ndim == 4 else amount.view(1, -1, 1))
+        return y
 
     def copy_source_row(self, module, args, output):
         if self.step < int(self.case.sites.resnet_window * STEPS):

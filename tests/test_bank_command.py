@@ -142,17 +142,23 @@ def test_weights_in_the_place_of_the_bases_need_their_model(capsys, folder, pipe
 
 
 def test_a_lora_is_kept_whole_and_what_is_not_used_is_told(capsys, folder, tmp_path):
-    targets = ["to_k", "to_v", "ff.net.2"]
+    targets = ["to_k", "to_v", "ff.net.2", "linear_1"]
     file = saved(make_pipeline(dtype=torch.float32), tmp_path, unet_targets=targets)
     code, _, err = bank(capsys, "add", file)
     assert code == 2 and "a diffusers LoRA does not tell its class word, such as 'dog': name it" in err
     code, _, err = bank(capsys, "add", file, "--word", "dog", "--name", "lora")
-    assert code == 0 and err.count("\n") == 1 and "of its changes lie outside cross-attention" in err
+    assert code == 0 and err.count("\n") == 1 and "of its changes, time_embedding.linear_1 among them, act" in err
     code, _, err = bank(capsys, "add", file, "--word", "dog", "--name", "none", "--on-unused", "refuse")
-    assert code == 2 and "of its changes lie outside cross-attention" in err and BankFolder().names() == ["lora"]
+    assert (
+        code == 2
+        and "of its changes, time_embedding.linear_1 among them, act" in err
+        and BankFolder().names() == ["lora"]
+    )
     out = tmp_path / "out.safetensors"
     refused = bank(capsys, "convert", "lora", "--to", "kohya-lora", "--out", out, "--on-unused", "refuse")
-    assert refused[0] == 2 and "of its changes lie outside cross-attention" in refused[2] and not out.exists()
+    assert (
+        refused[0] == 2 and "of its changes, time_embedding.linear_1 among them, act" in refused[2] and not out.exists()
+    )
     card, kept = BankFolder().card("lora"), Concept.load(folder / "lora.safetensors")
     assert (card.ranks, card.method, card.base, card.token) == ([2, 3], "diffusers LoRA", "", "")
     assert len(kept.outside) and len(kept.text_deltas) and len(kept.deltas) == 32

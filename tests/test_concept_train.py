@@ -21,6 +21,7 @@ from weaver.concepts.settings import TrainSettings
 from weaver.concepts.train import train_concept
 from weaver.concepts.training_state import added
 from weaver.errors import WeaverError
+from weaver.layers import transformer_linears
 from weaver_kernels import LowRank
 
 FAST = TrainSettings(steps=2, learning_rate=1e-3, batch=1, prior_batch=1, prior_images=2, prior_steps=1)
@@ -123,19 +124,27 @@ def test_the_token_starts_as_its_class_word_and_moves(tiny_pipe):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "autoencoder", "rank"), [("epsilon", "kl", 0), ("v", "tiny", 0), ("epsilon", "kl", 4)]
+    ("prediction", "autoencoder", "rank", "layers"),
+    [
+        ("epsilon", "kl", 0, "keys-values"),
+        ("v", "tiny", 0, "keys-values"),
+        ("epsilon", "kl", 4, "keys-values"),
+        ("epsilon", "kl", 2, "all"),
+    ],
 )
-def test_what_is_learned_lowers_the_loss(tiny_pipe, tiny_pipe_v, prediction, autoencoder, rank):
+def test_what_is_learned_lowers_the_loss(tiny_pipe, tiny_pipe_v, prediction, autoencoder, rank, layers):
     """Measured apart from training, with the concept's weights written into a copy of the model."""
     pipe = tiny_pipe if prediction == "epsilon" else tiny_pipe_v
     pipe = pipe if autoencoder == "kl" else with_tiny_autoencoder(pipe)
-    settings = replace(ALONE, steps=40, rank=rank, learning_rate=5e-3, batch=2)
+    settings = replace(ALONE, steps=40, rank=rank, layers=layers, learning_rate=5e-3, batch=2)
     images = pictures(1)
     concept = train_concept(pipe, images, **NAMES, settings=settings, progress=False)
     unet = copy.deepcopy(pipe.unet)
     base = loss_of(pipe, unet, images[0], encode(pipe, "a cat cat").text)
     with torch.no_grad():
-        for path, delta in concept.deltas.items():
+        changes = dict(concept.deltas) | dict(concept.outside)
+        assert changes.keys() >= transformer_linears(unet).keys() if layers == "all" else not concept.outside
+        for path, delta in changes.items():
             assert isinstance(delta, LowRank) == bool(rank) and (not rank or delta.down.shape[0] == rank)
             unet.get_submodule(path).weight += (delta.up.float() @ delta.down.float()) if rank else delta
     learned = loss_of(pipe, unet, images[0], encode(pipe, "a <v1> cat", concept).text)

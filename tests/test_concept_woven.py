@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from conftest import make_concept
 from PIL import Image
 
 from weaver import WeaverError
+from weaver.concepts.changes import moved
 from weaver.concepts.encoding import Encoding, encode
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.train import train_concept
@@ -16,12 +20,14 @@ from weaver.concepts.woven import WovenSet, prepare_woven, woven
 from weaver.conditioning import make_time_ids, unet_arguments
 from weaver.features import Features
 from weaver.fusion import ConceptUse, FusionPlan, attach
-from weaver.layers import InjectionSites
+from weaver.layers import InjectionSites, transformer_linears
 from weaver.replay import forward_until
+from weaver_kernels import LowRank
 
 SITES = InjectionSites("some", resnets=(3, 4), attentions=(4, 7), resnet_window=0.6, attention_window=0.4)
 KINDS = {
     "SD": ("tiny_pipe", "concepts", SITES),
+    "whole": ("tiny_pipe", "whole", SITES),
     "SDXL": ("tiny_sdxl", "concepts_sdxl", InjectionSites("some", (1,), (1, 4), 0.6, 0.4)),
 }
 BASE, OWN = "a dog and a cat, mountain", "a <v1> dog, mountain"
@@ -38,6 +44,18 @@ def scenes():
     return WovenSet(images, (OWN,) * 2, (BASE,) * 2, masks, templates)
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_pipe):
+    """A LoRA of all layers that are learned."""
+    rng, found = torch.Generator().manual_seed(1), {}
+    for path, linear in transformer_linears(tiny_pipe.unet).items():
+        outputs, inputs = linear.weight.shape
+        found[path] = LowRank(torch.randn(2, inputs, generator=rng), 0.1 * torch.randn(outputs, 2, generator=rng))
+    concept = make_concept(tiny_pipe, 1, "dog")
+    deltas = {path: x for path, x in found.items() if ".attn2." in path}
+    return [replace(concept, deltas=deltas, outside={path: x for path, x in found.items() if path not in deltas})]
+
+
 def read(pipe, *encodings):
     """Those prompts as the U-Net's forward takes them, of whole pictures of the model's size."""
     text, pooled = Encoding.joined(encodings)
@@ -46,7 +64,7 @@ def read(pipe, *encodings):
 
 
 @pytest.mark.parametrize("step", range(4), ids=["both", "resnets", "free", "last"])
-@pytest.mark.parametrize("kind", ["SD", "SDXL"])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_woven_rows_are_drawn_as_a_fusion_draws_them(request, scenes, kind, step):
     pipe, (concept, *_) = map(request.getfixturevalue, KINDS[kind][:2])
@@ -62,13 +80,14 @@ def test_woven_rows_are_drawn_as_a_fusion_draws_them(request, scenes, kind, step
     def noised(latents, rows):
         return latents.double() + noise[rows]
 
-    picks, deltas = torch.tensor([1, 0]), {path: delta.double() for path, delta in concept.deltas.items()}
+    changes = dict(concept.deltas) | dict(concept.outside)
+    picks, deltas = torch.tensor([1, 0]), {path: moved(x, "cpu", torch.float64) for path, x in changes.items()}
     z[:2] = examples.own.latents.double()[picks] + noise[:2]
     with added(unet, deltas):
         plain = unet(z[2:], t[:1], **read(pipe, other)).sample
-        with woven(unet, examples, sites) as forward:
-            forward.begin(picks, t, 1000, noised)
-            found = unet(z, torch.cat([t, t[:1]]), **read(pipe, own, own, other)).sample
+    with woven(unet, examples, sites) as forward, added(unet, deltas, forward.weigh):
+        forward.begin(picks, t, 1000, noised)
+        found = unet(z, torch.cat([t, t[:1]]), **read(pipe, own, own, other)).sample
     torch.testing.assert_close(found[2:], plain, rtol=1e-10, atol=1e-10)
 
     paths = sites.resnet_modules() * (step < 2)

@@ -21,15 +21,15 @@ from weaver.concepts.formats.unused import UnusedPartsWarning, parts_of_norm
 from weaver.job.file import read_job
 from weaver.run import run_job
 
-INSIDE, OUTSIDE = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "mid_block.resnets.0.conv1"
+INSIDE, OUTSIDE = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "time_embedding.linear_1"
 
 
 def write_lora(path, *, outside: bool = True) -> None:
-    """Rank 2 of one projection of cross-attention [8, 16], and with `outside` of a convolution [16, 16, 3, 3]."""
+    """Rank 2 of one projection of cross-attention [8, 16], and with `outside` of the embedding of time [32, 8]."""
     tensors = {f"unet.{INSIDE}.lora_A.weight": torch.ones(2, 16), f"unet.{INSIDE}.lora_B.weight": torch.ones(8, 2)}
     if outside:
-        tensors[f"unet.{OUTSIDE}.lora_A.weight"] = torch.ones(2, 16, 3, 3)
-        tensors[f"unet.{OUTSIDE}.lora_B.weight"] = torch.ones(16, 2, 1, 1)
+        tensors[f"unet.{OUTSIDE}.lora_A.weight"] = torch.ones(2, 8)
+        tensors[f"unet.{OUTSIDE}.lora_B.weight"] = torch.ones(32, 2)
     save_file(tensors, path)
 
 
@@ -52,7 +52,9 @@ def mixed(folder, **of_lora):
 
 
 def test_concepts_of_three_kinds_in_one_picture(folder, tmp_path):
-    with pytest.warns(UnusedPartsWarning, match=r"concepts\[0\].file: 1 of its changes lie outside cross-attention"):
+    with pytest.warns(
+        UnusedPartsWarning, match=r"concepts\[0\].file: 1 of its changes, time_embedding.linear_1 among them, act"
+    ):
         run = run_job(mixed(folder), tmp_path / "out")
     entries = json.loads((tmp_path / "out" / "manifest.json").read_text())["record"]["concepts"]
     assert [entry["prompt"] for entry in entries] == [
@@ -92,7 +94,9 @@ def test_two_concepts_of_one_token_in_one_picture(tiny_pipe):
 
 
 def test_what_is_not_used_can_be_refused(folder, tmp_path):
-    with pytest.raises(WeaverError, match=r"concepts\[0\].file: 1 of its changes lie outside cross-attention") as error:
+    with pytest.raises(
+        WeaverError, match=r"concepts\[0\].file: 1 of its changes, time_embedding.linear_1 among them, act"
+    ) as error:
         run_job(mixed(folder), tmp_path / "out", on_unused="refuse")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
     with pytest.raises(WeaverError, match="on_unused is 'drop', expected one of warn, refuse"):
@@ -100,7 +104,7 @@ def test_what_is_not_used_can_be_refused(folder, tmp_path):
 
 
 def test_in_the_library(folder, tiny_pipe):
-    with pytest.warns(UnusedPartsWarning, match="style.safetensors: 1 of its changes"):
+    with pytest.warns(UnusedPartsWarning, match="style.safetensors: 1 of its changes, .*, 82% of it by norm"):
         concept = load_concept(folder / "style.safetensors", tiny_pipe, word="cat")
     assert (concept.name, concept.token, concept.word, concept.base_hash) == ("style", "", "cat", "")
     with pytest.raises(WeaverError, match="style.safetensors"):
@@ -134,7 +138,7 @@ def test_in_a_job_the_field_is_named(folder, tmp_path):
 def test_norms_are_those_of_what_is_added(folder, tiny_pipe):
     with pytest.warns(UnusedPartsWarning):
         concept = load_concept(folder / "style.safetensors", tiny_pipe, word="cat")
-    inside, outside = 2 * math.sqrt(8 * 16), 2 * math.sqrt(16 * 16 * 9)
+    inside, outside = 2 * math.sqrt(8 * 16), 2 * math.sqrt(32 * 8)
     shares = parts_of_norm(concept)
     assert shares["outside"] == pytest.approx(outside / math.hypot(inside, outside))
     assert shares["deltas"] == pytest.approx(inside / math.hypot(inside, outside))
@@ -144,8 +148,8 @@ def test_inspect(folder, capsys):
     assert main(["inspect", str(folder / "style.safetensors")]) == 0
     told = capsys.readouterr().out
     assert "style.safetensors: diffusers LoRA, " in told
-    assert "keys and values of cross-attention: 1 weights, rank 2, 23% of the norm\n" in told
-    assert "convolutions and projections: 1 weights, rank 2, 97% of the norm, not used" in told
+    assert "keys and values of cross-attention: 1 weights, rank 2, 58% of the norm\n" in told
+    assert "time and other embeddings: 1 weights, rank 2, 82% of the norm, not used" in told
     assert main(["inspect", "--json", str(folder / "rex.safetensors")]) == 0
     summary = json.loads(capsys.readouterr().out)
     concept = Concept.load(folder / "rex.safetensors")

@@ -92,4 +92,4 @@ def test_the_reference_imports_nothing_of_the_package():
     source = (Path(__file__).parent / "paper_reference.py").read_text(encoding="utf-8")
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {node.module if isinstance(node, ast.ImportFrom) else name.name for node in nodes for name in node.names}
-    assert names == {"__future__", "copy", "dataclasses", "torch", "torch.nn.functional"}
+    assert names == {"__future__", "copy", "dataclasses", "functools", "torch", "torch.nn.functional"}

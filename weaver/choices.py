@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["FEATURES", "LAYOUTS", "MASK_SOURCES", "ON_UNUSED", "OVERLAPS", "PRECISIONS"]
+__all__ = [
+    "FEATURES",
+    "LAYERS",
+    "LAYOUTS",
+    "MASK_SOURCES",
+    "ON_UNUSED",
+    "OPTIMISERS",
+    "OVERLAPS",
+    "PARTS",
+    "PRECISIONS",
+]
 
 MASK_SOURCES = ("segmenter", "attention")  # who finds words in a template
 FEATURES = ("stored", "replayed", "inversion")  # how features are had, see weaver.features
 OVERLAPS = ("priority", "share")  # who gets what two masks claim
+LAYERS = ("keys-values", "all")  # of a U-Net in which a concept is learned
 LAYOUTS = ("weaver", "custom-diffusion", "diffusers-lora", "kohya-lora")  # that a concept is converted to
 PRECISIONS = ("float32", "float16", "bfloat16")  # of a model's weights while a concept is learned
+OPTIMISERS = ("adamw", "muon")  # of a concept's changes of weights
+PARTS = ("whole", "cross-attention")  # what of a concept is used
 ON_UNUSED = ("warn", "refuse")  # what to do where a concept has parts that fusion does not use

@@ -8,6 +8,7 @@ three blocks, and it is the shallowest, l = 6..8, that has no attention.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,16 +24,26 @@ __all__ = [
     "SITES",
     "InjectionSites",
     "attention_paths",
+    "branch_end",
     "cross_attention_paths",
+    "has_region",
     "layer_size",
+    "output_size",
     "site_reasons",
     "sites_for",
+    "time_sum",
+    "transformer_linears",
 ]
 
 _RESNETS_PER_BLOCK = 3
 # Below this latent width the map of l=4 is under 8x8 and holds no composition: such a model needs its own table.
 _SMALL_LATENTS = 32
 _SDXL_BLOCKS = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+# Projections whose outputs lie on the picture, a place each; a ResNet's time embedding is added to all places of one.
+_ON_THE_PICTURE = re.compile(
+    r"^(conv_in|conv_out|(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.("
+    r"resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|attentions\.\d+\..+|(down|up)samplers\.\d+\.conv))$"
+)
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,20 @@ def attention_paths(unet: nn.Module, kind: str) -> list[str]:
     return [path for path, _ in unet.named_modules() if path.rsplit(".", 1)[-1] == kind]
 
 
+def transformer_linears(unet: nn.Module) -> dict[str, nn.Linear]:
+    """The Linears of attention and feed-forward by their paths, in the U-Net's order.
+
+    Where an adapter library wraps one, this is the wrapped base layer.
+    """
+    found = {}
+    for path, block in unet.named_modules():
+        if path.rpartition(".")[2] in ("attn1", "attn2", "ff"):
+            for name, part in block.named_modules():
+                if isinstance(part, nn.Linear) and "lora_" not in name:
+                    found[f"{path}.{name.removesuffix('.base_layer')}"] = part
+    return found
+
+
 def cross_attention_paths(unet: nn.Module) -> list[str]:
     """Paths of every cross-attention, in the U-Net's order."""
     return attention_paths(unet, "attn2")
@@ -180,8 +205,41 @@ def layer_size(path: str, levels: int, size: tuple[int, int]) -> tuple[int, int]
     level = levels - 1
     if kind != "mid_block":
         level = int(index) if kind == "down_blocks" else levels - 1 - int(index)
+    return _halved(size, level)
+
+
+def has_region(path: str) -> bool:
+    """Whether what the projection at `path` gives lies on the picture, so that a change of it can act in a region."""
+    return _ON_THE_PICTURE.match(path) is not None
+
+
+def output_size(path: str, levels: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of what the projection at `path` gives, one that `has_region`; as `layer_size` says."""
+    if path in ("conv_in", "conv_out"):
+        return size
+    names = path.split(".")
+    if "downsamplers" in names:
+        return _halved(size, int(names[1]) + 1)
+    if "upsamplers" in names:
+        return _halved(size, levels - 2 - int(names[1]))
+    return layer_size(path, levels, size)
+
+
+def branch_end(path: str) -> str | None:
+    """The last module of a ResNet's branch that the projection at `path` is in; None where it is in none."""
+    head, _, last = path.rpartition(".")
+    return f"{head}.conv2" if last in ("conv1", "conv2", "time_emb_proj") else None
+
+
+def time_sum(path: str) -> str | None:
+    """The module that first reads the sum which the time embedding's projection at `path` enters; None for others."""
+    head, _, last = path.rpartition(".")
+    return f"{head}.norm2" if last == "time_emb_proj" else None
+
+
+def _halved(size: tuple[int, int], times: int) -> tuple[int, int]:
     height, width = size
-    for _ in range(level):
+    for _ in range(times):
         height, width = (height + 1) // 2, (width + 1) // 2
     return height, width
 

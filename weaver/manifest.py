@@ -142,6 +142,7 @@ def _concept_entry(spec: BackgroundSpec, concept: Concept) -> dict:
         "strength": spec.strength,
         "window": list(spec.window),
         "scale": spec.scale,
+        "parts": spec.parts,
         "trained": dict(concept.settings),
     }
 

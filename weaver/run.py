@@ -162,6 +162,7 @@ def _weave(
             window=spec.window,
             scale=spec.scale,
             negative_prompt=spec.negative_prompt,
+            parts=spec.parts,
         )
         for spec, concept in zip(job.everyone, concepts, strict=True)
     ]

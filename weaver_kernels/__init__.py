@@ -12,9 +12,11 @@ from weaver_kernels.project_contexts import (
     project_contexts,
     project_contexts_reference,
 )
+from weaver_kernels.routed_lora import AdapterStack, routed_lora, routed_lora_reference
 from weaver_kernels.shared_attention import shared_attention, shared_attention_reference
 
 __all__ = [
+    "AdapterStack",
     "ContextKV",
     "ContextPlan",
     "LowRank",
@@ -24,6 +26,8 @@ __all__ = [
     "equal_contexts",
     "project_contexts",
     "project_contexts_reference",
+    "routed_lora",
+    "routed_lora_reference",
     "shared_attention",
     "shared_attention_reference",
 ]

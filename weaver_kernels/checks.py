@@ -28,11 +28,11 @@ def own_precision(function: Callable) -> Callable:
     """A function of a first tensor, without autocast: that would take its float32 products in 16 bits."""
 
     @wraps(function)
-    def call(q: torch.Tensor, *args, **kwargs):
-        kind = q.device.type
+    def call(*args, **kwargs):
+        kind = (args[0] if args else next(iter(kwargs.values()))).device.type
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return function(q, *args, **kwargs)
+            return function(*args, **kwargs)
         with torch.autocast(kind, enabled=False):
-            return function(q, *args, **kwargs)
+            return function(*args, **kwargs)
 
     return call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from weaver.concepts.settings import OPTIMISERS, TrainSettings
+from weaver.concepts.settings import CHOICES, TrainSettings
 from weaver.errors import WeaverError
 
 __all__ = ["METHODS", "add_settings", "chosen_settings"]
@@ -16,6 +16,7 @@ _KINDS = {"int": int, "float": float, "float | None": float}
 _HELP = {
     "steps": "steps of the optimisation",
     "rank": "of a LoRA's factors, with --method lora",
+    "layers": "a LoRA's, all: of attention and feed-forward, used whole in its region",
     "optimiser": "of the changes of weights; the token's vectors are AdamW's",
     "learning_rate": "of the changes of weights",
     "token_learning_rate": "of the token's vectors",
@@ -47,8 +48,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         name, told = f"--{field.name.replace('_', '-')}", f"{_HELP[field.name]} ({_default(field.name)})"
         if field.type == "bool":
             group.add_argument(name, action="store_true", default=None, help=_HELP[field.name])
-        elif field.name == "optimiser":
-            group.add_argument(name, choices=OPTIMISERS, help=told)
+        elif field.name in CHOICES:
+            group.add_argument(name, choices=CHOICES[field.name], help=told)
         else:
             kind, metavar = _KINDS[field.type], field.name.rpartition("_")[2].upper()
             group.add_argument(name, type=kind, metavar=metavar, help=told)
@@ -65,6 +66,8 @@ def chosen_settings(args: argparse.Namespace, pipe) -> TrainSettings:
         rank = changes["rank"]
         fix = "add --method lora" if rank else "give 1 or more"
         raise WeaverError(f"--rank: is {rank} with --method {args.method}; {fix}")
+    if changes.get("layers") == "all" and args.method != "lora":
+        raise WeaverError(f"--layers: is all with --method {args.method}; add --method lora")
     return TrainSettings.embedded(**changes) if is_embedded(pipe) else TrainSettings(**changes)
 
 

@@ -95,7 +95,8 @@ def _method(settings: Mapping[str, object]) -> str:
     """The layout of a file from elsewhere, or how the concept was learned here."""
     if "format" in settings or "rank" not in settings:
         return str(settings.get("format", "Concept Weaver"))
-    return f"LoRA, rank {settings['rank']}" if settings["rank"] else "Custom Diffusion"
+    everywhere = " of all layers" * (settings.get("layers") == "all")
+    return f"LoRA{everywhere}, rank {settings['rank']}" if settings["rank"] else "Custom Diffusion"
 
 
 def _kind(field) -> str:

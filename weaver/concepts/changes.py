@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from math import hypot
 
@@ -87,13 +87,23 @@ def apply_change(delta: Delta, x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def added_to(changes: Iterable[tuple[torch.nn.Module, Delta]]) -> Iterator[None]:
-    """Within the block each Linear gives what it does with its change added, its weights untouched; differentiable."""
+def added_to(
+    changes: Iterable[tuple[torch.nn.Module, Delta]], weigh: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> Iterator[None]:
+    """Within the block each Linear gives what it does with its change added, its weights untouched; differentiable.
+
+    What is added goes through `weigh`, where that is given.
+    """
 
     def adder(delta: Delta):
-        return lambda module, args, output: output + apply_change(delta, args[0])
+        def hook(module, args, output):
+            change = apply_change(delta, args[0])
+            return output + (change if weigh is None else weigh(change))
+
+        return hook
 
     with ExitStack() as undo:
         for module, delta in changes:
-            undo.callback(module.register_forward_hook(adder(delta)).remove)
+            hook = module.register_forward_hook(adder(delta), prepend=True)  # others put another in its place
+            undo.callback(hook.remove)
         yield

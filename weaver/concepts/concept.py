@@ -88,8 +88,8 @@ class Concept:
         `to_v`; LoRA has `to_q` and `to_out.0` too, which are fused exactly, each at the cost of what it changes. So is
         "<path>.attn2.to_out.0.bias" [out].
     text_deltas : ``{"text_encoder.<path>": change, ...}``, added to a text encoder's weights for this concept's prompt.
-    outside : ``{"<path>": change, ...}``, changes of the U-Net outside cross-attention: kept, but no part of a fusion.
-        Of a convolution down is [r, in, h, w] and up [out, r, 1, 1].
+    outside : ``{"<path>": change, ...}``, changes of the U-Net outside cross-attention: a fusion adds them in the
+        concept's region (`weaver.fusion.regional`). Of a convolution down is [r, in, h, w] and up [out, r, 1, 1].
     settings : how it was trained (steps, learning rates, seed, prior); plain JSON values.
     versions : library versions at training; plain JSON values.
 

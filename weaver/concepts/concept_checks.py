@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from weaver.concepts.changes import Delta, parts_of
+from weaver.layers import has_region
 from weaver_kernels import LowRank
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ def concept_reasons(concept: Concept) -> list[str]:
         reasons.append("token is empty, and there are embeddings for it")
     if concept.embeddings and any(c.isspace() for c in concept.token):
         reasons.append(f"token {concept.token!r} has white space in it")
-    if not (concept.embeddings or concept.deltas or concept.text_deltas):
-        kept = f": its {len(concept.outside)} changes outside cross-attention are no part of a fusion"
+    if not (concept.embeddings or concept.deltas or concept.text_deltas or any(map(has_region, concept.outside))):
+        kept = f": its {len(concept.outside)} changes act in no region"
         reasons.append("there is nothing in it to fuse" + kept * bool(concept.outside))
     reasons += [
         f"{key} is not a JSON object"

@@ -12,6 +12,7 @@ from weaver.concepts.concept import attn2_projections
 from weaver.concepts.settings import TrainSettings
 from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError
+from weaver.layers import transformer_linears
 from weaver_kernels import LowRank
 
 __all__ = ["Learned", "start"]
@@ -47,10 +48,8 @@ def start(pipe, word: str, settings: TrainSettings) -> Learned:
         meant = encoder.get_input_embeddings().weight[ids].detach().float().mean(0)
         vectors[name] = meant.repeat(settings.vectors, 1).requires_grad_()
     generator = torch.Generator("cpu").manual_seed(settings.seed)
-    deltas = {
-        path: _no_change(linear.weight, settings.rank, generator)
-        for path, linear in attn2_projections(pipe.unet).items()
-    }
+    linears = attn2_projections(pipe.unet) if settings.layers == "keys-values" else transformer_linears(pipe.unet)
+    deltas = {path: _no_change(linear.weight, settings.rank, generator) for path, linear in linears.items()}
     return Learned(vectors, deltas)
 
 

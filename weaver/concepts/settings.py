@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from weaver.choices import LAYERS, OPTIMISERS
 from weaver.errors import WeaverError
 from weaver.values import is_number, is_whole
 
-__all__ = ["OPTIMISERS", "TrainSettings"]
+__all__ = ["CHOICES", "TrainSettings"]
 
-OPTIMISERS = ("adamw", "muon")
+CHOICES = {"layers": LAYERS, "optimiser": OPTIMISERS}
 _LEAST = dict.fromkeys(("steps", "vectors", "prior_images", "prior_steps", "accumulate"), 1)
 _LEAST |= dict.fromkeys(("rank", "batch", "woven_batch", "prior_batch", "warmup", "views", "seed"), 0)
 _POSITIVE, _NOT_NEGATIVE = ("learning_rate", "token_learning_rate"), ("prior_weight", "prior_guidance")
@@ -24,9 +25,11 @@ class TrainSettings:
     steps : optimisation steps.
     rank : 0 learns whole changes of `to_k` and `to_v`, as Custom Diffusion does; more learns a LoRA's two factors
         of each, which have this rank (arXiv 2106.09685): a smaller file.
-    optimiser : of the changes of `to_k` and `to_v`: "adamw", as Custom Diffusion has it, or "muon", whose steps are
+    layers : "keys-values" of cross-attention, as Custom Diffusion has it; or "all" Linears of attention and
+        feed-forward, for which there must be a rank: a LoRA that a fusion uses whole.
+    optimiser : of the changes of weights: "adamw", as Custom Diffusion has it, or "muon", whose steps are
         orthogonal matrices (arXiv 2502.16982) and learn small details in fewer. The token's vectors are AdamW's.
-    learning_rate : of the changes of `to_k` and `to_v`.
+    learning_rate : of the changes of weights.
     token_learning_rate : of the token's vectors; None for `learning_rate`.
     batch : pictures of the concept in a step.
     woven_batch : scenes in a step that show the concept in the place of another of its class, where such are passed in;
@@ -50,6 +53,7 @@ class TrainSettings:
 
     steps: int = 500
     rank: int = 0
+    layers: str = "keys-values"
     optimiser: str = "adamw"
     learning_rate: float = 1e-5
     token_learning_rate: float | None = None
@@ -102,8 +106,11 @@ class TrainSettings:
             value = getattr(self, key)
             if value is not None and not (is_number(value) and value > 0):
                 reasons.append(f"{key} is {value!r}, expected a finite number, more than 0")
-        if self.optimiser not in OPTIMISERS:
-            reasons.append(f"optimiser is {self.optimiser!r}, expected {' or '.join(OPTIMISERS)}")
+        for key, choices in CHOICES.items():
+            if getattr(self, key) not in choices:
+                reasons.append(f"{key} is {getattr(self, key)!r}, expected {' or '.join(choices)}")
+        if self.layers == "all" and not self.rank:
+            reasons.append("layers is 'all' and rank is 0: whole matrices of all layers would be a model, take a rank")
         if self.batch + self.woven_batch < 1:
             reasons.append("batch and woven_batch are both 0, expected a picture in a step")
         for key in _NOT_NEGATIVE:

@@ -1,7 +1,7 @@
 """Learn a concept in the cross-attention's keys and values and one token: Custom Diffusion (arXiv 2212.04488), or LoRA.
 
 Concept Weaver, section 3.1, learns each concept by itself this way. The base model is never written to: while
-training runs, hooks add the deltas' share to the outputs of `to_k` and `to_v`.
+training runs, hooks add the deltas' share to the outputs of `to_k` and `to_v`, or of whatever layers are learned.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from weaver.concepts.prompts import names_token
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.training_log import TrainingLog
 from weaver.concepts.training_progress import reporter
-from weaver.concepts.training_state import added, checkpointed, frozen
+from weaver.concepts.training_state import checkpointed, frozen
 from weaver.concepts.validation import Validation, Validator
 from weaver.concepts.views import with_views
 from weaver.concepts.woven import WovenSet, prepare_woven
@@ -65,9 +65,10 @@ def train_concept(
 ) -> Concept:
     """Learn a concept from a few pictures by Custom Diffusion, or the same with a LoRA's factors (`settings.rank`).
 
-    Only deltas of attn2's `to_k` and `to_v` and the vectors of one modifier token, for each of the text encoders,
-    receive gradients; the token starts as its class word. The model is left as it was, also after an exception. On the
-    CPU the same seed and number of threads give the same concept.
+    Only deltas of attn2's `to_k` and `to_v` (or of all Linears of attention and feed-forward, `settings.layers`) and
+    the vectors of one modifier token, for each of the text encoders, receive gradients; the token starts as its class
+    word. The model is left as it was, also after an exception. On the CPU the same seed and number of threads give the
+    same concept.
 
     SDXL is told what part of a photograph each picture is (`weaver.concepts.framing`): its size before it was resized,
     top and left of what was cut away afterwards, and the model's size. A view on a canvas is a whole picture; so are
@@ -135,7 +136,6 @@ def train_concept(
             scenes = prepare_woven(pipe, woven, token, settings.vectors, at_once=at_once)
         with (
             frozen(pipe.unet, *text_encoders(pipe).values()),
-            added(pipe.unet, learned.deltas),
             checkpointed(pipe.unet, settings.checkpointing),
             torch.enable_grad(),
             log or nullcontext(),
@@ -152,14 +152,15 @@ def train_concept(
                 checkpoint=kept,
             )
     with torch.no_grad():  # half precision keeps three digits of a small correction, in a file of half the size
-        deltas = {path: moved(delta, torch.device("cpu"), torch.float16) for path, delta in learned.deltas.items()}
+        changes = {path: moved(delta, torch.device("cpu"), torch.float16) for path, delta in learned.deltas.items()}
     concept = Concept(
         name=name or token.strip("<>"),
         token=token,
         word=word,
         base_hash=base_hash,
         embeddings={encoder: vectors.detach().cpu() for encoder, vectors in learned.vectors.items()},
-        deltas=deltas,
+        deltas={path: change for path, change in changes.items() if ".attn2." in path},
+        outside={path: change for path, change in changes.items() if ".attn2." not in path},
         settings=asdict(settings)
         | {"pictures": len(images.images), "captions": sorted(set(images.captions))}
         | {"woven": len(woven.images) if scenes else 0}

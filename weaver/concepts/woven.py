@@ -144,6 +144,16 @@ class WovenForward:
         """Until the next `begin` the U-Net's forwards are those of its prompts alone."""
         self._rows, self._injected = 0, {}
 
+    def weigh(self, added: torch.Tensor) -> torch.Tensor:
+        """What a change of a layer that reads the picture adds [B, T, C], where it acts: in a fusion's rows inside the
+        masks alone, and nowhere while templates are drawn."""
+        if self._taking:
+            return torch.zeros_like(added)
+        if not self._rows:
+            return added
+        mask = self._masks[added.shape[1]][:, 0].to(added.dtype)  # [b, T, 1]
+        return torch.cat([mask * added[: self._rows], added[self._rows :]])
+
     def attend(self, attn, hidden_states: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Cross-attention [B, T, C] of all rows, those of a fusion to two contexts."""
         q = _heads(attn, attn.to_q(hidden_states))

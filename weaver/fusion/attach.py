@@ -15,6 +15,7 @@ from weaver.fusion.checks import plan_reasons
 from weaver.fusion.contexts import acting_weight
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.processors import FusedCrossAttnProcessor, InjectedSelfAttnProcessor
+from weaver.fusion.regional import install_regional
 from weaver.fusion.rows import FUSED, row_reasons
 from weaver.fusion.state import FusionState
 from weaver.fusion.support import processor_reasons, unet_reasons
@@ -94,6 +95,7 @@ def installed(unet: nn.Module, state: FusionState) -> Iterator[None]:
         undo.callback(unet.register_forward_pre_hook(state.before_forward, with_kwargs=True).remove)
         for path in state.context_reads:
             _install(state, unet, path, partial(FusedCrossAttnProcessor, state, state.context_reads[path]), undo)
+        install_regional(unet, state, undo)
         if features is not None:
             for path in features.sites.attention_modules(unet):
                 _install(state, unet, path, partial(InjectedSelfAttnProcessor, state.feature_reads(path)), undo)
@@ -170,15 +172,18 @@ def attach_reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str | tuple[str,
 
 def _compile_reasons(unet: nn.Module, plan: FusionPlan) -> list[str]:
     """Why the hooks of a plan would not run: a module that has one, or is around one, is compiled."""
-    parts = [""]
-    for path in plan.features.sites.resnet_modules() if plan.features is not None else []:
-        names = path.split(".")
-        parts += [".".join(names[:i]) for i in range(1, len(names) + 1)]
+    paths = [*(plan.features.sites.resnet_modules() if plan.features is not None else ()), *plan.regional]
+    parts = [".".join(path.split(".")[:i]) for path in paths for i in range(path.count(".") + 2)]
+    compiled = [part for part in dict.fromkeys(["", *parts]) if is_compiled(unet.get_submodule(part))]
+    if plan.regional and any(compiled):
+        return [
+            f"{compiled[0]} is compiled, which leaves out what concepts change in it: have CUDAGraphs(compiled=True) "
+            'compile all of the U-Net, or use the cross-attention of these concepts alone (parts="cross-attention")'
+        ]
     return [
         f"{part or 'the U-Net'} is compiled, which leaves out what a plan adds: compile no more than its "
         "repeated blocks, by unet.compile_repeated_blocks(), or have CUDAGraphs(compiled=True) compile all of it"
-        for part in dict.fromkeys(parts)
-        if is_compiled(unet.get_submodule(part))
+        for part in compiled
     ]
 
 

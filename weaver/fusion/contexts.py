@@ -6,12 +6,13 @@ background where it is a concept too (Concept Weaver, section 3.5), then the con
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from weaver.choices import PARTS
 from weaver.concepts.changes import Delta, moved, scaled
 from weaver.concepts.concept import Concept, attn2_hash, attn2_parameters
 from weaver.concepts.concept_checks import OUTPUT_BIAS
@@ -21,13 +22,14 @@ from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError, told
 from weaver.fusion.inputs import string_reasons
 from weaver.fusion.routes import OwnProjections
-from weaver.layers import cross_attention_paths
+from weaver.layers import cross_attention_paths, has_region
 from weaver.memory.resting import lent
 from weaver.values import is_number
-from weaver_kernels import ContextKV, ProjectionChange, equal_contexts, project_contexts
+from weaver_kernels import ContextKV, LowRank, ProjectionChange, equal_contexts, project_contexts
 
 __all__ = [
     "BASE",
+    "FIRST_USE",
     "NEGATIVE",
     "ConceptUse",
     "acting_weight",
@@ -42,7 +44,8 @@ __all__ = [
 ]
 
 NEGATIVE, BASE = 0, 1
-_FIRST_USE = 2
+FIRST_USE = 2
+_OF_TEXT = (".to_k", ".to_v")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +62,8 @@ class ConceptUse:
     scale : multiplies the concept's weight deltas
     negative_prompt : what its region is kept away from, in the place of the picture's negative prompt, with the base
         model's weights and as far as strength and window show the concept; None leaves the picture's
+    parts : "whole", all that the concept changes, each change in its region (`weaver.fusion.regional`); or
+        "cross-attention", which is all that the paper's concepts change
     """
 
     concept: Concept | None
@@ -67,6 +72,7 @@ class ConceptUse:
     window: tuple[float, float] = (0.0, 1.0)
     scale: float = 1.0
     negative_prompt: str | None = None
+    parts: str = "whole"
 
     def __post_init__(self):
         if self.concept is None and self.prompt is None:
@@ -75,6 +81,20 @@ class ConceptUse:
     @property
     def name(self) -> str:
         return self.concept.name if self.concept is not None else f"region {self.prompt!r}"
+
+    @property
+    def in_region(self) -> Mapping[str, Delta]:
+        """What is added in the region, by the path of the module, besides what the texts of cross-attention give.
+
+        Factors of cross-attention's queries and outputs are among it: added so, they cost the tokens of the region. As
+        matrices, and without the other parts of a LoRA, they are the context's own (`weaver.fusion.routes`).
+        """
+        if self.concept is None or self.parts != "whole":
+            return {}
+        own = {
+            key: x for key, x in self.concept.deltas.items() if not key.endswith(_OF_TEXT) and isinstance(x, LowRank)
+        }
+        return own | {path: change for path, change in self.concept.outside.items() if has_region(path)}
 
     def strength_at(self, progress: float) -> float:
         """The strength at a part of the run, 0 (first step) to 1."""
@@ -117,6 +137,8 @@ def use_reasons(pipe, uses: Sequence[ConceptUse], base_hash: str | None = None) 
             reasons.append(f"strength of {use.name} is {told(use.strength)}, expected 0 or more (1 is all of it)")
         if not is_number(use.scale):
             reasons.append(f"scale of {use.name} is {told(use.scale)}, expected a finite number")
+        if use.parts not in PARTS:
+            reasons.append(f"parts of {use.name} is {told(use.parts)}, expected one of {', '.join(PARTS)}")
         window = tuple(use.window) if isinstance(use.window, Iterable) else ()
         if len(window) != 2 or not all(map(is_number, window)) or not 0 <= window[0] < window[1] <= 1:
             told_window = told(use.window)
@@ -194,7 +216,7 @@ def context_keys_values(unet, text: torch.Tensor, uses: Sequence[ConceptUse]) ->
         attention = unet.get_submodule(path)
         changes = {
             s: ProjectionChange(*(_change(use, f"{path}.{name}", text.dtype) for name in ("to_k", "to_v")))
-            for s, use in enumerate(uses, start=_FIRST_USE)
+            for s, use in enumerate(uses, start=FIRST_USE)
             if use.concept is not None
         }
         weights = (acting_weight(projection, text) for projection in (attention.to_k, attention.to_v))
@@ -213,8 +235,8 @@ def own_projections(unet, uses: Sequence[ConceptUse], dtype: torch.dtype) -> dic
         for name in ("to_q", "to_out.0", OUTPUT_BIAS):
             changes = {
                 s: _change(use, f"{path}.{name}", dtype)
-                for s, use in enumerate(uses, start=_FIRST_USE)
-                if use.concept is not None
+                for s, use in enumerate(uses, start=FIRST_USE)
+                if use.concept is not None and f"{path}.{name}" not in use.in_region
             }
             parts.append({s: moved(change, device, dtype) for s, change in changes.items() if change is not None})
         if any(parts):
@@ -225,14 +247,14 @@ def own_projections(unet, uses: Sequence[ConceptUse], dtype: torch.dtype) -> dic
 def same_contexts(text: torch.Tensor, uses: Sequence[ConceptUse]) -> torch.Tensor:
     """[S'], for each context the first one equal to it in text and weights, which need not be computed twice."""
     weights: list = [None] * len(text)
-    for s, use in enumerate(uses, start=_FIRST_USE):
+    for s, use in enumerate(uses, start=FIRST_USE):
         weights[s] = (use.concept, use.scale) if use.concept is not None else None
     return equal_contexts(text, weights)
 
 
 def row_contexts(uses: Sequence[ConceptUse]) -> list[list[int]]:
     """The contexts of a negative row and of a fused one, both with as many: the negative row's own prompts, padded."""
-    fused = [BASE, *range(_FIRST_USE, _FIRST_USE + len(uses))]
+    fused = [BASE, *range(FIRST_USE, FIRST_USE + len(uses))]
     own = sum(use.negative_prompt is not None for use in uses)
     negative = [NEGATIVE, *range(fused[-1] + 1, fused[-1] + 1 + own)]
     return [negative + [NEGATIVE] * (len(fused) - len(negative)), fused]

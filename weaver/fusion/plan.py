@@ -28,10 +28,11 @@ from weaver.fusion.contexts import (
     use_reasons,
 )
 from weaver.fusion.inputs import amount_reasons, full_masks, steps_and_size, string_reasons
+from weaver.fusion.regional import RegionalChanges, regional_changes, regional_reasons
 from weaver.fusion.routes import OwnProjections
 from weaver.fusion.rows import FUSED, NEGATED, Row
 from weaver.fusion.support import model_reasons
-from weaver.fusion.weights import negative_weights, phase_starts, token_weights
+from weaver.fusion.weights import negative_weights, phase_starts, region_weights, token_weights
 from weaver.latents import vae_scale_factor
 from weaver.layers import layer_size
 from weaver.masks.compose import mask_pyramid
@@ -52,10 +53,12 @@ class FusionPlan:
     prompts : the S' prompts, and `text` [S', L, C] their encodings; the negative one is None where it is zeros
     keys_values : path of each attn2 -> its keys and values, both [S', L, H, D]
     own_projections : path of an attn2 -> what contexts change in its `to_q` and `to_out`; paths without are left out
+    regional : path of any other module -> what contexts change in it, each in its region; paths without are left out
     same_as : [S'], for each context the first one equal to it in text and weights; these are computed once
     index : [2, V, S], the contexts of each kind of row and variant; the first of them is the negative or base prompt
     phases : where, as parts of the run, the weights change
     weights : (phase, (h, w)) -> [2, V, S, T], how they are weighed; they sum to 1 in every token
+    regions : (phase, (h, w)) -> [2, V, S, T], how much of `regional` is added, for the sizes of its maps
     sizes : path of each attn2 -> (h, w) of its map
     size : (h, w) of the latents, and `pixels` (height, width) of the picture
     steps : for how many steps it was planned
@@ -70,10 +73,12 @@ class FusionPlan:
     text: torch.Tensor
     keys_values: Mapping[str, ContextKV]
     own_projections: Mapping[str, OwnProjections]
+    regional: Mapping[str, RegionalChanges]
     same_as: torch.Tensor
     index: torch.Tensor
     phases: tuple[float, ...]
     weights: Mapping[tuple[int, tuple[int, int]], torch.Tensor]
+    regions: Mapping[tuple[int, tuple[int, int]], torch.Tensor]
     sizes: Mapping[str, tuple[int, int]]
     size: tuple[int, int]
     pixels: tuple[int, int]
@@ -84,7 +89,7 @@ class FusionPlan:
     time_ids: torch.Tensor | None = None
 
     def __post_init__(self):
-        for name in ("keys_values", "own_projections", "weights", "sizes"):
+        for name in ("keys_values", "own_projections", "regional", "weights", "regions", "sizes"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @classmethod
@@ -143,7 +148,7 @@ class FusionPlan:
             masks, [use.name for use in concepts], background.name if background else None, size, factor
         )
         prompts, encoded, text_reasons = encode_contexts(pipe, prompt, negative_prompt, concepts, background)
-        reasons += mask_reasons + use_reasons(pipe, uses, base_hash) + text_reasons
+        reasons += mask_reasons + use_reasons(pipe, uses, base_hash) + regional_reasons(unet, uses) + text_reasons
         raise_if(reasons, "Cannot build the fusion plan")
 
         device = unet.device  # which is found by walking through all modules
@@ -153,14 +158,21 @@ class FusionPlan:
         sizes = {path: layer_size(path, levels, size) for path in keys_values}
         phases = phase_starts(use.window for use in uses)
         dtype = torch.float64 if unet.dtype == torch.float64 else torch.float32
-        weights = {}
-        for hw, reduced in mask_pyramid(full, sorted(set(sizes.values()))).items():
+        regional, whole = (
+            regional_changes(unet, uses, len(text), size, text.dtype),
+            [bool(use.in_region) for use in uses],
+        )
+        weights, regions, of_regions = {}, {}, {change.size for change in regional.values()}
+        for hw, reduced in mask_pyramid(full, sorted(of_regions.union(sizes.values()))).items():
             for phase, start in enumerate(phases):
                 strengths = [use.strength_at(start) for use in uses]
                 own = [i for i, use in enumerate(uses) if use.negative_prompt is not None]
                 fused = token_weights(reduced, strengths, suppression)
                 negative = pad(negative_weights(reduced, strengths, own), (0, 0, 0, len(uses) - len(own)))
                 weights[phase, hw] = torch.stack([negative, fused])[:, None].to(device, dtype)
+                if hw in of_regions:
+                    added = region_weights(reduced, strengths, whole)
+                    regions[phase, hw] = torch.stack([torch.zeros_like(added), added])[:, None].to(device, dtype)
         pixels = (size[0] * factor, size[1] * factor)
         time_ids = make_time_ids(pipe, pixels, text) if features is None else features.time_ids
         return cls(
@@ -168,10 +180,12 @@ class FusionPlan:
             text,
             keys_values,
             own_projections(unet, uses, text.dtype),
+            regional,
             same_as,
             torch.tensor(row_contexts(uses), device=device)[:, None],
             phases,
             weights,
+            regions,
             sizes,
             size,
             pixels,

@@ -99,8 +99,9 @@ class FusionSampler:
     graphs : capture the steps in CUDA graphs, one for each set of injected sites: the host then only copies features
         and weights between them. A `weaver.graphs.CUDAGraphs`, which may also compile, is cleared first
 
-    Where a concept changes `to_q` or `to_out`, only plans that have the same such concepts in the same places take
-    turns, and with graphs none do. Raises `WeaverError` where graphs can't be had, and for numbers that can't be.
+    Where a concept changes more than keys and values, only plans that have such concepts in the same places take turns,
+    which change the same modules; with graphs only those whose LoRAs have the same ranks. Raises `WeaverError` where
+    graphs can't be had, and for numbers that can't be.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from weaver.fusion.agreement import check_prompts, check_time_ids, check_timeste
 from weaver.fusion.injection import Injection
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.processors import ContextReads, FeatureReads
+from weaver.fusion.regional import Regions
 from weaver.fusion.routes import Routes
 from weaver.fusion.rows import Row, picture_rows, read_rows
 from weaver.graphs import lasting
@@ -40,6 +41,7 @@ class FusionState:
         self._weighed: tuple = (None, None)
         self._kinds = {path: plan.route(path) for path in plan.keys_values}
         self._routes: dict[tuple, dict[tuple, Routes]] = {}  # by rows, and by kind of layer
+        self.regions = Regions(plan.regional)
         self._injection = Injection(plan.features)
         self._features: Mapping[str, torch.Tensor] = {}
         self._led, self._held = False, held
@@ -60,6 +62,8 @@ class FusionState:
         held : features are copied into tensors that stay where they are, as a captured forward needs
         """
         self._led, self._held = True, held
+        if held:
+            self.regions.hold()
         self._capacity = max((capacity or 0) + 1, self.plan.index.shape[-1])
         room = 0 if capacity is None else self.plan.variants * (_FIXED_CONTEXTS + 2 * capacity)
         if held or room > len(self.plan.text):
@@ -89,6 +93,9 @@ class FusionState:
             kinds = {path: plan.route(path) for path in plan.keys_values}
             if kinds != self._kinds or not torch.equal(plan.index, now.index):
                 reasons.append("a concept changes to_q or to_out, and the plans have not the same ones")
+        reasons += self.regions.load_reasons(plan.regional)
+        if plan.regional and not torch.equal(plan.index, now.index):
+            reasons.append("a concept changes more than keys and values, and the plans have not the same places for it")
         if _injects(plan) != _injects(now):
             reasons.append("they inject features of other kinds, at other sites or in other windows")
         contexts, slots = len(next(iter(self.context_reads.values())).kv.keys), self._capacity
@@ -103,6 +110,7 @@ class FusionState:
         self._write_keys_values(plan)
         for path, own in plan.own_projections.items():
             self.context_reads[path].own = own
+        self.regions.load(plan.regional)
         self.plan, self._timesteps = plan, None
         self._injection = Injection(plan.features)
         self._weighed = (self._weighed[0], None)
@@ -242,6 +250,8 @@ class FusionState:
                 routes[route].update(weights, index, self.plan.same_as)
             else:
                 routes[route] = Routes(weights, index, self.plan.same_as, which, self._capacity)
+        sizes = {reads.size for reads in self.regions.reads.values()}
+        self.regions.weigh(rows, index, {size: self.plan.regions[phase, size][kinds, variants] for size in sizes})
         self._weighed = rows, phase
         for path, reads in self.context_reads.items():
             reads.routes = routes[self._kinds[path]]

@@ -10,8 +10,9 @@ from torch.nn.functional import pad
 
 from weaver.errors import raise_if, told
 from weaver.fusion.plan import FusionPlan
+from weaver.fusion.regional import RegionalChanges
 from weaver.fusion.routes import OwnProjections
-from weaver_kernels import ContextKV
+from weaver_kernels import AdapterStack, ContextKV
 
 __all__ = ["stack_plans"]
 
@@ -47,16 +48,25 @@ def stack_plans(plans: Sequence[FusionPlan]) -> FusionPlan:
         for phase, start in enumerate(phases)
         for size in set(first.sizes.values())
     }
+    regions = {
+        (phase, size): torch.cat([_region(plan, start, size, longest) for plan in plans], 1)
+        for phase, start in enumerate(phases)
+        for size in {change.size for plan in plans for change in plan.regional.values()}
+    }
     return replace(
         first,
         prompts=tuple(prompt for plan in plans for prompt in plan.prompts),
         text=torch.cat([plan.text for plan in plans]),
         keys_values={path: _joined([plan.keys_values[path] for plan in plans]) for path in first.keys_values},
         own_projections={path: _merged(plans, starts, path) for path in first.keys_values if _has_own(plans, path)},
+        regional={
+            path: _stacked(plans, path) for path in dict.fromkeys(path for plan in plans for path in plan.regional)
+        },
         same_as=torch.cat([plan.same_as + start for plan, start in zip(plans, starts, strict=True)]),
         index=torch.cat(index, 1),
         phases=phases,
         weights=weights,
+        regions=regions,
         pooled=None if first.pooled is None else torch.cat([plan.pooled for plan in plans]),
     )
 
@@ -68,6 +78,26 @@ def _padded(weights: torch.Tensor, contexts: int) -> torch.Tensor:
 
 def _joined(parts: Sequence[ContextKV]) -> ContextKV:
     return ContextKV(torch.cat([part.keys for part in parts]), torch.cat([part.values for part in parts]))
+
+
+def _region(plan: FusionPlan, start: float, size: tuple[int, int], contexts: int) -> torch.Tensor:
+    """How much of a plan's changes is added to maps of a size, [2, 1, S, T]; zeros where it changes none of them."""
+    found = plan.regions.get((plan.phase_at(start), size))
+    if found is None:
+        kinds, variants, own = plan.index.shape
+        found = next(iter(plan.weights.values())).new_zeros(kinds, variants, own, size[0] * size[1])
+    return _padded(found, contexts)
+
+
+def _stacked(plans: Sequence[FusionPlan], path: str) -> RegionalChanges:
+    """What the contexts of all plans change of one module; those of a plan that does not change it have rank 0."""
+    found = [plan.regional[path] for plan in plans if path in plan.regional]
+    starts = [0]
+    for plan in plans:
+        own = plan.regional[path].stack.starts if path in plan.regional else (0,) * (len(plan.text) + 1)
+        starts += [starts[-1] + end for end in own[1:]]
+    down, up = (torch.cat([getattr(change.stack, name) for change in found]) for name in ("down", "up"))
+    return RegionalChanges(AdapterStack(down, up, tuple(starts)), found[0].size)
 
 
 def _has_own(plans: Sequence[FusionPlan], path: str) -> bool:

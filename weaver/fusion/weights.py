@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-__all__ = ["negative_weights", "phase_starts", "token_weights"]
+__all__ = ["negative_weights", "phase_starts", "region_weights", "token_weights"]
 
 
 def phase_starts(windows: Iterable[tuple[float, float]]) -> tuple[float, ...]:
@@ -47,3 +47,18 @@ def negative_weights(masks: torch.Tensor, strengths: Sequence[float], own: Seque
     Returns [1 + K, h * w] in float64: the negative prompt first, then those. Columns sum to one.
     """
     return token_weights(masks[list(own)], [strengths[i] for i in own], 0.0)
+
+
+def region_weights(masks: torch.Tensor, strengths: Sequence[float], whole: Sequence[bool]) -> torch.Tensor:
+    """How much of what concepts change outside of cross-attention is added in each token of the fused row.
+
+    Parameters
+    ----------
+    masks, strengths : as in `token_weights`
+    whole : which of them change anything there
+
+    Returns [S, h * w] in float64, in the order of `token_weights`: base, which changes nothing, has 0.
+    """
+    amounts = torch.tensor([0.0, *(a * on for a, on in zip(strengths, whole, strict=True))], dtype=torch.float64)
+    of = masks[: len(amounts) - 1].double().flatten(1)
+    return amounts[:, None].to(masks.device) * torch.cat([of.new_zeros(1, of.shape[1]), of])

@@ -6,9 +6,10 @@ import re
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
+from weaver.choices import PARTS
 from weaver.concepts.bank_folder import BankFolder
 from weaver.concepts.prompts import names_token
-from weaver.concepts.settings import OPTIMISERS, TrainSettings
+from weaver.concepts.settings import CHOICES, TrainSettings
 from weaver.errors import WeaverError
 from weaver.job import BackgroundSpec, ConceptSpec, MaskSpec, TrainSpec
 from weaver.job.fields import BANK, EMBEDDED, Fields
@@ -45,6 +46,7 @@ def parse_concept(fields: Fields, kind: type[BackgroundSpec]) -> BackgroundSpec:
         window=fields.window("window"),
         scale=fields.number("scale", 1.0),
         negative_prompt=fields.text("negative_prompt", empty=True),
+        parts=fields.choice("parts", PARTS, "whole"),
     )
     if kind is ConceptSpec:
         values["mask"] = _mask(fields.section("mask"))
@@ -81,7 +83,7 @@ def _train(fields: Fields) -> TrainSpec:
     caption = fields.text("caption")
     if caption and not names_token(caption.replace("{token}", token), token):
         fields.complain("caption", f"{caption!r} lacks the token; write {{token}} in it, as in 'a {{token}} dog'")
-    readers = {"int": fields.whole, "bool": fields.truth, "str": lambda name: fields.choice(name, OPTIMISERS)}
+    readers = {"int": fields.whole, "bool": fields.truth, "str": lambda name: fields.choice(name, CHOICES[name])}
     settings = {f.name: readers.get(f.type, fields.number)(f.name) for f in dataclass_fields(TrainSettings)}
     settings = {name: value for name, value in settings.items() if value is not None}
     fields.finish()

@@ -66,6 +66,7 @@ class BackgroundSpec:
     window: tuple[float, float] = (0.0, 1.0)
     scale: float = 1.0
     negative_prompt: str | None = None
+    parts: str = "whole"
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,8 @@ def load_concept(
     word : the class word, such as "dog"; None only for this package's own files, which tell it
     token : which of the file's tokens, None for its only one; of a LoRA the words that it was trained on, if any
     name : what to call it; None is the file's own name
-    on_unused : what to do where the file changes more than cross-attention and text encoders, of which fusion makes no
-        use: "warn", or "refuse"
+    on_unused : what to do where the file changes what acts in no region, such as the embedding of time, of which fusion
+        makes no use: "warn", or "refuse"
     tell : is called with a line of text where the token was taken from a file beside this one
 
     Raises `ConceptError`, which names the file, for what can't be read or does not fit the model.

@@ -15,6 +15,7 @@ from weaver.concepts.concept import Concept
 from weaver.concepts.formats import read_concept_file
 from weaver.concepts.formats.parsed import ParsedFile
 from weaver.hashing import file_hash
+from weaver.layers import has_region
 
 __all__ = ["summarise"]
 
@@ -24,6 +25,7 @@ _KINDS = (
     ("queries and outputs of cross-attention", r"attn2\."),
     ("self-attention", r"attn1\."),
     ("feed-forward", r"\.ff\."),
+    ("time and other embeddings", r"^\w+_embedding\."),
     ("convolutions and projections", r""),
 )
 _TEXT = "text encoders, for its own prompt"
@@ -58,10 +60,9 @@ def summarise(path: str | os.PathLike) -> dict:
 def _parts(file: Concept | ParsedFile, weights: Mapping[str, torch.Tensor]) -> list[dict]:
     """The changes by what they belong to; `weights` are those that take the place of a base model's."""
     groups: dict[tuple[str, bool], list[Delta | None]] = {}
-    for used, changes in ((True, dict(file.deltas) | dict.fromkeys(weights)), (False, file.outside)):
-        for key, change in changes.items():
-            kind = next(name for name, pattern in _KINDS if re.search(pattern, key))
-            groups.setdefault((kind, used), []).append(change)
+    for key, change in (dict(file.deltas) | dict.fromkeys(weights) | dict(file.outside)).items():
+        kind = next(name for name, pattern in _KINDS if re.search(pattern, key))
+        groups.setdefault((kind, key not in file.outside or has_region(key)), []).append(change)
     if file.text_deltas:
         groups[_TEXT, True] = list(file.text_deltas.values())
     norms = {group: norm_of(x for x in of if x is not None) for group, of in groups.items()}

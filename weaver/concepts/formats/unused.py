@@ -10,6 +10,7 @@ from weaver.choices import ON_UNUSED
 from weaver.concepts.changes import norm_of
 from weaver.concepts.concept import Concept, ConceptError
 from weaver.concepts.formats.parsed import ParsedFile
+from weaver.layers import has_region
 
 __all__ = ["UnusedPartsWarning", "parts_of_norm", "tell_unused", "unused_reason"]
 
@@ -32,12 +33,14 @@ def tell_unused(concept: Concept, on_unused: str = "warn", what: str | None = No
 
 def unused_reason(concept: Concept) -> str | None:
     """How much of a concept a fusion does not use, in words; None where it uses all."""
-    if not concept.outside:
+    if not (unused := {path: change for path, change in concept.outside.items() if not has_region(path)}):
         return None
-    share = parts_of_norm(concept)["outside"]
+    groups = (concept.deltas, concept.text_deltas, concept.outside)
+    total = norm_of(change for group in groups for change in group.values())
+    share = norm_of(unused.values()) / total if total else 0.0
     return (
-        f"{len(concept.outside)} of its changes lie outside cross-attention (self-attention, feed-forward, "
-        f"convolutions), {share:.0%} of it by norm: they are kept and not used"
+        f"{len(unused)} of its changes, {next(iter(unused))} among them, act on the whole picture at once and in no "
+        f"region, {share:.0%} of it by norm: they are kept and not used"
     )
 
 
