@@ -73,7 +73,8 @@ def _chosen(mapping: dict, concepts: str | None, background: str | None):
 
 
 def _entry(card) -> dict:
-    return {"name": card.name, "word": card.word, "train": {"images": f"embedded:{card.name}", "token": card.token}}
+    train = {"images": f"embedded:{card.name}", "token": card.token} | card.training
+    return {"name": card.name, "word": card.word, "train": train}
 
 
 def _listing(words: list[str]) -> str:

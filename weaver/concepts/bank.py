@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -157,8 +157,8 @@ def train_bank(
 
 def training_settings(wishes: TrainSpec, pipe) -> TrainSettings:
     """The model's own training defaults with a job's wishes applied."""
-    defaults = TrainSettings.embedded() if is_embedded(pipe) else TrainSettings()
-    return replace(defaults, **dict(wishes.settings))
+    asked = dict(wishes.settings)
+    return TrainSettings.embedded(**asked) if is_embedded(pipe) else TrainSettings(**asked)
 
 
 def prior_and_scenes(

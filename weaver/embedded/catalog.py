@@ -38,6 +38,11 @@ class ConceptCard:
     source: str
 
     @property
+    def training(self) -> dict[str, object]:
+        """What it is learned with besides the embedded model's defaults: an animal as a LoRA of all layers."""
+        return {"rank": 8, "layers": "all"} if self.kind == "animal" else {}
+
+    @property
     def token(self) -> str:
         """The modifier token that stands before the class word in prompts."""
         return f"<{self.name}>"

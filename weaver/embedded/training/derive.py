@@ -63,7 +63,7 @@ def _train_one_concept(name: str) -> None:
         name=name,
         prior=prior_scenes(),
         woven=woven_scenes(pictures, card.token, card.word),
-        settings=TrainSettings.embedded(),
+        settings=TrainSettings.embedded(**card.training),
     )
     concept.save(concept_path(name))
 
