@@ -102,13 +102,17 @@ class _Weaving:
     def __init__(self, job: Job, pipe, plan: MemoryPlan, ledger: Ledger, graphs: bool, variants: int):
         self.job, self.pipe, self.plan, self.ledger = job, pipe, plan, ledger
         self.graphs, self.variants = graphs, variants
+        self.uses = uses_for(job, pipe)
         self.found: dict[str, Peak] = {}
 
     def peaks(self) -> dict[str, Peak]:
         job, ledger = self.job, self.ledger
+        uses, background = self.uses
         with ExitStack() as held:
             if ledger.device == "cpu":  # elsewhere their weights stay in the host's memory
-                held.enter_context(ledger.more(CONCEPT_WEIGHTS, len(job.everyone) * delta_bytes(self.pipe)))
+                held.enter_context(
+                    ledger.more(CONCEPT_WEIGHTS, delta_bytes([*uses, *([background] * bool(background))]))
+                )
             masks = masks_for(job)
             ledger.hold(PLAN, [masks])
             graphs = graphs_on(ledger, self.graphs)
@@ -174,7 +178,7 @@ class _Weaving:
 
     def _fuse(self, features: Features, masks: torch.Tensor) -> None:
         job, ledger, pipe = self.job, self.ledger, self.pipe
-        concepts, background = uses_for(job, pipe)
+        concepts, background = self.uses
         with self._stage("fusion"):
             plan = FusionPlan.build(
                 pipe,
@@ -191,7 +195,8 @@ class _Weaving:
             if self.variants > 1:
                 plan = stack_plans([plan] * self.variants)
             kept = [kv.keys for kv in plan.keys_values.values()]
-            ledger.hold(PLAN, [plan.text, *kept, *plan.weights.values()])
+            factors = [x for change in plan.regional.values() for x in (change.stack.down, change.stack.up)]
+            ledger.hold(PLAN, [plan.text, *kept, *factors, *plan.weights.values(), *plan.regions.values()])
             scheduler = ddim_scheduler(pipe.scheduler)
             options = {"eta": job.fusion.eta, "graphs": graphs_on(ledger, self.graphs) or False}
             z = sample_fusion(pipe.unet, features.z_T, scheduler, plan, **options)
