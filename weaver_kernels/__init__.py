@@ -1,4 +1,4 @@
-"""Attention of many contexts over shared queries, and what goes with it.
+"""Attention of many contexts over shared queries, changes of layers by region, and what goes with them.
 
 Needs torch, takes Triton where there is one, and imports nothing of `weaver`.
 """

@@ -25,11 +25,11 @@ def gradient_reasons(**tensors: torch.Tensor | None) -> list[str]:
 
 
 def own_precision(function: Callable) -> Callable:
-    """A function of a first tensor, without autocast: that would take its float32 products in 16 bits."""
+    """A function of tensors of one device, without autocast: that would take its float32 products in 16 bits."""
 
     @wraps(function)
     def call(*args, **kwargs):
-        kind = (args[0] if args else next(iter(kwargs.values()))).device.type
+        kind = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), "cpu")
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return function(*args, **kwargs)
         with torch.autocast(kind, enabled=False):

@@ -128,7 +128,7 @@ class RegionalReads:
         Written over where it is of the changes' type.
         """
         convolution = isinstance(module, nn.Conv2d)
-        geometry = {key: getattr(module, key) for key in ("stride", "padding", "dilation") if convolution}
+        geometry = {key: getattr(module, key)[0] for key in ("stride", "padding", "dilation") if convolution}
         found, dtype = self.plan, self.stack.down.dtype
         y, x = output.to(dtype), x.to(dtype)  # under autocast of others
         routed_lora(y, x, self.stack, found.weights, found.context_index, plan=found, **geometry)

@@ -97,7 +97,8 @@ def _stacked(plans: Sequence[FusionPlan], path: str) -> RegionalChanges:
         own = plan.regional[path].stack.starts if path in plan.regional else (0,) * (len(plan.text) + 1)
         starts += [starts[-1] + end for end in own[1:]]
     down, up = (torch.cat([getattr(change.stack, name) for change in found]) for name in ("down", "up"))
-    return RegionalChanges(AdapterStack(down, up, tuple(starts)), found[0].size)
+    offsets = torch.tensor(starts, dtype=torch.int32, device=down.device)
+    return RegionalChanges(AdapterStack(down, up, tuple(starts), offsets), found[0].size)
 
 
 def _has_own(plans: Sequence[FusionPlan], path: str) -> bool:

@@ -1,64 +1,100 @@
-"""The factors of several LoRAs for one layer, side by side."""
+"""The factors of all low-rank changes of one layer, side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 
 from weaver_kernels.checks import require
-from weaver_kernels.project_contexts.reference import LowRank
+from weaver_kernels.project_contexts import LowRank
 
-__all__ = ["AdapterStack"]
+__all__ = ["MOST_RANK", "AdapterStack"]
+
+MOST_RANK = 128  # the products of a token with one adapter's factors are held in registers
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterStack:
-    """What S' adapters change of one layer, each a product `up_c^T down_c` of its own rank; R is the sum of the ranks.
+    """Low-rank changes of S' adapters of one layer, of ranks that may differ; R is the sum of the ranks.
 
-    Parameters
+    Adapter s has the rows `starts[s]` to `starts[s + 1]` of both factors; none where these are the same.
+
+    Attributes
     ----------
-    down : [R, C] of a Linear, [R, C, kh, kw] of a convolution
+    down : [R, C] of a Linear, [R, C, kh, kw] of a convolution, there with the numbers of a place side by side
     up : [R, O]
-    starts : S' + 1 numbers; adapter c has the rows `starts[c]` to `starts[c + 1]` of both, none where it has rank 0
+    starts : S' + 1 numbers
+    offsets : the same, [S' + 1] int32 where the factors are
     """
 
     down: torch.Tensor
     up: torch.Tensor
     starts: tuple[int, ...]
+    offsets: torch.Tensor
 
     @classmethod
     def of(cls, factors: Sequence[LowRank | None], scales: Sequence[float] | None = None) -> AdapterStack:
-        """From down [r, C] or [r, C, kh, kw] and up [O, r] or [O, r, 1, 1] of each adapter; None is one of rank 0.
+        """Stack factors, in float32 or wider: `down` [r, C] or [r, C, kh, kw] with `up` [O, r] or [O, r, 1, 1].
 
-        scales : what each product is multiplied by; None is 1.
-
-        Raises `ValueError` with every reason, where there are no factors or they do not go together.
+        None is an adapter that does not change this layer. `scales` go into `up`. Raises `ValueError` with every reason
+        when shapes, devices or ranks do not fit.
         """
-        found = [(c, pair) for c, pair in enumerate(factors) if pair is not None]
-        reasons = [] if found else ["there are no factors, of an adapter at least"]
-        if scales is not None and len(scales) != len(factors):
-            reasons.append(f"scales must be {len(factors)} numbers, got {len(scales)}")
-        for c, (down, up) in found:
-            if down.ndim not in (2, 4) or up.ndim not in (2, 4) or up.shape[2:].numel() > 1 or up.shape[1] != len(down):
-                reasons.append(f"factors of adapter {c} must be [r, C] and [O, r], got {_shapes(down, up)}")
-            elif down.shape[1:] != found[0][1].down.shape[1:] or len(up) != len(found[0][1].up):
-                reasons.append(f"adapter {c} has factors {_shapes(down, up)}, the first {_shapes(*found[0][1])}")
-        require("AdapterStack", reasons)
-        ups = [up.flatten(1).T * (1.0 if scales is None else scales[c]) for c, (_, up) in found]
-        ranks = [0 if pair is None else len(pair.down) for pair in factors]
-        down = torch.cat([pair.down for _, pair in found])
-        return cls(down, torch.cat(ups), tuple(accumulate(ranks, initial=0)))
+        require("AdapterStack", _reasons(factors, scales))
+        scales = [1.0] * len(factors) if scales is None else scales
+        there = [(pair.down, pair.up, scale) for pair, scale in zip(factors, scales, strict=True) if pair is not None]
+        dtype = torch.float32
+        for down, up, _ in there:
+            dtype = torch.promote_types(dtype, torch.promote_types(down.dtype, up.dtype))
+        down = torch.cat([down.detach().to(dtype) for down, _, _ in there])
+        up = torch.cat([scale * up.detach().flatten(1).to(dtype).T for _, up, scale in there])
+        if down.ndim == 4:
+            down = down.contiguous(memory_format=torch.channels_last)
+        starts = tuple(accumulate((0 if pair is None else len(pair.down) for pair in factors), initial=0))
+        return cls(down, up.contiguous(), starts, torch.tensor(starts, dtype=torch.int32, device=down.device))
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> AdapterStack:
-        """The same on a device and in a type."""
-        return AdapterStack(self.down.to(device, dtype), self.up.to(device, dtype), self.starts)
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AdapterStack:
+        """The same factors on another device or in another type."""
+        return replace(
+            self, down=self.down.to(device, dtype), up=self.up.to(device, dtype), offsets=self.offsets.to(device)
+        )
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    @property
+    def most(self) -> int:
+        """The largest rank."""
+        return max(end - start for start, end in pairwise(self.starts))
 
-def _shapes(down: torch.Tensor, up: torch.Tensor) -> str:
-    return f"{tuple(down.shape)} and {tuple(up.shape)}"
+
+def _reasons(factors, scales) -> list[str]:
+    reasons = []
+    if scales is not None and len(scales) != len(factors):
+        reasons.append(f"there are {len(factors)} factors and {len(scales)} scales")
+    there = {s: pair for s, pair in enumerate(factors) if pair is not None}
+    if not there:
+        reasons.append("at least one adapter must have factors, or the layer needs none of this")
+    for s, (down, up) in there.items():
+        rank = len(down) if down.ndim else 0
+        shapes = f"down {tuple(down.shape)} and up {tuple(up.shape)}"
+        if down.ndim not in (2, 4) or up.ndim not in (2, 4) or tuple(up.shape[1:]) not in ((rank,), (rank, 1, 1)):
+            reasons.append(f"adapter {s} must be [r, C(, kh, kw)] and [O, r(, 1, 1)], got {shapes}")
+        elif not 1 <= rank <= MOST_RANK:
+            reasons.append(f"adapter {s} has rank {rank}, 1 to {MOST_RANK} can be")
+        if not down.is_floating_point() or not up.is_floating_point():
+            reasons.append(f"adapter {s} must be floating-point, got {down.dtype} and {up.dtype}")
+    if reasons:
+        return reasons
+    for s, (down, up) in there.items():
+        first_down, first_up = next(iter(there.values()))
+        if down.shape[1:] != first_down.shape[1:] or len(up) != len(first_up):
+            of_first = f"{tuple(first_down.shape)} and {tuple(first_up.shape)}"
+            reasons.append(
+                f"adapter {s} is of another layer: {tuple(down.shape)} and {tuple(up.shape)} beside {of_first}"
+            )
+    if len(devices := {str(x.device) for pair in there.values() for x in pair}) > 1:
+        reasons.append(f"factors are on several devices: {', '.join(sorted(devices))}")
+    return reasons

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 
 from weaver_kernels.checks import own_precision, require
-from weaver_kernels.routed_lora.checks import Geometry, value_reasons
+from weaver_kernels.routed_lora.checks import value_reasons
+from weaver_kernels.routed_lora.maps import add_on_map
 from weaver_kernels.tuning import config_table
 
-__all__ = ["live_routed_lora", "stacked_routed_lora"]
+__all__ = ["live_routed_lora"]
 
 
 @own_precision
@@ -18,104 +20,89 @@ def live_routed_lora(
     x: torch.Tensor,
     down: torch.Tensor,
     up: torch.Tensor,
-    starts: tuple[int, ...],
+    starts: Sequence[int],
     weights: torch.Tensor,
-    index: torch.Tensor | None,
-    geometry: Geometry,
+    adapter_index: torch.Tensor | None,
     tokens: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
 ) -> None:
-    """Add into y, adapter by adapter: gather its live tokens, both products, weigh between them, add into their rows.
+    """The operation, adapter by adapter, on `y` itself.
 
-    Arguments are those of `routed_lora`, its stack taken apart, and `tokens` [B, S, T] with `counts` [B, S] of
-    `live_tokens`. An adapter that is alive on most tokens of a map, or on any of a small one, is computed on all of
-    them, because gathering costs more (`configs/routed_lora.json`); a convolution on the least rectangle that holds its
-    live places. Products are in float32, or float64 for float64.
+    Arguments are those of `routed_lora`, and `tokens` [B, S, T] with `counts` [B, S] of `live_tokens`; without them
+    they are taken from `weights`. Of a Linear an adapter's live tokens are gathered, a cacheful at a time; one that is
+    alive on most tokens is computed on all of them, and on small maps all adapters of a row are, in one pair of
+    products, because calls cost more (`configs/live_lora.json`). Of a convolution the part of the map is taken that
+    the live tokens are in. Products are in float32, or float64 for float64.
     """
-    settings = config_table("routed_lora")["live"]
-    rows, n_contexts, n_tokens = weights.shape
-    index = [list(range(n_contexts))] * rows if index is None else index.tolist()
+    settings = config_table("live_lora")
+    rows, n_slots, n_tokens = weights.shape
+    index = [list(range(n_slots))] * rows if adapter_index is None else adapter_index.tolist()
     require("routed_lora", value_reasons(index, len(starts) - 1))
     live_counts = ((weights != 0).sum(-1) if counts is None else counts).tolist()
     work = torch.float64 if y.dtype == torch.float64 else torch.float32
+    down, up = down.to(work), up.to(work)
+    width = down.shape[1] + up.shape[1]
     for b in range(rows):
-        for s in range(n_contexts):
-            first, last = starts[index[b][s]], starts[index[b][s] + 1]
-            if first == last or not live_counts[b][s]:
+        spans = [slice(*starts[adapter : adapter + 2]) for adapter in index[b]]
+        live = [s for s in range(n_slots) if live_counts[b][s] and spans[s].stop > spans[s].start]
+        if down.ndim == 4:
+            for s in live:
+                one = down[spans[s]], up[spans[s]], weights[b, s], live_counts[b][s]
+                add_on_map(y[b], x[b : b + 1], *one, settings, stride, padding, dilation)
+            continue
+        if len(live) > 1:
+            slots = slice(live[0], live[-1] + 1)
+            ranks = [span.stop - span.start for span in spans[slots]]
+            if _together(index[b][slots], live_counts[b][slots], ranks, n_tokens, width, settings["call"]):
+                whole = slice(spans[live[0]].start, spans[live[-1]].stop)
+                _side_by_side(y[b], x[b], down[whole], up[whole], weights[b, slots], ranks)
                 continue
-            factors = down[first:last].to(work), up[first:last].to(work)
-            dense = n_tokens <= settings["dense_tokens"] or live_counts[b][s] >= settings["dense_share"] * n_tokens
-            if down.ndim == 2 and dense:
-                _on_all(y[b], x[b], *factors, weights[b, s])
-                continue
-            live = weights[b, s].nonzero()[:, 0] if tokens is None else tokens[b, s, : live_counts[b][s]]
-            if down.ndim == 2:
-                _on_some(y[b], x[b], *factors, weights[b, s], live)
-            else:
-                _on_rectangle(y[b], x[b], *factors, weights[b, s], live, geometry)
+        for s in live:
+            which = None
+            if n_tokens > settings["dense_tokens"] and live_counts[b][s] < settings["dense_share"] * n_tokens:
+                which = weights[b, s].nonzero()[:, 0] if tokens is None else tokens[b, s, : live_counts[b][s]].long()
+            _add(y[b], x[b], down[spans[s]], up[spans[s]], weights[b, s], which, settings["numbers"])
 
 
-def _on_all(y, x, down, up, weight) -> None:
-    """Add to y [T, O] for x [T, C]."""
-    inner = torch.mm(x.to(down.dtype), down.T).mul_(weight.to(down.dtype)[:, None])
-    if y.dtype == inner.dtype:
-        y.addmm_(inner, up)
-    else:
-        y += torch.mm(inner, up)
+def _together(adapters, counts, ranks, n_tokens, width, call) -> bool:
+    """Whether a row's adapters from its first live one to its last cost less on all tokens in one pair of products: the
+    calls that are saved are worth `call` products each, and there are so many more for dead tokens.
 
-
-def _on_some(y, x, down, up, weight, live) -> None:
-    """Add to y [T, O] on the tokens `live`."""
-    inner = torch.mm(x.index_select(0, live).to(down.dtype), down.T)
-    inner.mul_(weight.index_select(0, live).to(down.dtype)[:, None])
-    y.index_add_(0, live, torch.mm(inner, up).to(y.dtype))
-
-
-def _on_rectangle(y, x, down, up, weight, live, geometry) -> None:
-    """Add to y [O, h, w] for x [C, H, W], on the least rectangle of places that holds the live ones."""
-    lines, columns = live // y.shape[2], live % y.shape[2]
-    top, bottom, left, right = (int(n) for n in (lines.min(), lines.max() + 1, columns.min(), columns.max() + 1))
-    stride, padding, dilation = geometry[:2], geometry[2:4], geometry[4:]
-    read, added = [], []  # of each side: what is read, and how many zeros stand before and behind it
-    for (begin, end), size, taps, step, pad, far in zip(
-        ((top, bottom), (left, right)), x.shape[1:], down.shape[2:], stride, padding, dilation, strict=True
-    ):
-        first, last = begin * step - pad, (end - 1) * step - pad + far * (taps - 1) + 1
-        read.append(slice(max(first, 0), min(last, size)))
-        added.append((max(-first, 0), max(last - size, 0)))
-    part = F.pad(x[:, read[0], read[1]].to(down.dtype), (*added[1], *added[0]))
-    inner = F.conv2d(part, down, None, stride, 0, dilation)  # [r, bottom - top, right - left]
-    inner.mul_(weight.view(y.shape[1:])[top:bottom, left:right].to(down.dtype))
-    y[:, top:bottom, left:right] += torch.mm(up.T, inner.flatten(1)).view(-1, *inner.shape[1:])
-
-
-@own_precision
-def stacked_routed_lora(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    down: torch.Tensor,
-    up: torch.Tensor,
-    starts: tuple[int, ...],
-    weights: torch.Tensor,
-    index: torch.Tensor | None,
-    geometry: Geometry,
-) -> None:
-    """Add into y on a GPU without the kernel: all adapters on all tokens, the dead ones times zero.
-
-    Never waits for the device, so that a CUDA graph can hold it. It costs as much as all ranks together.
+    adapters : their numbers, counts : tokens each is alive on, width : inputs and outputs of the layer
     """
-    rows, n_contexts, _ = weights.shape
-    owners = torch.arange(len(starts) - 1, device=y.device).repeat_interleave(
-        torch.tensor([end - begin for begin, end in zip(starts, starts[1:], strict=False)], device=y.device),
-        output_size=len(down),
-    )  # [R], whose each rank is
-    if index is None:
-        index = torch.arange(n_contexts, device=y.device).expand(rows, n_contexts)
-    has = (index[:, :, None] == owners).to(torch.float32)  # [B, S, R]
-    share = weights.to(torch.float32).mT @ has  # [B, T, R]
-    if down.ndim == 2:
-        inner = (x @ down.T) * share.to(x.dtype)
-        y += inner @ up
-    else:
-        inner = F.conv2d(x, down, None, geometry[:2], geometry[2:4], geometry[4:]).flatten(2) * share.mT.to(x.dtype)
-        y += (up.T @ inner).view_as(y)
+    if list(adapters) != list(range(adapters[0], adapters[0] + len(adapters))):
+        return False
+    more = sum((n_tokens - count) * rank for count, rank in zip(counts, ranks, strict=True)) * width
+    return more <= call * (sum(map(bool, counts)) - 1)
+
+
+def _side_by_side(y, x, down, up, weights, ranks) -> None:
+    """Add adapters down [R, C] and up [R, O], of these ranks, to y [T, O]: x [T, C], weights [S, T]."""
+    each = weights.to(down.dtype).T.repeat_interleave(torch.tensor(ranks, device=y.device), 1, output_size=len(down))
+    y += (torch.mm(x.to(down.dtype), down.T).mul_(each) @ up).to(y.dtype)
+
+
+def _add(y, x, down, up, weight, live, numbers) -> None:
+    """Add one adapter, down [r, C] and up [r, O], to y [T, O] on the tokens `live`, or on all: x [T, C], weight [T].
+
+    So many tokens at a time that what is read and written of them, `numbers` in all, stays in the cache.
+    """
+    step = max(1, numbers // (x.shape[1] + y.shape[1]))
+    for start in range(0, len(weight) if live is None else len(live), step):
+        if live is None:
+            part = slice(start, start + step)
+            y[part] += _change(x[part], down, up, weight[part]).to(y.dtype)
+        else:
+            part = live[start : start + step]
+            change = _change(x.index_select(0, part), down, up, weight.index_select(0, part))
+            y.index_add_(0, part, change.to(y.dtype))
+
+
+def _change(x, down, up, weight) -> torch.Tensor:
+    """`w (x down^T) up`, [t, O]: x [t, C], weight [t]."""
+    inner = torch.mm(x.to(down.dtype), down.T)
+    return torch.mm(inner.mul_(weight.to(down.dtype)[:, None]), up)

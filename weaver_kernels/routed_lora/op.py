@@ -7,9 +7,10 @@ import torch
 from weaver_kernels.checks import gradient_reasons, require
 from weaver_kernels.context_attention import ContextPlan
 from weaver_kernels.context_attention.lists import split_live_tokens
+from weaver_kernels.devices import kernel_arch
 from weaver_kernels.routed_lora.adapters import AdapterStack
 from weaver_kernels.routed_lora.checks import shape_reasons
-from weaver_kernels.routed_lora.live import live_routed_lora, stacked_routed_lora
+from weaver_kernels.routed_lora.live import live_routed_lora
 
 __all__ = ["routed_lora"]
 
@@ -24,74 +25,74 @@ def routed_lora(
     adapter_index: torch.Tensor | None = None,
     *,
     plan: ContextPlan | None = None,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
 ) -> torch.Tensor:
-    """Add low-rank changes of a layer to its output, each on the tokens of its own region:
+    """Add low-rank changes of a layer to its result, each on the tokens of its own region, in place:
 
-    `y[b,t] += sum_s W[b,s,t] up_c^T down_c x[b,t]` with `c = adapter_index[b,s]`.
+    `y[b,t] += sum_s W[b,s,t] up_c^T (down_c x)[b,t]` with `c = adapter_index[b,s]`.
 
-    Where weights of several are not zero their changes are summed, so a soft edge blends them; a row whose weights are
-    all zero stays as it is and costs nothing. The cost of a token follows the adapters whose weight on it is not zero
-    (anchors: Punica, arXiv 2310.18547, and S-LoRA, arXiv 2311.03285, which route whole requests). Rows B, tokens T,
-    contexts S of a row, adapters S' in all, ranks R of all together, inputs C, outputs O. Inference only.
+    Masks, strengths and the choice of a row's adapters are all in `weights`: a soft edge is a sum of weights times
+    changes, and a token without any keeps what `y` has. The cost of a token follows the adapters whose weight on it is
+    not zero, and the memory is that of the factors (after S-LoRA, arXiv 2311.03285, and Punica, arXiv 2310.18547, which
+    do so by request). Rows B, tokens T, contexts S of a row out of S' adapters in all, channels C to O. Inference only.
 
     Parameters
     ----------
-    y : [B, T, O], what the layer gives, written over; of a convolution [B, O, h, w]
-    x : [B, T, C], what it reads; of a convolution [B, C, H, W]
-    adapters : of the layer, in y's type and on its device
-    weights : [B, S, T], any sign; of a convolution of its output's places in reading order, T = h w
+    y : [B, T, O] of a Linear, or [B, O, h, w] of a convolution, contiguous or channels last; written to
+    x : [B, T, C] or [B, C, H, W], what the layer was given; any strides
+    adapters : in the dtype of both, ranks up to 128
+    weights : [B, S, T], any sign; of a convolution T = h * w, the map of its output row by row. An adapter may or may
+        not be computed on tokens where its weight is zero
     adapter_index : [B, S] integers into S'; None takes adapter s for s (then S' = S). On the CPU a number outside is an
-        error, on a GPU it adds nothing
-    plan : whose own `plan.weights` and `plan.context_index` these weights and this index are; None makes the lists
-        anew on each call
-    stride, padding, dilation : of a convolution, (vertical, horizontal) or one for both
+        error. On a GPU, where reading it would wait for the device, it makes the tokens it is alive on NaN
+    plan : whose own `plan.weights` and `plan.context_index` these weights and this index are; None makes the lists anew
+        on each call
+    stride, padding, dilation : of the convolution, the same along both axes
 
     Returns
     -------
-    y, with products accumulated in float32 (float64 for float64)
+    y, with products in float32 (float64 for float64)
 
     Raises
     ------
     ValueError with every reason, when shapes, dtypes, devices or indices do not fit or gradients are asked for.
     """
-    geometry = (*_both(stride), *_both(padding), *_both(dilation))
-    reasons = shape_reasons(y, x, adapters, weights, adapter_index, geometry)
-    reasons += gradient_reasons(y=y, x=x, down=adapters.down, up=adapters.up, weights=weights)
-    if plan is not None and (weights is not plan.weights or adapter_index is not plan.context_index):
-        reasons.append("plan is of other weights or of another index: pass plan.weights and plan.context_index")
-    if plan is not None and plan.for_launch:
-        reasons.append(f"plan has tiles of {list(plan.tile_sizes)} of its own: make it without tile_sizes")
+    reasons = shape_reasons(y, x, adapters, weights, adapter_index, stride, padding, dilation)
+    if plan is not None:
+        if weights is not plan.weights or adapter_index is not plan.context_index:
+            reasons.append("plan is of other weights or of another index: pass plan.weights and plan.context_index")
+        if plan.for_launch:
+            reasons.append(f"plan has tiles of {list(plan.tile_sizes)} of its own: make it without tile_sizes")
     require(_OP, reasons)
-    if weights.numel() and len(adapters.down):
-        lists = None if plan is None else plan.lists
-        _operation(y, x, adapters.down, adapters.up, list(adapters.starts), weights, adapter_index, lists, geometry)
+    require(_OP, gradient_reasons(y=y, x=x, down=adapters.down, up=adapters.up, weights=weights))
+    lists = None if plan is None else plan.lists
+    tables = adapters.down, adapters.up, adapters.offsets
+    _operation(y, x, *tables, weights, adapter_index, lists, adapters.most, stride, padding, dilation)
     return y
 
 
-def _both(n: int | tuple[int, int]) -> tuple[int, int]:
-    return n if isinstance(n, tuple) else (n, n)
-
-
-def _live(y, x, down, up, starts, weights, adapter_index, lists, geometry):
+def _live(y, x, down, up, offsets, weights, adapter_index, lists, most, stride, padding, dilation):
     tokens = (None, None) if lists is None else split_live_tokens(lists, weights.shape)
-    live_routed_lora(y, x, down, up, starts, weights, adapter_index, geometry, *tokens)
+    around = {"stride": stride, "padding": padding, "dilation": dilation}
+    live_routed_lora(y, x, down, up, offsets.tolist(), weights, adapter_index, *tokens, **around)
 
 
-def _cuda(y, x, down, up, starts, weights, adapter_index, lists, geometry):
-    stacked_routed_lora(y, x, down, up, starts, weights, adapter_index, geometry)
+def _cuda(y, x, down, up, offsets, weights, adapter_index, lists, most, stride, padding, dilation):
+    if kernel_arch(y.device):  # the plan's lists are those of tiles
+        lists = None
+    _live(y, x, down, up, offsets, weights, adapter_index, lists, most, stride, padding, dilation)
 
 
-def _fake(y, x, down, up, starts, weights, adapter_index, lists, geometry):
+def _fake(y, x, down, up, offsets, weights, adapter_index, lists, most, stride, padding, dilation):
     return None
 
 
 _LIBRARY = torch.library.Library("weaver_kernels", "FRAGMENT")
 _LIBRARY.define(
-    f"{_OP}(Tensor(a!) y, Tensor x, Tensor down, Tensor up, int[] starts, Tensor weights, Tensor? adapter_index, "
-    "Tensor? lists, int[6] geometry) -> ()"
+    f"{_OP}(Tensor(a!) y, Tensor x, Tensor down, Tensor up, Tensor offsets, Tensor weights, Tensor? adapter_index, "
+    "Tensor? lists, int most, int stride, int padding, int dilation) -> ()"
 )
 _LIBRARY.impl(_OP, _live, "CompositeExplicitAutograd")  # every device that has no implementation of its own
 _LIBRARY.impl(_OP, _cuda, "CUDA")

@@ -1,0 +1,105 @@
+"""Inputs of `routed_lora`, its truth in float64, and how far from it eager PyTorch is."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from operations.cases import hard_weights
+from weaver_kernels import AdapterStack, ContextPlan, LowRank, routed_lora_reference
+from weaver_kernels.routed_lora.checks import output_size
+
+MIXED = (4, 0, 16, 1, 33)  # ranks, over and over
+
+
+def make_lora(
+    *, b=1, t=40, c=24, o=20, s=3, ranks=MIXED, adapters=None, indexed=False, dtype=torch.float32,
+    weights=hard_weights, strided=False, amplitude=1.0, seed=0,
+    size=None, taps=1, stride=1, padding=0, dilation=1, channels_last=False,
+):  # fmt: skip
+    """Keyword arguments of `routed_lora`: of a Linear, or of a convolution of a map of `size` (H, W).
+
+    `strided`: x and y are parts of wider tensors that are NaN beside.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    adapters = adapters or s
+    shapes, kernel = ((b, t, c), (b, t, o)), ()
+    if size:
+        h, w = (output_size(side, taps, stride, padding, dilation) for side in size)
+        t, kernel = h * w, (taps, taps)
+        shapes = (b, c, *size), (b, o, h, w)
+    x, y = (torch.randn(shape, generator=rng) * amplitude for shape in shapes)
+    fan = (c * taps**2) ** 0.5
+    factors = [
+        LowRank(torch.randn(rank, c, *kernel, generator=rng) / fan, torch.randn(o, rank, generator=rng) / rank**0.5)
+        if rank
+        else None
+        for rank in (ranks[i % len(ranks)] for i in range(adapters))
+    ]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x, y = ((part(one) if strided else one.contiguous(memory_format=layout)).to(dtype) for one in (x, y))
+    case = {"y": part(y) if strided else y, "x": part(x) if strided else x}
+    case |= {"adapters": AdapterStack.of(factors).to(dtype=dtype), "weights": weights(b, s, t, rng)}
+    if adapters != s or indexed:
+        case["adapter_index"] = torch.randint(0, adapters, (b, s), generator=rng)
+    return case | ({"stride": stride, "padding": padding, "dilation": dilation} if size else {})
+
+
+def part(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers as a slice of a tensor that is wider in its last two axes, NaN around them."""
+    *front, height, width = x.shape
+    wide = torch.full((*front, height + 1, width + 8), torch.nan, dtype=x.dtype)
+    wide[..., :height, :width] = x
+    return wide[..., :height, :width]
+
+
+def planned(case: dict, **options) -> dict:
+    """The same case with a plan."""
+    plan = ContextPlan(case["weights"], case.get("adapter_index"), **options)
+    return case | {"weights": plan.weights, "adapter_index": plan.context_index, "plan": plan}
+
+
+def fresh(case: dict) -> dict:
+    """The same case with a y of its own."""
+    y = torch.empty_strided(case["y"].shape, case["y"].stride(), dtype=case["y"].dtype, device=case["y"].device)
+    return case | {"y": y.copy_(case["y"])}
+
+
+def truth(case: dict) -> torch.Tensor:
+    """The reference in float64, on the numbers that the case has in its own type."""
+    doubles = {name: case[name].double() for name in ("y", "x", "weights")}
+    return routed_lora_reference(**case | doubles | {"adapters": case["adapters"].to(dtype=torch.float64)})
+
+
+def eager(case: dict) -> torch.Tensor:
+    """What a loop over adapters gives in the case's own type: two layers each, weighted and added."""
+    y, x, adapters, weights = (case[name] for name in ("y", "x", "adapters", "weights"))
+    b, s, _ = weights.shape
+    index = case.get("adapter_index", torch.arange(s).expand(b, s))
+    around = [case.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+    out = y.clone()
+    for row, slot in torch.cartesian_prod(torch.arange(b), torch.arange(s)).tolist():
+        rank = slice(*adapters.starts[int(index[row, slot]) : int(index[row, slot]) + 2])
+        down, up, weight = adapters.down[rank], adapters.up[rank].T, weights[row, slot].to(y.dtype)
+        if not len(down):
+            continue
+        if down.ndim == 2:
+            out[row] += weight[:, None] * F.linear(F.linear(x[row], down), up)
+        else:
+            inner = F.conv2d(x[row : row + 1], down, None, *around)
+            out[row] += weight.view(inner.shape[2:]) * F.conv2d(inner, up[:, :, None, None])[0]
+    return out
+
+
+def assert_within_twice_eager(out: torch.Tensor, case: dict) -> None:
+    """The error against float64 is at most twice that of the eager loop, in the largest and in the mean.
+
+    Where eager happens to be exact, a rounding of the result is allowed.
+    """
+    true = truth(case)
+    error, of_eager = ((one.double() - true).abs() for one in (out, eager(case)))
+    rounding = torch.finfo(out.dtype).eps * true.abs().max()
+    assert out.dtype == case["y"].dtype and out.shape == true.shape
+    assert torch.isfinite(out).all()
+    assert error.max() <= 2 * of_eager.max() + rounding, (float(error.max()), float(of_eager.max()))
+    assert error.mean() <= 2 * of_eager.mean() + rounding / 4, (float(error.mean()), float(of_eager.mean()))
