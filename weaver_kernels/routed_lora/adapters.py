@@ -13,7 +13,7 @@ from weaver_kernels.project_contexts import LowRank
 
 __all__ = ["MOST_RANK", "AdapterStack"]
 
-MOST_RANK = 128  # the products of a token with one adapter's factors are held in registers
+MOST_RANK = 128  # of the kernel, which holds the products of a token with one adapter's factors in registers
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +82,8 @@ def _reasons(factors, scales) -> list[str]:
         shapes = f"down {tuple(down.shape)} and up {tuple(up.shape)}"
         if down.ndim not in (2, 4) or up.ndim not in (2, 4) or tuple(up.shape[1:]) not in ((rank,), (rank, 1, 1)):
             reasons.append(f"adapter {s} must be [r, C(, kh, kw)] and [O, r(, 1, 1)], got {shapes}")
-        elif not 1 <= rank <= MOST_RANK:
-            reasons.append(f"adapter {s} has rank {rank}, 1 to {MOST_RANK} can be")
+        elif not rank:
+            reasons.append(f"adapter {s} has rank 0: None is one that changes nothing")
         if not down.is_floating_point() or not up.is_floating_point():
             reasons.append(f"adapter {s} must be floating-point, got {down.dtype} and {up.dtype}")
     if reasons:

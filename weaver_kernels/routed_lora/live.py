@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from weaver_kernels.checks import own_precision, require
 from weaver_kernels.routed_lora.checks import value_reasons
 from weaver_kernels.routed_lora.maps import add_on_map
 from weaver_kernels.tuning import config_table
 
-__all__ = ["live_routed_lora"]
+__all__ = ["live_routed_lora", "stacked_routed_lora"]
 
 
 @own_precision
@@ -106,3 +107,24 @@ def _change(x, down, up, weight) -> torch.Tensor:
     """`w (x down^T) up`, [t, O]: x [t, C], weight [t]."""
     inner = torch.mm(x.to(down.dtype), down.T)
     return torch.mm(inner.mul_(weight.to(down.dtype)[:, None]), up)
+
+
+@own_precision
+def stacked_routed_lora(y, x, down, up, offsets, weights, adapter_index, stride, padding, dilation) -> None:
+    """The operation on `y` itself where the kernel can't take the ranks: all adapters on all tokens, the dead ones times
+    zero.
+
+    It never waits for the device, so that a CUDA graph can hold it, and costs as much as all ranks together. Arguments
+    are those of `routed_lora`, its stack taken apart.
+    """
+    rows, n_slots, _ = weights.shape
+    adapters = torch.arange(len(offsets) - 1, device=y.device)
+    owner = adapters.repeat_interleave(offsets.diff(), output_size=len(down))  # [R], whose each rank is
+    index = adapters.expand(rows, n_slots) if adapter_index is None else adapter_index
+    work = torch.promote_types(weights.dtype, torch.float32)
+    share = weights.to(work).mT @ (index[:, :, None] == owner).to(work)  # [B, T, R]
+    if down.ndim == 2:
+        y += ((x @ down.T) * share.to(x.dtype)) @ up
+    else:
+        inner = F.conv2d(x, down, None, stride, padding, dilation).flatten(2) * share.mT.to(x.dtype)
+        y += (up.T @ inner).view_as(y)

@@ -7,10 +7,9 @@ import torch
 from weaver_kernels.checks import gradient_reasons, require
 from weaver_kernels.context_attention import ContextPlan
 from weaver_kernels.context_attention.lists import split_live_tokens
-from weaver_kernels.devices import kernel_arch
 from weaver_kernels.routed_lora.adapters import AdapterStack
 from weaver_kernels.routed_lora.checks import shape_reasons
-from weaver_kernels.routed_lora.live import live_routed_lora
+from weaver_kernels.routed_lora.live import live_routed_lora, stacked_routed_lora
 
 __all__ = ["routed_lora"]
 
@@ -42,7 +41,7 @@ def routed_lora(
     ----------
     y : [B, T, O] of a Linear, or [B, O, h, w] of a convolution, contiguous or channels last; written to
     x : [B, T, C] or [B, C, H, W], what the layer was given; any strides
-    adapters : in the dtype of both, ranks up to 128
+    adapters : in the dtype of both
     weights : [B, S, T], any sign; of a convolution T = h * w, the map of its output row by row. An adapter may or may
         not be computed on tokens where its weight is zero
     adapter_index : [B, S] integers into S'; None takes adapter s for s (then S' = S). On the CPU a number outside is an
@@ -80,9 +79,8 @@ def _live(y, x, down, up, offsets, weights, adapter_index, lists, most, stride, 
 
 
 def _cuda(y, x, down, up, offsets, weights, adapter_index, lists, most, stride, padding, dilation):
-    if kernel_arch(y.device):  # the plan's lists are those of tiles
-        lists = None
-    _live(y, x, down, up, offsets, weights, adapter_index, lists, most, stride, padding, dilation)
+    if weights.numel() and y.numel() and most:
+        stacked_routed_lora(y, x, down, up, offsets, weights, adapter_index, stride, padding, dilation)
 
 
 def _fake(y, x, down, up, offsets, weights, adapter_index, lists, most, stride, padding, dilation):
