@@ -111,8 +111,8 @@ def _change(x, down, up, weight) -> torch.Tensor:
 
 @own_precision
 def stacked_routed_lora(y, x, down, up, offsets, weights, adapter_index, stride, padding, dilation) -> None:
-    """The operation on `y` itself where the kernel can't take the ranks: all adapters on all tokens, the dead ones times
-    zero.
+    """The operation on `y` itself where the kernel can't take the ranks: all adapters on all tokens, the dead ones
+    times zero.
 
     It never waits for the device, so that a CUDA graph can hold it, and costs as much as all ranks together. Arguments
     are those of `routed_lora`, its stack taken apart.
