@@ -4,12 +4,13 @@ import copy
 import json
 import os
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from weaver.concepts import concept_file
 from weaver.concepts.concept import Concept, ConceptError, attn2_hash, attn2_projections
 from weaver.errors import WeaverError
 
@@ -70,8 +71,6 @@ def test_is_frozen(tiny_pipe):
 
 
 def test_metadata_is_readable_without_us(saved):
-    from safetensors import safe_open
-
     with safe_open(saved, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "concept-weaver/concept"
@@ -82,12 +81,12 @@ def test_metadata_is_readable_without_us(saved):
 def test_save_is_whole_or_not_at_all(tiny_pipe, saved, monkeypatch):
     before = saved.read_bytes()
 
-    def half_way(tensors, path, metadata):
+    def half_way(path, content):
         with open(path, "wb") as file:
             file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(concept_file, "save_file", half_way)
+    monkeypatch.setattr(Path, "write_bytes", half_way)
     with pytest.raises(OSError, match="disk full"):
         make_concept(tiny_pipe).save(saved)
     assert saved.read_bytes() == before
@@ -212,3 +211,10 @@ def test_check_base_tells_what_does_not_fit(tiny_pipe):
         ConceptError, match="32 of its 32 weights do not fit.*width 5 in text_encoder, the model's is 16"
     ):
         other.check_base(tiny_pipe)
+
+
+def test_the_same_concept_is_the_same_file(tiny_pipe, tmp_path):
+    files = [make_concept(tiny_pipe).save(tmp_path / f"{i}.safetensors").read_bytes() for i in range(4)]
+    assert len(set(files)) == 1
+    with safe_open(tmp_path / "0.safetensors", framework="pt") as file:
+        assert list(file.metadata()) and len(list(file.keys())) == 33

@@ -141,7 +141,9 @@ def _move_in(partial: Path, folder: Path) -> None:
                 if not target.is_dir():
                     undo.callback(_remove, target)
                     target.mkdir()
-            elif target.is_file():
+                continue
+            os.chmod(path, 0o666 & ~_umask())  # some libraries write files that only their owner can read
+            if target.is_file():
                 undo.callback(_put_back, aside, target)
                 os.replace(target, aside)
                 os.replace(path, target)

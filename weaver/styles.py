@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from weaver.concepts.concept import Concept
 from weaver.concepts.formats import read_concept_file
+from weaver.concepts.formats.save_lora import diffusers_lora
 from weaver.errors import WeaverError
 from weaver.job.spec import JobError, StyleSpec
 
 __all__ = ["check_style", "style_numbers", "styled"]
+
+_FILE, _WORD = "style.safetensors", "picture"
 
 
 def check_style(path: Path) -> None:
@@ -51,9 +57,17 @@ def styled(pipe, styles: Sequence[StyleSpec], source: str = "job") -> Iterator[N
 
 
 def _load(pipe, style: StyleSpec, name: str, where: str) -> None:
+    """Load a style with the scale of each of its layers in the factors: of a kohya file diffusers takes one for all."""
     try:
-        pipe.load_lora_weights(style.file.parent, weight_name=style.file.name, adapter_name=name)
-    except Exception as error:  # of diffusers or PEFT, of many kinds for a LoRA of another model
+        concept = read_concept_file(style.file).concept(pipe, name=style.file.stem, word=_WORD)
+    except WeaverError as error:
+        raise JobError(f"{where}: {error}") from error
+    file = diffusers_lora(concept, rank=1)  # that of matrices, of which a LoRA has none
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_file(file.tensors, Path(folder) / _FILE, file.metadata)
+            pipe.load_lora_weights(folder, weight_name=_FILE, adapter_name=name)
+    except Exception as error:  # of diffusers or PEFT, of many kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise JobError(f"{where} can't be loaded into this model: {reason}") from error
     if all(name not in adapters for adapters in pipe.get_list_adapters().values()):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from weaver.concepts.changes import Delta, parts_of
 from weaver.errors import WeaverError
@@ -41,8 +41,20 @@ def write_concept_tensors(path: Path, texts: Mapping[str, object], groups: Mappi
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     metadata |= {key: texts[key] for key in _TEXTS}
     metadata |= {key: json.dumps(dict(texts[key]), sort_keys=True) for key in _OBJECTS}
+    content = save(dict(sorted(tensors.items())), metadata)
     with whole_file(path) as partial:
-        save_file(tensors, partial, metadata)
+        partial.write_bytes(_with_sorted_metadata(content))
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file whose metadata are in order, which the library writes in another one each time: the same
+    concept is the same file."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    written += b" " * (-len(written) % 8)
+    return len(written).to_bytes(8, "little") + written + content[8 + length :]
 
 
 def read_concept_tensors(path: Path, groups: tuple[str, ...]) -> tuple[dict[str, object], dict[str, dict[str, Delta]]]:

@@ -10,12 +10,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from math import sqrt
+from math import isfinite, sqrt
 from types import SimpleNamespace
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils import convert_unet_state_dict_to_peft
 
 from weaver.concepts.changes import ranks_of
 from weaver.concepts.formats.opening import OpenedFile
@@ -31,7 +31,11 @@ __all__ = ["parse"]
 _DOWN = re.compile(r"(\.lora_A|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)(\.\w+)?\.weight$")
 _FACTOR = re.compile(r"^(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
 _NOTES = ("ss_base_model_version", "ss_sd_model_name", "ss_steps", "ss_learning_rate", "ss_network_alpha")
-_PEFT_PREFIX = "base_model.model."
+_PEFT_PREFIX, _PEFT_CONFIG = "base_model.model.", "adapter_config.json"
+_PLAIN_NAME = re.compile(r"^[\w.]+$")  # what of a pattern is taken: anything more could take for ever to match
+_OLD_TEXT = re.compile(r"\.(?:to_(q|k|v|out)_lora|lora_linear_layer)\.(down|up)\.")  # diffusers', before PEFT
+_OLD_PROJECTIONS = {"q": ".q_proj", "k": ".k_proj", "v": ".v_proj", "out": ".out_proj"}
+_TEXT_MODULES = ("text_model.", "encoder.layers.")  # which of the two depends on the version of transformers
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
 _UNET_MODULES = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.")
@@ -42,8 +46,9 @@ _LAYERS_PER_BLOCK = SimpleNamespace(layers_per_block=2)  # of SDXL's U-Net, whos
 def parse(opened: OpenedFile) -> ParsedFile | None:
     """Read a LoRA of any dialect; None for files of another kind. Raises `ConceptError` for one that can't be used.
 
-    Alphas are tensors in kohya's files, in the metadata of diffusers' and in the `adapter_config.json` beside PEFT's. A
-    token is in the file beside it that `convert` left there.
+    Alphas are tensors in kohya's files, in the metadata of diffusers' and in the `adapter_config.json` beside PEFT's,
+    without which one of PEFT's is refused: nobody can tell its scale. A token is in the file beside it that `convert`
+    left there.
     """
     tensors = {key: value for key, value in opened.tensors.items() if isinstance(value, torch.Tensor)}
     if not any(_DOWN.search(key) for key in tensors):
@@ -57,14 +62,15 @@ def parse(opened: OpenedFile) -> ParsedFile | None:
 
 def _config(opened: OpenedFile) -> dict:
     """How a LoRA was made, of all its parts ("unet.r", ...) or of its one ("r"); empty where nothing tells."""
-    beside = opened.path.with_name("adapter_config.json")
+    beside, text = opened.path.with_name(_PEFT_CONFIG), opened.metadata.get("lora_adapter_metadata")
+    of_peft = any(key.startswith(_PEFT_PREFIX) for key in opened.tensors)
+    if of_peft and not text and not beside.is_file():
+        raise opened.error(f"a LoRA of PEFT's, whose scale is in its {_PEFT_CONFIG}: put that beside it")
     try:
-        if text := opened.metadata.get("lora_adapter_metadata"):
+        if text:
             config = json.loads(text)
-        elif beside.is_file() and opened.path.stem == "adapter_model":
-            config = json.loads(beside.read_text(encoding="utf-8"))
         else:
-            config = {}
+            config = json.loads(beside.read_text(encoding="utf-8")) if of_peft else {}
     except (OSError, ValueError, RecursionError) as error:
         raise opened.error(f"how it was made can't be read ({told(str(error))}): save it again") from error
     if not isinstance(config, dict):
@@ -102,6 +108,8 @@ def _from_kohya(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         up = f"{name}.lora_up.weight"
         if up not in tensors:
             raise Refusal(f"{key} has no {up}: the file is not whole, fetch it again")
+        if odd := [part for part in (key, up) if tensors[part].ndim not in (2, 4)]:
+            raise Refusal(f"{odd[0]} has shape {tuple(tensors[odd[0]].shape)}, expected [r, in] or [out, r]")
         alpha, rank = tensors.pop(f"{name}.alpha", None), len(tensors[key])
         if alpha is not None:
             if alpha.numel() != 1:
@@ -135,7 +143,7 @@ def _by_part(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.T
         part, _, rest = name.partition(".")
         if part not in _PARTS:
             part, rest = ("unet" if name.startswith(_UNET_MODULES) else "text_encoder"), name
-            if part == "text_encoder" and not name.startswith("text_model."):
+            if part == "text_encoder" and not name.startswith(_TEXT_MODULES):
                 raise Refusal(f"a LoRA of another model than Stable Diffusion (it has {told(key)}): {OTHER_BASE}")
         parts.setdefault(part, {})[rest] = tensor
     found = {}
@@ -143,9 +151,14 @@ def _by_part(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.T
         if part == "unet":
             found[part] = convert_unet_state_dict_to_peft(entries)
         else:
-            old = any("_lora." in key or "lora_linear_layer" in key for key in entries)
-            found[part] = convert_state_dict_to_peft(entries) if old else entries
+            found[part] = {_OLD_TEXT.sub(_as_pefts, key): tensor for key, tensor in entries.items()}
     return found
+
+
+def _as_pefts(old: re.Match) -> str:
+    """What PEFT calls a factor of a text encoder that diffusers called otherwise."""
+    projection, factor = old.groups()
+    return f"{_OLD_PROJECTIONS.get(projection, '')}.lora_{'A' if factor == 'down' else 'B'}."
 
 
 def _pairs(part: str, entries: Mapping[str, torch.Tensor], scales: _Scales) -> dict[str, LowRank]:
@@ -179,14 +192,25 @@ class _Scales:
             raise Refusal("a DoRA: its magnitudes can't be added to weights; train a plain LoRA")
 
     def of(self, path: str, rank: int) -> float:
-        """The scale of one module's product; names with patterns match its end, as in PEFT."""
+        """The scale of one module's product; names with alphas of their own are ends of its path, as in PEFT."""
         patterns = self._config.get("alpha_pattern") or {}
         try:
-            matches = (value for key, value in patterns.items() if re.search(rf"(^|\.)({key})$", path))
+            matches = (value for key, value in patterns.items() if _ends(path, key))
             alpha = next(matches, self._config.get("lora_alpha", rank))
-            return alpha / (sqrt(rank) if self._config.get("use_rslora") else rank)
-        except (TypeError, AttributeError, re.error) as error:
+            scale = alpha / (sqrt(rank) if self._config.get("use_rslora") else rank)
+        except (TypeError, AttributeError, OverflowError) as error:
             raise Refusal(f"its alphas are no numbers by names of modules ({told(str(error))})") from error
+        if not isfinite(scale):
+            raise Refusal(f"its alpha is {alpha}, expected a finite number: save it again")
+        return scale
+
+
+def _ends(path: str, pattern: str) -> bool:
+    """Whether a path is what a pattern names, or ends with it."""
+    name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    if not _PLAIN_NAME.match(name):
+        raise Refusal(f"its alpha_pattern names modules by {told(pattern)}: save it with names, such as attn2.to_k")
+    return path == name or (not pattern.startswith("^") and path.endswith(f".{name}"))
 
 
 def _times(factor: torch.Tensor, scale: float) -> torch.Tensor:
