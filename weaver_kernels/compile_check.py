@@ -1,10 +1,11 @@
-"""Compile the kernel for every device of the table without a GPU, and say what it takes: `make compile-check`."""
+"""Compile the kernels for every device of the tables without a GPU, and say what they take: `make compile-check`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from weaver_kernels.compiling import (
@@ -17,15 +18,17 @@ from weaver_kernels.compiling import (
     failures,
     missing_tools,
 )
+from weaver_kernels.compiling_lora import LAYOUTS, LORA, LoraCase
 from weaver_kernels.tuning import config_table
 
-__all__ = ["ARCHS", "cases", "main", "table_line"]
+__all__ = ["ARCHS", "HEADERS", "cases", "lora_cases", "main", "table_line"]
 
 ARCHS = tuple(SHARED_KIB)
 HEAD_DIMS = (40, 64, 80, 160)  # of Stable Diffusion 1.5, 2.1 and XL
 LARGEST_DIM = 256
 LONG_TEXT = 154
 WHOLE_TEXT = 128  # the most that is held at once, where it fits
+RANKS = (16, 64, 128)
 QUICK = (
     Case(40, 86, 16),
     Case(64, 90, 16),
@@ -34,14 +37,31 @@ QUICK = (
     Case(80, 80, 16, variant="q-each"),
     Case(160, 120, 16),
     Case(64, 89, 32),
+    LoraCase(16, 86, 16),
+    LoraCase(64, 90, 16),
+    LoraCase(16, 120, 16, "3x3"),
+    LoraCase(128, 100, 16, "3x3 last"),
 )
-HEADER = "| sm | bits | D | L | variant | tile | warps | stages | reload | registers | stack | shared KiB (of) "
-HEADER += "| instruction |"
+TAKES = "registers | stack | shared KiB (of) | instruction |"
+HEADERS = {
+    OP: f"| sm | bits | D | L | variant | tile | warps | stages | reload | {TAKES}",
+    LORA: f"| sm | bits | rank | layer | variant | tile | inputs | outputs | warps | stages | {TAKES}",
+}
+ABOUT = {
+    OP: """\
+A variant is `q-each` (a query for each context), `ragged` (texts of several lengths), `odd-heads` (three, with strides
+that are no multiples of 16) or `default` (the configuration of a device that is not in the table). A spill of a row for
+16 bits fails the check up to D = 80 at 77 keys. Those of longer and ragged texts, of float32 and of the default are
+only listed. Float32 has no matrix instruction, because it would be rounded to TF32.""",
+    LORA: """\
+A layer is a Linear or a convolution, whose channels lie side by side (`last`) or not. No GPU has measured these
+configurations. A spill of a row for 16 bits fails the check; those of float32 and of the default are only listed.""",
+}
 
 
 def cases(archs=ARCHS) -> list[Case]:
-    """Every row of the table at 77 and 128 keys, Stable Diffusion's head dimensions at 154 too, each variant, and what
-    other devices get, as if these were others."""
+    """Of `context_attention`: every row of the table at 77 and 128 keys, Stable Diffusion's head dimensions at 154 too,
+    each variant, and what other devices get, as if these were others."""
     rows = config_table(OP)["rows"]
     found = []
     for arch in archs:
@@ -56,65 +76,75 @@ def cases(archs=ARCHS) -> list[Case]:
     return found
 
 
+def lora_cases(archs=ARCHS) -> list[LoraCase]:
+    """Of `routed_lora`: every layer at the least rank and the largest ones of the table's rows, and what other devices
+    get."""
+    found = []
+    for arch in archs:
+        for bits in (16, 32):
+            found += [LoraCase(rank, arch, bits, layout) for layout in LAYOUTS for rank in RANKS]
+            found += [LoraCase(RANKS[-1], arch, bits, layout, default=True) for layout in (LAYOUTS[0], LAYOUTS[2])]
+    return found
+
+
 def table_line(compiled: Compiled) -> str:
     """One line of the table; what must not be shipped says so behind it."""
     case = compiled.case
+    if isinstance(case, LoraCase):
+        cells = (case.arch, case.bits, case.rank, case.layout, "default" if case.default else "", *case.config[:-1])
+    else:
+        *config, reload = case.config
+        cells = (case.arch, case.bits, case.head_dim, case.n_keys, case.variant, *config, "yes" if reload else "")
     shared = f"{compiled.shared / 1024:.1f} ({SHARED_KIB[case.arch]})"
-    *config, reload = case.config
-    cells = (case.arch, case.bits, case.head_dim, case.n_keys, case.variant, *config, "yes" if reload else "")
     cells += (compiled.registers, compiled.stack, shared, compiled.instruction)
     return "| " + " | ".join(map(str, cells)) + " |" + "".join(f" FAILS: {reason}" for reason in failures(compiled))
 
 
-def _page(found: list[Compiled]) -> str:
-    """The table as a page, what spills first."""
+def _page(found: Sequence[Compiled]) -> str:
+    """The tables as a page, what spills first."""
     import triton
 
-    spilling = [one for one in found if one.stack]
     lines = [
-        "# What the kernel of `context_attention` compiles to",
+        "# What the kernels compile to",
         "",
         f"Written by `make compile-check ARGS='--write FILE'` with Triton {triton.__version__} and the ptxas in it; no",
-        "GPU was used. Stack is bytes a thread spills; tile, warps and stages are those the operation looks up in",
-        "`weaver_kernels/configs/context_attention.json`. A variant is `q-each` (a query for each context), `ragged`",
-        "(texts of several lengths), `odd-heads` (three, with strides that are no multiples of 16) or `default` (the",
-        "configuration of a device that is not in the table).",
-        "",
-        "A spill of a row for 16 bits fails the check up to D = 80 at 77 keys. Those of longer and ragged texts, of",
-        "float32 and of the default are only listed. Float32 has no matrix instruction, because it would be rounded",
-        "to TF32.",
-        "",
-        f"{len(found)} binaries, {len(spilling)} spill"
-        + (f", the most {max(one.stack for one in spilling)} bytes:" if spilling else "."),
-        "",
-        *(_rows(spilling) if spilling else []),
-        "",
-        "## All",
-        "",
-        *_rows(found),
+        "GPU was used. Stack is bytes a thread spills; tile, warps, stages and what is read ahead are those that the",
+        "operation looks up in `weaver_kernels/configs/<operation>.json`.",
     ]
+    for op in HEADERS:
+        of_op = [one for one in found if _op(one) == op]
+        spilling = [one for one in of_op if one.stack]
+        most = f", the most {max(one.stack for one in spilling)} bytes:" if spilling else "."
+        lines += ["", f"## `{op}`", "", ABOUT[op], "", f"{len(of_op)} binaries, {len(spilling)} spill{most}", ""]
+        lines += [*_rows(op, spilling), ""] if spilling else []
+        lines += [f"### All of `{op}`", "", *_rows(op, of_op)]
     return "\n".join(lines) + "\n"
 
 
-def _rows(found: list[Compiled]) -> list[str]:
-    return [HEADER, "|" + "---|" * 13, *map(table_line, found)]
+def _op(compiled: Compiled) -> str:
+    return LORA if isinstance(compiled.case, LoraCase) else OP
+
+
+def _rows(op: str, found: Sequence[Compiled]) -> list[str]:
+    return [HEADERS[op], "|" + "---|" * (HEADERS[op].count("|") - 1), *map(table_line, found)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; 0 when everything may be shipped, 1 when something may not, 2 when it can't be compiled."""
+    """Print the tables; 0 when everything may be shipped, 1 when something may not, 2 when it can't be compiled."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=f"{len(QUICK)} cases of all")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, choices=ARCHS, help="only these")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default %(default)s")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table there as well, as Markdown")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables there as well, as Markdown")
     arguments = parser.parse_args(argv)
     if missing := missing_tools():
         print(f"compile-check: {', '.join(missing)} not found; Triton's Linux wheels bring all of it", file=sys.stderr)
         return 2
-    chosen = list(QUICK) if arguments.quick else cases(arguments.arch)
-    print(*_rows([]), sep="\n")
-    found = []
+    chosen = list(QUICK) if arguments.quick else [*cases(arguments.arch), *lora_cases(arguments.arch)]
+    found: list[Compiled] = []
     for compiled in compile_each(chosen, arguments.jobs):
+        if not found or _op(found[-1]) != _op(compiled):
+            print(*_rows(_op(compiled), []), sep="\n")
         print(table_line(compiled), flush=True)
         found.append(compiled)
     bad = sum(bool(failures(compiled)) for compiled in found)

@@ -1,4 +1,4 @@
-"""Compile the kernel of `context_attention` for any NVIDIA GPU without one, and read what the binary takes.
+"""Compile the kernels for any NVIDIA GPU without one, and read what a binary takes.
 
 What is compiled is what the operation would launch: configurations come from the table it reads, arguments from the
 function that makes its own, and Triton specialises them as in a launch. Binaries land in Triton's cache, where a
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -26,12 +27,15 @@ __all__ = [
     "NO_SPILLS_TO",
     "OP",
     "SHARED_KIB",
+    "Binary",
     "Case",
     "Compiled",
     "compile_case",
     "compile_each",
     "failures",
+    "jitted",
     "missing_tools",
+    "without_storage",
 ]
 
 OP = "context_attention"
@@ -40,9 +44,22 @@ NO_SPILLS_TO = 80  # head dimension, at 77 keys
 INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync")
 
 
+class Binary(Protocol):
+    """What is compiled: `strict` where a spill is refused, `call` the kernel, its arguments and Triton's options."""
+
+    arch: int
+    bits: int
+
+    @property
+    def strict(self) -> bool: ...
+
+    def call(self) -> tuple: ...
+
+
 @dataclass(frozen=True)
 class Case:
-    """One binary: heads of `head_dim`, a type of `bits` bits, `n_keys` keys, compute capability `arch`."""
+    """One binary of `context_attention`: heads of `head_dim`, a type of `bits` bits, `n_keys` keys, compute capability
+    `arch`."""
 
     head_dim: int
     arch: int
@@ -58,13 +75,24 @@ class Case:
             return default_config(OP, self.bits)
         return self.chosen or kernel_config(OP, self.head_dim, self.bits, self.arch, q_each=q_each)
 
+    @property
+    def strict(self) -> bool:
+        """What Stable Diffusion runs: no tile of larger heads, longer or ragged texts or float32 is without spills."""
+        usual = self.n_keys == TEXT and self.variant in ("", "q-each") and self.bits == 16
+        return usual and self.head_dim <= NO_SPILLS_TO
+
+    def call(self) -> tuple:
+        kernel = _kernel()
+        _, tensors, others, options = _arguments(self)
+        return kernel, (*tensors, 1.0, *others), options
+
 
 @dataclass(frozen=True)
 class Compiled:
     """What a case takes: registers a thread, bytes of stack a thread (spills), bytes of shared memory a block; and how
     many matrix instructions read anywhere (`weaver_kernels.descriptors`)."""
 
-    case: Case
+    case: Binary
     registers: int = 0
     stack: int = 0
     shared: int = 0
@@ -73,15 +101,14 @@ class Compiled:
     lost: int = 0
 
 
-def compile_case(case: Case) -> Compiled:
+def compile_case(case: Binary) -> Compiled:
     """Compile one case to a binary and read what it takes. Needs ptxas and cuobjdump, which Triton's wheel has."""
     from triton.runtime import driver
 
-    kernel = _kernel()
     driver.set_active(_Target(case.arch))
     try:
-        _, tensors, others, options = _arguments(case)
-        binary = kernel.warmup(*tensors, 1.0, *others, grid=(1, 1, 1), **options)
+        kernel, arguments, options = case.call()
+        binary = kernel.warmup(*arguments, grid=(1, 1, 1), **options)
     except Exception as error:  # of whatever kind, from any stage of the compiler: the case can't be launched
         return Compiled(case, error=f"{type(error).__name__}: {error}".splitlines()[0])
     usage = _resource_usage(binary.asm["cubin"])
@@ -91,7 +118,7 @@ def compile_case(case: Case) -> Compiled:
     return Compiled(case, usage["REG"], stack, binary.metadata.shared, instruction, lost=lost)
 
 
-def compile_each(cases: Sequence[Case], jobs: int) -> Iterator[Compiled]:
+def compile_each(cases: Sequence[Binary], jobs: int) -> Iterator[Compiled]:
     """Compile cases in `jobs` processes of their own, so that this one may launch; results come in their order."""
     fresh = multiprocessing.get_context("spawn")  # a fork could not use a GPU that its parent has
     with ProcessPoolExecutor(min(jobs, len(cases)) or 1, fresh, torch.set_num_threads, (1,)) as pool:
@@ -101,15 +128,13 @@ def compile_each(cases: Sequence[Case], jobs: int) -> Iterator[Compiled]:
 def failures(compiled: Compiled, shared_kib: int | None = None) -> list[str]:
     """Why a binary must not be shipped; empty when it may. `shared_kib`: what a block may take, of other devices.
 
-    Spills are refused at 77 keys of 16 bits to D = 80, which is what Stable Diffusion runs. With larger heads, longer
-    or ragged texts, float32 and on devices that are not in the table they are only listed: no tile is without them.
+    Spills are refused where a case is strict, and else only listed.
     """
     case, reasons = compiled.case, []
     if compiled.error:
         return [f"does not compile: {compiled.error}"]
     limit = SHARED_KIB[case.arch] if shared_kib is None else shared_kib
-    strict = case.n_keys == TEXT and case.variant in ("", "q-each") and case.bits == 16
-    if compiled.stack and strict and case.head_dim <= NO_SPILLS_TO:
+    if compiled.stack and case.strict:
         reasons.append(f"spills {compiled.stack} bytes")
     if compiled.shared > limit * 1024:
         reasons.append(f"takes {compiled.shared} bytes of shared memory of {limit} KiB")
@@ -153,23 +178,31 @@ class _Target:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def _kernel():
+def jitted(kernel):
+    """The kernel, which must not be interpreted."""
     from triton.runtime.jit import JITFunction
 
+    if not isinstance(kernel, JITFunction):
+        raise SystemExit("the kernel is interpreted and can't be compiled: unset TRITON_INTERPRET")
+    return kernel
+
+
+def without_storage(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """A tensor whose sizes and strides are all there is of it."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _kernel():
     from weaver_kernels.context_attention.kernel import context_attention_kernel
 
-    if not isinstance(context_attention_kernel, JITFunction):
-        raise SystemExit("the kernel is interpreted and can't be compiled: unset TRITON_INTERPRET")
-    return context_attention_kernel
+    return jitted(context_attention_kernel)
 
 
 def _arguments(case: Case) -> tuple:
-    """Arguments as a U-Net of 8 heads hands them over, in tensors without storage."""
+    """Arguments as a U-Net of 8 heads hands them over."""
     from weaver_kernels.context_attention.launch import kernel_arguments
 
-    def empty(*shape, dtype=torch.int32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = without_storage
     dtype = torch.float16 if case.bits == 16 else torch.float32
     rows, n_contexts, n_tokens, heads = 2, 5, 4096, 3 if case.variant == "odd-heads" else 8
     out = empty(rows, n_tokens, heads, case.head_dim, dtype=dtype)

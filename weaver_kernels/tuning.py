@@ -13,9 +13,12 @@ from typing import NamedTuple
 
 __all__ = [
     "KernelConfig",
+    "LoraConfig",
     "config_table",
     "default_config",
     "kernel_config",
+    "lora_config",
+    "rank_block",
     "source_hash",
     "tile_sizes",
     "with_row",
@@ -31,6 +34,18 @@ class KernelConfig(NamedTuple):
     warps: int
     stages: int
     reload: bool = False
+
+
+class LoraConfig(NamedTuple):
+    """How the kernel of `routed_lora` is built: tokens of a tile, inputs and outputs at a time, warps of a program,
+    stages of its software pipeline, and into how many programs a row is cut at least, where it has as many blocks."""
+
+    tile: int
+    inputs: int
+    outputs: int
+    warps: int
+    stages: int
+    programs: int
 
 
 @cache
@@ -61,6 +76,36 @@ def kernel_config(op: str, head_dim: int, bits: int, arch: int, *, q_each: bool 
     return KernelConfig(row["tile"], row["warps"], row["stages"], row.get("reload", False) and not q_each)
 
 
+def rank_block(rank: int) -> int:
+    """The power of two that a rank is held as; a matrix instruction takes no less than 16.
+
+    >>> rank_block(1), rank_block(16), rank_block(33)
+    (16, 16, 64)
+    """
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+@cache
+def lora_config(rank: int, bits: int, arch: int, *, spread: bool = False) -> LoraConfig:
+    """The configuration of `routed_lora` for a type of `bits` bits and adapters of ranks up to `rank`.
+
+    `spread`: channels do not lie side by side. Rows of the table that say nothing about it serve both; one that does
+    goes before. A device that is not in the table gets the table's default for the width, and one warning.
+    """
+    table, block = config_table("routed_lora"), rank_block(rank)
+    rows = [row for row in table["rows"] if arch in row["arch"] and row["bits"] == bits and row["rank"] >= block]
+    rows = [row for row in rows if row.get("spread", spread) == spread]
+    if not rows:
+        warnings.warn(
+            f"routed_lora has no configuration for {bits} bits and rank {block} on compute capability {arch / 10}: a "
+            "slow, safe one is used. `make tune` on that device adds it to configs/routed_lora.json",
+            stacklevel=2,
+        )
+        return LoraConfig(**table["default"][str(bits)])
+    row = min(rows, key=lambda row: (row["rank"], "spread" not in row))
+    return LoraConfig(*(row[name] for name in LoraConfig._fields))
+
+
 def default_config(op: str, bits: int) -> KernelConfig:
     """What a device that is not in the table gets."""
     return KernelConfig(**config_table(op)["default"][str(bits)])
@@ -80,10 +125,10 @@ def source_hash(*modules: str) -> str:
 
 
 def with_row(table: dict, row: dict) -> dict:
-    """The table with a row that takes the place of those of its bits, queries and head dimension, on its devices."""
+    """The table with a row that takes the place of those that are for the same, on its devices."""
 
     def key(one: dict) -> tuple:
-        return one["bits"], one.get("q_each", False), one["head_dim"]
+        return tuple(one.get(name, -1) for name in ("bits", "q_each", "spread", "head_dim", "rank"))
 
     kept = []
     for old in table["rows"]:

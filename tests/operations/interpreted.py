@@ -10,7 +10,7 @@ import torch
 
 from weaver_kernels import ContextPlan
 from weaver_kernels.devices import triton_version
-from weaver_kernels.tuning import KernelConfig
+from weaver_kernels.tuning import KernelConfig, LoraConfig
 
 
 def interpreter_fault(triton: str | None = None, numpy: str | None = None) -> str:
@@ -61,3 +61,19 @@ def run_interpreted(case: dict, tile: int = 16, reload: bool = False) -> torch.T
     out.zero_()
     assert wide.isnan().sum() == wide.numel() - out.numel(), "written outside"
     return result
+
+
+def lora_interpreted(case: dict, tile: int = 16, **changed) -> torch.Tensor:
+    """The kernel's result for a case of `routed_lora`; other fields of its configuration by name."""
+    needs_interpreter()
+    from weaver_kernels.routed_lora.launch import launch
+
+    adapters = case["adapters"]
+    plan = ContextPlan(case["weights"], case.get("adapter_index"), merge=False, tile_sizes=(tile,))
+    config = LoraConfig(**{"inputs": 32, "outputs": 32, "warps": 4, "stages": 1, "programs": 4} | changed, tile=tile)
+    around = [case[name] for name in ("stride", "padding", "dilation") if name in case]
+    tables = adapters.down, adapters.up, adapters.offsets
+    launch(
+        case["y"], case["x"], *tables, plan.weights, plan.lists, plan.tile_sizes, adapters.most, config, *around
+    )  # fmt: skip
+    return case["y"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -91,15 +93,39 @@ def eager(case: dict) -> torch.Tensor:
     return out
 
 
+def eager_errors(case: dict, true: torch.Tensor) -> tuple[float, float]:
+    """Largest and mean error of the eager loop, the worst over orders of summing, and over PyTorch's convolutions.
+
+    These are several: with the zeros around the map written out it takes another one, of up to three times the error.
+    One order alone is a matter of luck; the fewer numbers there are, the more are tried.
+    """
+    orders = min(max(2000 // true.numel(), 2), 8)
+    rng = torch.Generator().manual_seed(0)
+    found = []
+    for i in range(orders):
+        x, adapters = case["x"], case["adapters"]
+        axis = 2 if x.ndim == 3 else 1
+        order = torch.randperm(x.shape[axis], generator=rng) if i > 1 else torch.arange(x.shape[axis])
+        tried = case | {"x": x.index_select(axis, order), "adapters": replace(adapters, down=adapters.down[:, order])}
+        if i % 2 and x.ndim == 4:
+            tried |= {"x": F.pad(tried["x"], (case["padding"],) * 4), "padding": 0}
+        error = (eager(tried).double() - true).abs()
+        found.append((float(error.max()), float(error.mean())))
+    return tuple(max(column) for column in zip(*found, strict=True))
+
+
 def assert_within_twice_eager(out: torch.Tensor, case: dict) -> None:
     """The error against float64 is at most twice that of the eager loop, in the largest and in the mean.
 
     Where eager happens to be exact, a rounding of the result is allowed.
     """
     true = truth(case)
-    error, of_eager = ((one.double() - true).abs() for one in (out, eager(case)))
-    rounding = torch.finfo(out.dtype).eps * true.abs().max()
+    error = (out.double() - true).abs()
     assert out.dtype == case["y"].dtype and out.shape == true.shape
+    if not true.numel():
+        return
+    largest, mean = eager_errors(case, true)
+    rounding = torch.finfo(out.dtype).eps * true.abs().max()
     assert torch.isfinite(out).all()
-    assert error.max() <= 2 * of_eager.max() + rounding, (float(error.max()), float(of_eager.max()))
-    assert error.mean() <= 2 * of_eager.mean() + rounding / 4, (float(error.mean()), float(of_eager.mean()))
+    assert error.max() <= 2 * largest + rounding, (float(error.max()), largest)
+    assert error.mean() <= 2 * mean + rounding / 4, (float(error.mean()), mean)

@@ -10,9 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from weaver_kernels.compile_check import ARCHS, HEAD_DIMS, HEADER, cases, table_line
+from weaver_kernels.compile_check import ARCHS, HEAD_DIMS, HEADERS, cases, lora_cases, table_line
 from weaver_kernels.compiling import Case, Compiled, compile_case, failures
-from weaver_kernels.tuning import KernelConfig, config_table, default_config, kernel_config, tile_sizes
+from weaver_kernels.compiling_lora import LORA, LoraCase
+from weaver_kernels.tuning import (
+    KernelConfig,
+    LoraConfig,
+    config_table,
+    default_config,
+    kernel_config,
+    lora_config,
+    tile_sizes,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compiled_kernels.md"
@@ -53,6 +62,15 @@ def test_every_row_of_the_table_is_compiled():
             assert (arch, bits, default_config("context_attention", bits)) in compiled
 
 
+def test_every_row_of_the_table_of_routed_lora_is_compiled():
+    compiled = {(case.arch, case.bits, case.spread, case.config) for case in lora_cases()}
+    for row in config_table(LORA)["rows"]:
+        config = LoraConfig(*(row[name] for name in LoraConfig._fields))
+        for arch in row["arch"]:
+            for spread in [row["spread"]] if "spread" in row else [False, True]:
+                assert (arch, row["bits"], spread, config) in compiled
+
+
 def test_sizes_that_follow_the_contexts_and_the_tokens_make_no_other_binary():
     """In a process of its own, compiled for a GPU that is not there: a graph must find its binary whatever N is."""
     code = """if True:
@@ -80,6 +98,33 @@ def test_sizes_that_follow_the_contexts_and_the_tokens_make_no_other_binary():
     assert "binaries 1\n" in ran.stdout, ran.stdout + ran.stderr
 
 
+def test_sizes_that_follow_the_adapters_the_tokens_and_the_layer_make_no_other_binary():
+    """Of `routed_lora`: all Linears of a U-Net with adapters of up to 16 ranks are one."""
+    code = """if True:
+        import torch
+        from triton.runtime import driver
+        from weaver_kernels.compiling import _Target, jitted, without_storage as empty
+        from weaver_kernels.routed_lora.kernel import routed_lora_kernel
+        from weaver_kernels.routed_lora.launch import kernel_arguments
+        from weaver_kernels.tuning import LoraConfig
+
+        driver.set_active(_Target(80))
+        kernel = jitted(routed_lora_kernel)
+        sizes = (3, 64, 320, 320), (1, 64, 320, 2560), (4, 1, 640, 640), (16, 100, 1280, 5120), (70, 33, 32, 16)
+        for s, t, c, o in sizes:
+            half = {"dtype": torch.float16}
+            layer = empty(2, t, o, **half), empty(2, t, c, **half), empty(16 * s, c, **half), empty(16 * s, o, **half)
+            weights = empty(2, s, t, dtype=torch.float32)
+            config = LoraConfig(16, 16, 16, 4, 1, 64)
+            _, tensors, others, options = kernel_arguments(*layer, empty(s + 1), weights, empty(1), (16,), 16, config)
+            kernel.warmup(*tensors, *others, grid=(1, 1, 1), **options)
+        print("binaries", sum(len(per_device[0]) for per_device in kernel.device_caches.values()))
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "binaries 1\n" in ran.stdout, ran.stdout + ran.stderr
+
+
 @pytest.mark.parametrize(
     ("case", "measured", "message"),
     [
@@ -93,6 +138,9 @@ def test_sizes_that_follow_the_contexts_and_the_tokens_make_no_other_binary():
         (Case(64, 86, 16), (128, 0, 1024, "none"), "no tensor-core instruction"),
         (Case(64, 86, 32), (128, 0, 1024, "none"), None),
         (Case(64, 86, 16), (0, 0, 0, "none", "PTXASError: no"), "does not compile: PTXASError: no"),
+        (LoraCase(16, 86, 16), (255, 8, 1024, "mma.sync"), "spills 8 bytes"),
+        (LoraCase(16, 86, 32), (255, 8, 1024, "none"), None),
+        (LoraCase(16, 86, 16, default=True), (255, 8, 1024, "mma.sync"), None),
     ],
     ids=[
         "spill",
@@ -105,6 +153,9 @@ def test_sizes_that_follow_the_contexts_and_the_tokens_make_no_other_binary():
         "no-tensor-core",
         "fp32",
         "no-binary",
+        "lora-spill",
+        "lora-fp32",
+        "lora-default",
     ],
 )
 def test_what_fails(case, measured, message):
@@ -120,11 +171,16 @@ def test_other_devices_have_limits_of_their_own():
 
 def test_the_committed_page_is_of_the_table_that_is_read():
     """Configurations and verdicts; registers are those of the Triton it was written with."""
-    lines = PAGE.read_text(encoding="utf-8").split(HEADER)[-1].splitlines()[2:]
-    written = [tuple(cell.strip() for cell in line.split("|")[1:9]) for line in lines]
-    expected = [table_line(Compiled(case)) for case in cases()]
-    assert written == [tuple(cell.strip() for cell in line.split("|")[1:9]) for line in expected]
-    assert "FAILS" not in PAGE.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    for (op, header), every in zip(HEADERS.items(), (cases(), lora_cases()), strict=True):
+        lines = page.split(f"### All of `{op}`")[1].split("\n## ")[0].split(header)[1].splitlines()[2:]
+        written = [tuple(cell.strip() for cell in line.split("|")[1:11]) for line in lines]
+        expected = [table_line(Compiled(case)) for case in every]
+        looked_up = 11 if op == LORA else 9
+        assert [line[: looked_up - 1] for line in written] == [
+            tuple(cell.strip() for cell in line.split("|")[1:looked_up]) for line in expected
+        ]
+    assert "FAILS" not in page
 
 
 def test_the_table_serves_every_device_and_head_dimension_it_promises(recwarn):
@@ -132,6 +188,9 @@ def test_the_table_serves_every_device_and_head_dimension_it_promises(recwarn):
         for bits in (16, 32):
             for dim in (8, 40, 64, 65, 80, 160, 256):
                 assert kernel_config("context_attention", dim, bits, arch).tile in tile_sizes("context_attention")
+            for rank in (1, 16, 17, 64, 128):
+                for spread in (False, True):
+                    assert lora_config(rank, bits, arch, spread=spread).tile in tile_sizes("context_attention")
     assert not recwarn
 
 
@@ -140,3 +199,6 @@ def test_another_device_gets_a_safe_configuration_and_a_warning():
     with pytest.warns(UserWarning, match="compute capability 7.5.*make tune"):
         config = kernel_config("context_attention", 64, 16, 75)
     assert config == default_config("context_attention", 16) != default_config("context_attention", 32)
+    lora_config.cache_clear()
+    with pytest.warns(UserWarning, match="rank 32 on compute capability 7.5.*make tune"):
+        assert lora_config(20, 16, 75) == LoraConfig(**config_table(LORA)["default"]["16"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +27,17 @@ def live_routed_lora(
     adapter_index: torch.Tensor | None,
     tokens: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
-    *,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
+    around: tuple[int, int, int] = (1, 0, 1),
 ) -> None:
     """The operation, adapter by adapter, on `y` itself.
 
     Arguments are those of `routed_lora`, and `tokens` [B, S, T] with `counts` [B, S] of `live_tokens`; without them
-    they are taken from `weights`. Of a Linear an adapter's live tokens are gathered, a cacheful at a time; one that is
-    alive on most tokens is computed on all of them, and on small maps all adapters of a row are, in one pair of
-    products, because calls cost more (`configs/live_lora.json`). Of a convolution the part of the map is taken that
-    the live tokens are in. Products are in float32, or float64 for float64.
+    they are taken from `weights`. `around` is stride, padding and dilation.
+
+    Of a Linear an adapter's live tokens are gathered, a cacheful at a time; one that is alive on most tokens is
+    computed on all of them, and on small maps all adapters of a row are, with fewer calls, because calls cost more
+    (`configs/live_lora.json`). Of a convolution the part of the map is taken that the live tokens are in. Products are
+    in float32, or float64 for float64.
     """
     settings = config_table("live_lora")
     rows, n_slots, n_tokens = weights.shape
@@ -47,44 +47,51 @@ def live_routed_lora(
     work = torch.float64 if y.dtype == torch.float64 else torch.float32
     down, up = down.to(work), up.to(work)
     width = down.shape[1] + up.shape[1]
-    for b in range(rows):
-        spans = [slice(*starts[adapter : adapter + 2]) for adapter in index[b]]
-        live = [s for s in range(n_slots) if live_counts[b][s] and spans[s].stop > spans[s].start]
+    ranks = [end - start for start, end in pairwise(starts)]
+    pairs = list(zip(down.split(ranks), up.split(ranks), strict=True))
+    # What is taken out of a tensor once is not taken out again for each adapter: on a small map that is half the time.
+    for b, (out, given, weight) in enumerate(zip(y.unbind(), x.unbind(), weights.unbind(), strict=True)):
+        live = [s for s in range(n_slots) if live_counts[b][s] and ranks[index[b][s]]]
+        each = weight.unbind() if live else ()
         if down.ndim == 4:
             for s in live:
-                one = down[spans[s]], up[spans[s]], weights[b, s], live_counts[b][s]
-                add_on_map(y[b], x[b : b + 1], *one, settings, stride, padding, dilation)
+                add_on_map(out, given, *pairs[index[b][s]], each[s], live_counts[b][s], settings, *around)
             continue
-        if len(live) > 1:
-            slots = slice(live[0], live[-1] + 1)
-            ranks = [span.stop - span.start for span in spans[slots]]
-            if _together(index[b][slots], live_counts[b][slots], ranks, n_tokens, width, settings["call"]):
-                whole = slice(spans[live[0]].start, spans[live[-1]].stop)
-                _side_by_side(y[b], x[b], down[whole], up[whole], weights[b, slots], ranks)
-                continue
+        slots = slice(live[0], live[-1] + 1) if len(live) > 1 else slice(0)
+        sizes = [ranks[adapter] for adapter in index[b][slots]]
+        if _together(index[b][slots], live_counts[b][slots], sizes, n_tokens, width, settings["call"]):
+            whole = slice(starts[index[b][live[0]]], starts[index[b][live[-1]] + 1])
+            _side_by_side(out, given, down[whole], up[whole], weight[slots], sizes)
+            continue
+        which = tokens[b].unbind() if live and tokens is not None else None
         for s in live:
-            which = None
+            some = None
             if n_tokens > settings["dense_tokens"] and live_counts[b][s] < settings["dense_share"] * n_tokens:
-                which = weights[b, s].nonzero()[:, 0] if tokens is None else tokens[b, s, : live_counts[b][s]].long()
-            _add(y[b], x[b], down[spans[s]], up[spans[s]], weights[b, s], which, settings["numbers"])
+                some = each[s].nonzero()[:, 0] if which is None else which[s][: live_counts[b][s]].long()
+            _add(out, given, *pairs[index[b][s]], each[s], some, settings["numbers"])
 
 
 def _together(adapters, counts, ranks, n_tokens, width, call) -> bool:
-    """Whether a row's adapters from its first live one to its last cost less on all tokens in one pair of products: the
+    """Whether a row's adapters from its first live one to its last cost less side by side on all tokens: the
     calls that are saved are worth `call` products each, and there are so many more for dead tokens.
 
     adapters : their numbers, counts : tokens each is alive on, width : inputs and outputs of the layer
     """
-    if list(adapters) != list(range(adapters[0], adapters[0] + len(adapters))):
+    if not adapters or adapters != list(range(adapters[0], adapters[0] + len(adapters))):
         return False
     more = sum((n_tokens - count) * rank for count, rank in zip(counts, ranks, strict=True)) * width
     return more <= call * (sum(map(bool, counts)) - 1)
 
 
 def _side_by_side(y, x, down, up, weights, ranks) -> None:
-    """Add adapters down [R, C] and up [R, O], of these ranks, to y [T, O]: x [T, C], weights [S, T]."""
+    """Add adapters down [R, C] and up [R, O], of these ranks, to y [T, O]: x [T, C], weights [S, T].
+
+    Each is added whole: one sum over the ranks of all would have up to four times its error in float32.
+    """
     each = weights.to(down.dtype).T.repeat_interleave(torch.tensor(ranks, device=y.device), 1, output_size=len(down))
-    y += (torch.mm(x.to(down.dtype), down.T).mul_(each) @ up).to(y.dtype)
+    inner = torch.mm(x.to(down.dtype), down.T).mul_(each)
+    for one, outer in zip(inner.split(ranks, 1), up.split(ranks), strict=True):
+        y += torch.mm(one, outer).to(y.dtype)
 
 
 def _add(y, x, down, up, weight, live, numbers) -> None:

@@ -48,7 +48,7 @@ def boxes(alive: torch.Tensor, spare: int) -> list[Box]:
 
 
 def add_on_map(y, x, down, up, weight, count, settings, stride, padding, dilation) -> None:
-    """Add one adapter to y [O, h, w]: x [1, C, H, W], down [r, C, kh, kw], up [r, O], weight [h * w].
+    """Add one adapter to y [O, h, w]: x [C, H, W], down [r, C, kh, kw], up [r, O], weight [h * w].
 
     count : tokens it is alive on
     """
@@ -58,9 +58,9 @@ def add_on_map(y, x, down, up, weight, count, settings, stride, padding, dilatio
     if height * width > settings["dense_tokens"] and count < settings["dense_share"] * height * width:
         parts = boxes(weight != 0, settings["spare"])
     for box in parts:
-        read, pads = _input_of(box, x.shape[2:], down.shape[2:], stride, padding, dilation)
-        part = x[:, :, read.top : read.bottom, read.left : read.right].to(down.dtype)
-        inner = F.conv2d(F.pad(part, pads) if any(pads) else part, down, None, stride, 0, dilation)[0]  # [r, h, w]
+        read, pads = _input_of(box, x.shape[1:], down.shape[2:], stride, padding, dilation)
+        part = x[:, read.top : read.bottom, read.left : read.right].to(down.dtype)
+        inner = F.conv2d(F.pad(part, pads) if any(pads) else part, down, None, stride, 0, dilation)  # [r, h, w]
         within = slice(box.top, box.bottom), slice(box.left, box.right)
         inner = (inner * weight[within].to(down.dtype)).flatten(1)
         if y.stride(0) == 1:  # channels last

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
+from weaver_kernels import tuning
 from weaver_kernels.checks import gradient_reasons, require
 from weaver_kernels.context_attention import ContextPlan
-from weaver_kernels.context_attention.lists import split_live_tokens
-from weaver_kernels.routed_lora.adapters import AdapterStack
+from weaver_kernels.context_attention.lists import live_lists, split_live_tokens
+from weaver_kernels.devices import kernel_arch
+from weaver_kernels.routed_lora.adapters import MOST_RANK, AdapterStack
 from weaver_kernels.routed_lora.checks import shape_reasons
 from weaver_kernels.routed_lora.live import live_routed_lora, stacked_routed_lora
 
 __all__ = ["routed_lora"]
 
 _OP = "routed_lora"
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def routed_lora(
@@ -41,7 +46,7 @@ def routed_lora(
     ----------
     y : [B, T, O] of a Linear, or [B, O, h, w] of a convolution, contiguous or channels last; written to
     x : [B, T, C] or [B, C, H, W], what the layer was given; any strides
-    adapters : in the dtype of both
+    adapters : in the dtype of both. On a GPU those of a rank above 128 are computed on all tokens, and all others then
     weights : [B, S, T], any sign; of a convolution T = h * w, the map of its output row by row. An adapter may or may
         not be computed on tokens where its weight is zero
     adapter_index : [B, S] integers into S'; None takes adapter s for s (then S' = S). On the CPU a number outside is an
@@ -74,13 +79,36 @@ def routed_lora(
 
 def _live(y, x, down, up, offsets, weights, adapter_index, lists, most, stride, padding, dilation):
     tokens = (None, None) if lists is None else split_live_tokens(lists, weights.shape)
-    around = {"stride": stride, "padding": padding, "dilation": dilation}
-    live_routed_lora(y, x, down, up, offsets.tolist(), weights, adapter_index, *tokens, **around)
+    around = stride, padding, dilation
+    live_routed_lora(y, x, down, up, offsets.tolist(), weights, adapter_index, *tokens, around)
 
 
 def _cuda(y, x, down, up, offsets, weights, adapter_index, lists, most, stride, padding, dilation):
-    if weights.numel() and y.numel() and most:
-        stacked_routed_lora(y, x, down, up, offsets, weights, adapter_index, stride, padding, dilation)
+    if not weights.numel() or not y.numel() or not most:
+        return
+    arch, around = kernel_arch(y.device), (stride, padding, dilation)
+    if not arch or y.dtype not in _KERNEL_DTYPES or most > MOST_RANK:
+        stacked_routed_lora(y, x, down, up, offsets, weights, adapter_index, *around)
+        return
+    config = tuning.lora_config(most, 8 * y.element_size(), arch, spread=x.stride(2 if x.ndim == 3 else 1) != 1)
+    tile_sizes = tuning.tile_sizes("context_attention")  # those of a plan
+    if lists is None:
+        tile_sizes = (config.tile,)
+        lists = live_lists(weights != 0, tile_sizes, adapter_index)
+    arguments = y, x, down, up, offsets, weights, lists, tile_sizes, most, config, *around
+    if y.device.index in (None, torch.cuda.current_device() if y.is_cuda else None):
+        _launch()(*arguments)
+        return
+    with torch.cuda.device(y.device):  # Triton launches on the current one
+        _launch()(*arguments)
+
+
+@cache
+def _launch():
+    """Imported where it runs: Triton decides at that moment whether its interpreter takes the kernel."""
+    from weaver_kernels.routed_lora.launch import launch
+
+    return launch
 
 
 def _fake(y, x, down, up, offsets, weights, adapter_index, lists, most, stride, padding, dilation):
