@@ -1,9 +1,9 @@
-"""Time configurations of the kernel of `context_attention` against each other on a GPU, each checked before.
+"""Time configurations of a kernel against each other on a GPU, each checked before.
 
-The layers are the cross-attentions of Stable Diffusion's U-Nets with three concepts, whose tokens have two live
-contexts each. Every configuration is a captured graph over several sets of buffers, more than the second-level cache
-holds, and configurations take turns, so that a change of clocks falls on all. An error of the device is not caught:
-nothing runs after it (`weaver_kernels.child`).
+Of `context_attention` the layers are the cross-attentions of Stable Diffusion's U-Nets with three concepts, whose
+tokens have two live contexts each. Every configuration is a captured graph over several sets of buffers, more than the
+second-level cache holds, and configurations take turns, so that a change of clocks falls on all. An error of the device
+is not caught: nothing runs after it (`weaver_kernels.child`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +30,31 @@ __all__ = [
     "make_inputs",
     "relative_error",
     "time_configs",
+    "time_each",
     "true_result",
     "why_wrong",
 ]
 
 Key = TypeVar("Key", bound=Hashable)
+Config = TypeVar("Config", bound=tuple)
 T = TypeVar("T")
 CONCEPTS, SUPPRESSION = 3, 0.5
 ROUNDS, MOST_COPIES = 25, 48
+
+
+class Inputs(Protocol):
+    """One set of buffers of an operation: what its kernel makes of them, what is true, and what PyTorch makes."""
+
+    out: torch.Tensor
+
+    def reset(self) -> None: ...
+    def launch(self, config: tuple) -> torch.Tensor: ...
+    def truth(self) -> torch.Tensor: ...
+    def eager(self) -> torch.Tensor: ...
+    def again(self) -> Inputs: ...
+
+    @property
+    def bytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,26 @@ class LayerInputs:
         scale = self.q.shape[-1] ** -0.5
         contexts = (self.k, self.v, plan.weights, None)
         return launch(self.q, *contexts, scale, plan.lists, plan.tile_sizes, config, self.out)
+
+    def reset(self) -> None:
+        """To NaN, so that what is not written shows."""
+        self.out.fill_(float("nan"))
+
+    def truth(self) -> torch.Tensor:
+        """The reference in float64, [B, T, H, D]."""
+        tensors = (x.double() for x in (self.q, self.k, self.v, self.plan.weights))
+        return context_attention_reference(*tensors, self.plan.context_index)
+
+    def eager(self) -> torch.Tensor:
+        """A loop over the contexts with PyTorch's attention, in the type of the inputs."""
+        weights = self.plan.weights.to(self.q.dtype)
+        out = torch.zeros_like(self.out)
+        for s in range(weights.shape[1]):
+            q = self.q if self.q.ndim == 4 else self.q[:, s]
+            k, v = (x[s].expand(len(q), -1, -1, -1) for x in (self.k, self.v))
+            attended = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+            out += weights[:, s, :, None, None] * attended
+        return out
 
     def again(self) -> LayerInputs:
         """Other buffers with other numbers, and the same plan."""
@@ -87,10 +124,9 @@ def make_inputs(
     return LayerInputs(q, k, v, plan, out)
 
 
-def true_result(inputs: LayerInputs) -> torch.Tensor:
-    """The reference in float64, [B, T, H, D]."""
-    tensors = (x.double() for x in (inputs.q, inputs.k, inputs.v, inputs.plan.weights))
-    return context_attention_reference(*tensors, inputs.plan.context_index)
+def true_result(inputs: Inputs) -> torch.Tensor:
+    """The reference in float64."""
+    return inputs.truth()
 
 
 def relative_error(out: torch.Tensor, true: torch.Tensor) -> float:
@@ -98,23 +134,16 @@ def relative_error(out: torch.Tensor, true: torch.Tensor) -> float:
     return float((out.double() - true).norm() / true.norm())
 
 
-def eager_error(inputs: LayerInputs, true: torch.Tensor) -> float:
-    """Relative error of a loop over the contexts with PyTorch's attention, in the type of the inputs."""
-    weights = inputs.plan.weights.to(inputs.q.dtype)
-    out = torch.zeros_like(inputs.out)
-    for s in range(weights.shape[1]):
-        q = inputs.q if inputs.q.ndim == 4 else inputs.q[:, s]
-        k, v = (x[s].expand(len(q), -1, -1, -1) for x in (inputs.k, inputs.v))
-        attended = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-        out += weights[:, s, :, None, None] * attended
-    return relative_error(out, true)
+def eager_error(inputs: Inputs, true: torch.Tensor) -> float:
+    """Relative error of PyTorch, in the type of the inputs."""
+    return relative_error(inputs.eager(), true)
 
 
-def why_wrong(inputs: LayerInputs, config: KernelConfig, true: torch.Tensor, limit: float) -> str:
-    """Launch once over NaN; empty when the result is within `limit` of the truth, else the reason."""
+def why_wrong(inputs: Inputs, config: tuple, true: torch.Tensor, limit: float) -> str:
+    """Launch once; empty when the result is within `limit` of the truth, else the reason."""
     from triton.runtime.errors import OutOfResources
 
-    inputs.out.fill_(float("nan"))
+    inputs.reset()
     try:
         error = relative_error(inputs.launch(config), true)
     except OutOfResources as failure:  # which only loading shows
@@ -140,19 +169,31 @@ def time_configs(
     running: Running = nullcontext,
     device: str = "cuda",
 ) -> dict[KernelConfig, float]:
-    """Microseconds of each configuration for all layers of its head dimension; those that are wrong are only told.
+    """`time_each` of the cross-attentions of a head dimension."""
+    make = partial(make_inputs, dtype=dtype, q_each=q_each, device=device)
+    layers = [(layer.count, partial(make, layer)) for layer in layers_of(head_dim)]
+    return time_each(layers, configs, tell, running)
 
-    running : entered while the kernel runs with a configuration, and left when the device has done all of it
+
+def time_each(
+    layers: Sequence[tuple[int, Callable[..., Inputs]]],
+    configs: Sequence[Config],
+    tell: Callable[[str], None],
+    running: Running = nullcontext,
+) -> dict[Config, float]:
+    """Microseconds of each configuration for all layers; those that are wrong are only told.
+
+    layers : how often each counts, and what makes its inputs for `tile_sizes`; running : entered while the kernel runs
+    with a configuration, and left when the device has done all of it
     """
 
-    def within(config: KernelConfig, work: Callable[[], T]) -> T:
+    def within(config: Config, work: Callable[[], T]) -> T:
         with running(config):
             return work()
 
     totals = dict.fromkeys(configs, 0.0)
-    for layer in layers_of(head_dim):
-        tile_sizes = sorted({config.tile for config in totals})
-        inputs = make_inputs(layer, dtype, q_each=q_each, tile_sizes=tile_sizes, device=device)
+    for count, make in layers:
+        inputs = make(tile_sizes=sorted({config.tile for config in totals}))
         true = true_result(inputs)
         limit = 2 * eager_error(inputs, true)
         for config in list(totals):
@@ -167,7 +208,7 @@ def time_configs(
         runs = {config: partial(within, config, replay) for config, replay in replays.items()}
         times = interleaved_medians(runs, ROUNDS)
         for config, microseconds in times.items():
-            totals[config] += layer.count * microseconds
+            totals[config] += count * microseconds
     return totals
 
 
@@ -175,7 +216,7 @@ def _cache_bytes() -> int:
     return torch.cuda.get_device_properties(0).L2_cache_size
 
 
-def _captured(sets: Sequence[LayerInputs], config: KernelConfig) -> Callable[[], float]:
+def _captured(sets: Sequence[Inputs], config: tuple) -> Callable[[], float]:
     """A graph with one launch for each set of buffers; calling it replays it and returns microseconds a launch."""
     for inputs in sets:
         inputs.launch(config)

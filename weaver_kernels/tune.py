@@ -1,10 +1,10 @@
-"""Find the fastest configurations of the kernel of `context_attention` on this GPU: `make tune`.
+"""Find the fastest configurations of a kernel on this GPU: `make tune`, or `make tune ARGS='--op routed_lora'`.
 
-For each head dimension, width of the type and kind of query: every candidate that passes the compile check and agrees
-with float64 is timed in a CUDA graph, and the fastest over the U-Nets' layers goes into
-`configs/context_attention.json`, with the device and the time. A row is written as soon as it is found, and what this
-device, this Triton and this kernel have measured is not measured again: a run that stopped goes on where it was.
-Another process measures; where a configuration ends it, the row is measured again without that one.
+For each head dimension, width of the type and kind of query (of `routed_lora` for each rank, width and layout): every
+candidate that passes the compile check and agrees with float64 is timed in a CUDA graph, and the fastest over the
+U-Nets' layers goes into `configs/<operation>.json`, with the device and the time. A row is written as soon as it is
+found, and what this device, this Triton and this kernel have measured is not measured again: a run that stopped goes on
+where it was. Another process measures; where a configuration ends it, the row is measured again without that one.
 `--dry` compiles the candidates for any architecture, without a GPU.
 """
 
@@ -28,12 +28,12 @@ from weaver_kernels.child import MeasuringChild, Running
 from weaver_kernels.compiling import OP, SHARED_KIB, Case, compile_each, failures, missing_tools
 from weaver_kernels.devices import triton_version
 from weaver_kernels.measure import time_configs
+from weaver_kernels.tune_lora import LORA, LoraRow, lora_hash, lora_rows
 from weaver_kernels.tuning import KernelConfig, source_hash, with_row, write_table
 
 __all__ = [
     "Row",
     "Tuned",
-    "candidates",
     "kernel_hash",
     "main",
     "measured_before",
@@ -43,7 +43,8 @@ __all__ = [
     "usable_configs",
 ]
 
-TABLE = Path(str(files("weaver_kernels") / "configs" / f"{OP}.json"))
+CONFIGS = Path(str(files("weaver_kernels") / "configs"))
+TABLE = CONFIGS / f"{OP}.json"
 # Tiles and warps by bits, then stages. A float32 product has no matrix instruction to fill: tiles of 32 spill 456 bytes
 # at D = 64 and more above.
 GRID = {
@@ -67,6 +68,33 @@ class Row(NamedTuple):
             f"D = {self.head_dim}, {self.bits} bits, {'queries of each context' if self.q_each else 'shared queries'}"
         )
 
+    def key(self) -> dict:
+        """The columns of the table that say what a row is for, the device apart."""
+        return {"bits": self.bits, **({"q_each": True} if self.q_each else {}), "head_dim": self.head_dim}
+
+    def candidates(self, arch: int) -> dict[KernelConfig, list[Case]]:
+        """Every configuration worth compiling, with what it is compiled for.
+
+        A row for shared queries serves those of each context too, until they have their own.
+        """
+        variants = ("q-each",) if self.q_each else ("", "q-each")
+        variants += ("odd-heads",) if self.head_dim % 16 and self.bits == 16 and not self.q_each else ()
+        shapes, stages = GRID[self.bits]
+        reload = (False,) if self.q_each or self.bits == 32 else (False, True)
+        configs = (KernelConfig(*shape, n, again) for shape, n, again in product(shapes, stages, reload))
+        return {
+            config: [Case(self.head_dim, arch, self.bits, variant=variant, chosen=config) for variant in variants]
+            for config in configs
+            if not (config.reload and config.stages == 1)
+        }
+
+    def time(
+        self, configs: Sequence[KernelConfig], tell: Callable[[str], None], running: Running
+    ) -> Mapping[KernelConfig, float]:
+        """Microseconds of each configuration that is right."""
+        dtype = torch.float16 if self.bits == 16 else torch.float32
+        return time_configs(self.head_dim, dtype, self.q_each, configs, tell, running)
+
 
 class Tuned(NamedTuple):
     """The table with what was found, and the rows that time did not suffice for or nothing usable was found for."""
@@ -83,38 +111,22 @@ def rows(head_dims: Iterable[int] = HEAD_DIMS) -> list[Row]:
     return [Row(dim, *kind) for kind in kinds for dim in dims]
 
 
-def candidates(row: Row, arch: int) -> dict[KernelConfig, list[Case]]:
-    """Every configuration worth compiling, with what it is compiled for.
-
-    A row for shared queries serves those of each context too, until they have their own.
-    """
-    variants = ("q-each",) if row.q_each else ("", "q-each")
-    variants += ("odd-heads",) if row.head_dim % 16 and row.bits == 16 and not row.q_each else ()
-    shapes, stages = GRID[row.bits]
-    reload = (False,) if row.q_each or row.bits == 32 else (False, True)
-    configs = (KernelConfig(*shape, n, again) for shape, n, again in product(shapes, stages, reload))
-    return {
-        config: [Case(row.head_dim, arch, row.bits, variant=variant, chosen=config) for variant in variants]
-        for config in configs
-        if not (config.reload and config.stages == 1)
-    }
-
-
 def kernel_hash() -> str:
     """Of the sources that decide what a launch runs, the configuration apart."""
     return source_hash(f"{OP}.blocks", f"{OP}.kernel", f"{OP}.launch")
 
 
-def stamp(device: str) -> dict[str, str]:
+def stamp(device: str, op: str = OP) -> dict[str, str]:
     """With what a row is measured: another kernel or compiler asks for another measurement."""
-    return {"device": device, "triton": triton_version(), "kernel": kernel_hash()}
+    return {"device": device, "triton": triton_version(), "kernel": lora_hash() if op == LORA else kernel_hash()}
 
 
-def measured_before(table: dict, row: Row, arch: int, mark: Mapping[str, str]) -> bool:
+def measured_before(table: dict, row: Row | LoraRow, arch: int, mark: Mapping[str, str]) -> bool:
     """Whether the table has this row from the same device, compiler and kernel."""
     return any(
         arch in found["arch"]
-        and (found["head_dim"], found["bits"], found.get("q_each", False)) == row
+        and row.key()
+        == {name: found[name] for name in ("bits", "q_each", "spread", "head_dim", "rank") if name in found}
         and mark.items() <= found.get("measured", {}).items()
         for found in table["rows"]
     )
@@ -150,7 +162,7 @@ def tune(
             failed.append(row)
             continue
         best = min(times, key=times.__getitem__)
-        key = {"arch": [arch], "bits": row.bits, **({"q_each": True} if row.q_each else {}), "head_dim": row.head_dim}
+        key = {"arch": [arch], **row.key()}
         chosen = {name: value for name, value in best._asdict().items() if name != "reload" or value}
         table = with_row(table, {**key, **chosen, "measured": {**mark, "us": round(times[best], 1)}})
         write(table)
@@ -162,7 +174,7 @@ def usable_configs(
 ) -> Iterator[list[KernelConfig]]:
     """For each row the candidates that may be shipped; the others are told. All compile ahead of the question."""
     limit = (SHARED_KIB[arch] if shared_kib is None else shared_kib) - VARIANTS_KIB
-    wanted = [candidates(row, arch) for row in todo]
+    wanted = [row.candidates(arch) for row in todo]
     compiled = compile_each([case for row in wanted for cases in row.values() for case in cases], jobs)
     for row in wanted:
         found = []
@@ -179,15 +191,14 @@ _tell = partial(print, flush=True)  # two processes write
 
 
 @torch.no_grad()
-def _time_row(row: Row, configs: Sequence[KernelConfig], running: Running) -> Mapping[KernelConfig, float]:
-    dtype = torch.float16 if row.bits == 16 else torch.float32
-    return time_configs(row.head_dim, dtype, row.q_each, configs, _tell, running)
+def _time_row(row: Row | LoraRow, configs: Sequence[tuple], running: Running) -> Mapping[tuple, float]:
+    return row.time(configs, _tell, running)
 
 
 def _dry(todo: Sequence[Row], arch: int, jobs: int) -> int:
     poor = 0
     for row, usable in zip(todo, usable_configs(todo, arch, jobs), strict=True):
-        print(f"sm_{arch}, {row}: {len(usable)} of {len(candidates(row, arch))} candidates may be timed", flush=True)
+        print(f"sm_{arch}, {row}: {len(usable)} of {len(row.candidates(arch))} candidates may be timed", flush=True)
         poor += not usable
     return int(poor > 0)
 
@@ -196,14 +207,16 @@ def main(argv: list[str] | None = None) -> int:
     """0 when every row is measured, 1 when nothing usable was found for one, 2 when it can't be done here, 3 when time
     ran out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", default=OP, choices=(OP, LORA), help="of which operation (%(default)s)")
     parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS, choices=HEAD_DIMS, help="only these")
     parser.add_argument("--first", type=int, metavar="N", help="only the first N rows of those")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after them")
-    parser.add_argument("--table", type=Path, default=TABLE, help="the file to complete (%(default)s)")
+    parser.add_argument("--table", type=Path, help="the file to complete (configs/<operation>.json)")
     parser.add_argument("--dry", type=int, metavar="ARCH", choices=SHARED_KIB, help="compile for it, measure nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile (%(default)s)")
     arguments = parser.parse_args(argv)
-    todo = rows(arguments.head_dim)[: arguments.first]
+    every = lora_rows() if arguments.op == LORA else rows(arguments.head_dim)
+    todo, path = every[: arguments.first], arguments.table or CONFIGS / f"{arguments.op}.json"
     if missing := missing_tools():
         print(f"tune: {', '.join(missing)} not found; Triton's Linux wheels bring all of it", file=sys.stderr)
         return 2
@@ -213,8 +226,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tune: needs an NVIDIA GPU, and torch {torch.__version__} sees none (--dry ARCH)", file=sys.stderr)
         return 2
     device = torch.cuda.get_device_properties(0)
-    arch, mark = 10 * device.major + device.minor, stamp(device.name)
-    table = json.loads(arguments.table.read_text(encoding="utf-8"))
+    arch, mark = 10 * device.major + device.minor, stamp(device.name, arguments.op)
+    table = json.loads(path.read_text(encoding="utf-8"))
     left = [row for row in todo if not measured_before(table, row, arch, mark)]
     print(f"{device.name}: {len(todo) - len(left)} of {len(todo)} rows measured before", flush=True)
     with MeasuringChild(_tell) as child:
@@ -225,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
             mark,
             usable=usable_configs(left, arch, arguments.jobs, device.shared_memory_per_block_optin // 1024),
             measure=lambda row, configs: child.measure(partial(_time_row, row), configs),
-            write=lambda changed: write_table(arguments.table, changed),
+            write=lambda changed: write_table(path, changed),
             seconds=arguments.seconds,
         )
     for row in done.failed:

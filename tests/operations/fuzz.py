@@ -1,7 +1,7 @@
-"""Random cases of `context_attention` against float64: `make fuzz [N=2000] [INTERPRETED=200]`.
+"""Random cases of the operations against float64: `make fuzz [N=2000] [INTERPRETED=200]`.
 
-A case is its kind and its number: `--replay live:17` runs one alone. `live` is the operation on the CPU, `kernel` the
-Triton kernel under the interpreter.
+A case is its kind and its number: `--replay live:17` runs one alone. `live` is `context_attention` on the CPU,
+`kernel` its Triton kernel under the interpreter; `lora` and `lora-kernel` are those of `routed_lora`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import time
 
 import torch
 
+from operations import lora_cases
 from operations.cases import assert_within_twice_eager, hard_weights, make_case, soft_weights
-from operations.interpreted import interpreter_fault, run_interpreted
-from weaver_kernels import ContextPlan, context_attention
+from operations.interpreted import interpreter_fault, lora_interpreted, run_interpreted
+from weaver_kernels import ContextPlan, context_attention, routed_lora
 
 HALF = (torch.float16, torch.bfloat16)
-KINDS = ("live", "kernel")
+KINDS = ("live", "lora", "kernel", "lora-kernel")
 
 
 def blobs(b, s, t, rng):
@@ -35,8 +36,10 @@ def dead(b, s, t, rng):
 
 
 def draw(kind: str, seed: int) -> tuple[dict, dict]:
-    """The arguments of `make_case` for a seed, and what else is done to the case."""
+    """The arguments of `make_case`, or of `make_lora`, for a seed, and what else is done to the case."""
     choose = random.Random(f"{kind}:{seed}")
+    if kind.startswith("lora"):
+        return draw_lora(choose, seed, large=kind == "lora")
     large = kind == "live"
     s = choose.choice([1, 2, 3, 5, 9, 33, 70] if large else [1, 2, 3, 5, 66])
     shape = {
@@ -60,9 +63,54 @@ def draw(kind: str, seed: int) -> tuple[dict, dict]:
     return shape, extra
 
 
+def draw_lora(choose: random.Random, seed: int, large: bool) -> tuple[dict, dict]:
+    """The same of `routed_lora`: a Linear, or a convolution."""
+    s = choose.choice([1, 2, 3, 5, 9, 33, 70] if large else [1, 2, 3, 5, 66])
+    shape = {
+        "b": choose.randint(1, 3 if large else 2),
+        "c": choose.choice([1, 5, 16, 33, 64, 100]),
+        "o": choose.choice([1, 7, 16, 40, 64, 130]),
+        "s": s,
+        "ranks": [8, *(choose.choice([0, 1, 4, 16, 17, 33, 64, 128]) for _ in range(choose.randint(0, 4)))],
+        "adapters": choose.choice([None, s + 2, max(1, s - 1)]),
+        "indexed": choose.random() < 0.5,
+        "dtype": choose.choice((torch.float32, *HALF) if large else (torch.float32, torch.float16)),
+        "strided": choose.random() < 0.3,
+        "weights": choose.choice([hard_weights, soft_weights, blobs, dead] if s < 10 else [hard_weights, blobs]),
+        "amplitude": choose.choice([0.1, 1.0, 1.0, 3.0]),
+        "seed": seed,
+    }
+    if choose.random() < 0.5:
+        shape["t"] = choose.choice([1, 7, 33, 64, 150, 400, 1100] if large and s < 10 else [1, 9, 16, 25, 34])
+    else:
+        most = 24 if large and s < 10 else 6
+        shape |= {
+            "size": (choose.randint(3, most), choose.randint(3, most)),
+            "taps": choose.randint(1, 3),
+            "stride": choose.randint(1, 3),
+            "padding": choose.randint(0, 3),
+            "channels_last": choose.random() < 0.5,
+        }
+    return shape, {"plan": choose.random() < 0.5, "tile": choose.choice([16, 32, 64])}
+
+
+def run_lora(kind: str, shape: dict, extra: dict) -> None:
+    """Make and check one case of `routed_lora`."""
+    case = lora_cases.make_lora(**shape)
+    given = lora_cases.fresh(case)
+    if kind == "lora-kernel":
+        out = lora_interpreted(given, extra["tile"])
+    else:
+        out = routed_lora(**lora_cases.planned(given) if extra["plan"] else given)
+    lora_cases.assert_within_twice_eager(out, case)
+
+
 def run(kind: str, seed: int) -> None:
     """Make and check one case; raises when it is wrong."""
     shape, extra = draw(kind, seed)
+    if kind.startswith("lora"):
+        run_lora(kind, shape, extra)
+        return
     case = make_case(**shape)
     if extra["scale"] is not None:
         case["scale"] = extra["scale"]
@@ -92,8 +140,8 @@ def run_many(kind: str, seeds) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; 1 when a case failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--live", type=int, default=100, help="cases of the operation on the CPU")
-    parser.add_argument("--interpreted", type=int, default=10, help="cases of the kernel, interpreted")
+    parser.add_argument("--live", type=int, default=100, help="cases of each operation on the CPU")
+    parser.add_argument("--interpreted", type=int, default=10, help="cases of each kernel, interpreted")
     parser.add_argument("--first", type=int, help="number of the first case; drawn and printed if not given")
     parser.add_argument("--replay", metavar="KIND:SEED", help="one case alone, with its traceback")
     arguments = parser.parse_args(argv)
@@ -109,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     first = arguments.first if arguments.first is not None else time.time_ns() % 10**9
     print(f"first case {first} (--first {first} draws the same)", flush=True)
     failed = 0
-    for kind, number in zip(KINDS, (arguments.live, arguments.interpreted), strict=True):
+    for kind, number in zip(KINDS, 2 * (arguments.live,) + 2 * (arguments.interpreted,), strict=True):
         wrong = len(run_many(kind, range(first, first + number)))
         print(f"{kind}: {number - wrong} of {number} pass", flush=True)
         failed += wrong

@@ -1,4 +1,4 @@
-"""A hundred random cases, the same ones every time, and what happens when one is wrong. `make fuzz` draws others."""
+"""Random cases, the same ones every time, and what happens when one is wrong. `make fuzz` draws others."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import torch
 from operations import fuzz
 
 CASES, INTERPRETED = 100, 6
+LORAS, INTERPRETED_LORAS = 60, 4
 
 
-@pytest.mark.parametrize(("kind", "number"), [("live", CASES), ("kernel", INTERPRETED)])
+@pytest.mark.parametrize(
+    ("kind", "number"), [("live", CASES), ("lora", LORAS), ("kernel", INTERPRETED), ("lora-kernel", INTERPRETED_LORAS)]
+)
 def test_random_cases(kind, number, capsys):
     assert fuzz.run_many(kind, range(number)) == [], capsys.readouterr().out
 

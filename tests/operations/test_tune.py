@@ -15,7 +15,7 @@ from weaver_kernels import measure, tune, tuning
 from weaver_kernels.child import MeasuringChild
 from weaver_kernels.compiling import Compiled
 from weaver_kernels.measure import eager_error, interleaved_medians, make_inputs, true_result, why_wrong
-from weaver_kernels.tune import Row, candidates, measured_before, rows, usable_configs
+from weaver_kernels.tune import Row, measured_before, rows, usable_configs
 from weaver_kernels.tuning import KernelConfig, config_table, kernel_config, with_row, write_table
 from weaver_kernels.unets import Geometry
 
@@ -100,7 +100,7 @@ def test_what_the_table_has_is_among_the_candidates():
     for row in rows():
         for arch in (80, 86, 89, 90, 100, 120):
             chosen = kernel_config("context_attention", row.head_dim, row.bits, arch, q_each=row.q_each)
-            assert chosen in candidates(row, arch), (row, arch)
+            assert chosen in row.candidates(arch), (row, arch)
 
 
 def test_without_a_gpu_one_line_says_so(capsys):
