@@ -30,7 +30,8 @@ from benchmarks.shapes import MASKS, MODELS, Geometry, blob_masks, make_plan, ma
 from benchmarks.timing import buffer_sets
 from weaver_kernels import context_attention_reference
 from weaver_kernels.devices import kernel_arch
-from weaver_kernels.tune import UNFINISHED, kernel_hash
+from weaver_kernels.tune import UNFINISHED
+from weaver_kernels.tune_attention import kernel_hash
 from weaver_kernels.tuning import KernelConfig, kernel_config, source_hash
 
 OP = "context_attention"

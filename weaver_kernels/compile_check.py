@@ -8,16 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from weaver_kernels.compiling import (
-    NO_SPILLS_TO,
-    OP,
-    SHARED_KIB,
-    Case,
-    Compiled,
-    compile_each,
-    failures,
-    missing_tools,
-)
+from weaver_kernels.compiling import SHARED_KIB, Compiled, compile_each, failures, missing_tools
+from weaver_kernels.compiling_attention import NO_SPILLS_TO, OP, Case
 from weaver_kernels.compiling_lora import LAYOUTS, LORA, LoraCase
 from weaver_kernels.tuning import config_table
 

@@ -20,15 +20,10 @@ from typing import Protocol
 import torch
 
 from weaver_kernels.descriptors import lost_descriptors
-from weaver_kernels.tuning import KernelConfig, default_config, kernel_config
-from weaver_kernels.unets import TEXT
 
 __all__ = [
-    "NO_SPILLS_TO",
-    "OP",
     "SHARED_KIB",
     "Binary",
-    "Case",
     "Compiled",
     "compile_case",
     "compile_each",
@@ -38,9 +33,7 @@ __all__ = [
     "without_storage",
 ]
 
-OP = "context_attention"
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block may take, CUDA programming guide
-NO_SPILLS_TO = 80  # head dimension, at 77 keys
 INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync")
 
 
@@ -54,37 +47,6 @@ class Binary(Protocol):
     def strict(self) -> bool: ...
 
     def call(self) -> tuple: ...
-
-
-@dataclass(frozen=True)
-class Case:
-    """One binary of `context_attention`: heads of `head_dim`, a type of `bits` bits, `n_keys` keys, compute capability
-    `arch`."""
-
-    head_dim: int
-    arch: int
-    bits: int
-    n_keys: int = TEXT
-    variant: str = ""  # "q-each", "ragged", "odd-heads" or "default": the configuration of a device not in the table
-    chosen: KernelConfig | None = None  # None: the table's
-
-    @property
-    def config(self) -> KernelConfig:
-        q_each = self.variant == "q-each"
-        if self.variant == "default":
-            return default_config(OP, self.bits)
-        return self.chosen or kernel_config(OP, self.head_dim, self.bits, self.arch, q_each=q_each)
-
-    @property
-    def strict(self) -> bool:
-        """What Stable Diffusion runs: no tile of larger heads, longer or ragged texts or float32 is without spills."""
-        usual = self.n_keys == TEXT and self.variant in ("", "q-each") and self.bits == 16
-        return usual and self.head_dim <= NO_SPILLS_TO
-
-    def call(self) -> tuple:
-        kernel = _kernel()
-        _, tensors, others, options = _arguments(self)
-        return kernel, (*tensors, 1.0, *others), options
 
 
 @dataclass(frozen=True)
@@ -190,35 +152,6 @@ def jitted(kernel):
 def without_storage(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     """A tensor whose sizes and strides are all there is of it."""
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _kernel():
-    from weaver_kernels.context_attention.kernel import context_attention_kernel
-
-    return jitted(context_attention_kernel)
-
-
-def _arguments(case: Case) -> tuple:
-    """Arguments as a U-Net of 8 heads hands them over."""
-    from weaver_kernels.context_attention.launch import kernel_arguments
-
-    empty = without_storage
-    dtype = torch.float16 if case.bits == 16 else torch.float32
-    rows, n_contexts, n_tokens, heads = 2, 5, 4096, 3 if case.variant == "odd-heads" else 8
-    out = empty(rows, n_tokens, heads, case.head_dim, dtype=dtype)
-    q = empty(rows, n_contexts, *out.shape[1:], dtype=dtype) if case.variant == "q-each" else out
-    keys = empty(n_contexts, case.n_keys, heads, case.head_dim, dtype=dtype)
-    return kernel_arguments(
-        q,
-        keys,
-        keys,
-        empty(rows, n_contexts, n_tokens, dtype=torch.float32),
-        empty(n_contexts) if case.variant == "ragged" else None,
-        empty(1),
-        (case.config.tile,),
-        case.config,
-        out,
-    )
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

@@ -15,29 +15,26 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from weaver_kernels.child import MeasuringChild, Running
-from weaver_kernels.compiling import OP, SHARED_KIB, Case, compile_each, failures, missing_tools
+from weaver_kernels.compiling import SHARED_KIB, compile_each, failures, missing_tools
 from weaver_kernels.devices import triton_version
-from weaver_kernels.measure import time_configs
+from weaver_kernels.tune_attention import HEAD_DIMS, OP, Row, kernel_hash, rows
 from weaver_kernels.tune_lora import LORA, LoraRow, lora_hash, lora_rows
-from weaver_kernels.tuning import KernelConfig, source_hash, with_row, write_table
+from weaver_kernels.tuning import ROW_KEY, with_row, write_table
 
 __all__ = [
-    "Row",
     "Tuned",
-    "kernel_hash",
     "main",
     "measured_before",
-    "rows",
     "stamp",
     "tune",
     "usable_configs",
@@ -45,75 +42,16 @@ __all__ = [
 
 CONFIGS = Path(str(files("weaver_kernels") / "configs"))
 TABLE = CONFIGS / f"{OP}.json"
-# Tiles and warps by bits, then stages. A float32 product has no matrix instruction to fill: tiles of 32 spill 456 bytes
-# at D = 64 and more above.
-GRID = {
-    16: (((32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8)), (1, 2, 3)),
-    32: (((16, 4), (16, 8)), (1, 2)),
-}
 VARIANTS_KIB = 1  # of shared memory that longer and ragged texts may take beyond 77 keys; 0.13 is the most seen
-HEAD_DIMS = (64, 40, 80, 160)
 UNFINISHED = 3  # exit status: time ran out
-
-
-class Row(NamedTuple):
-    """What a configuration is chosen for."""
-
-    head_dim: int
-    bits: int
-    q_each: bool
-
-    def __str__(self) -> str:
-        return (
-            f"D = {self.head_dim}, {self.bits} bits, {'queries of each context' if self.q_each else 'shared queries'}"
-        )
-
-    def key(self) -> dict:
-        """The columns of the table that say what a row is for, the device apart."""
-        return {"bits": self.bits, **({"q_each": True} if self.q_each else {}), "head_dim": self.head_dim}
-
-    def candidates(self, arch: int) -> dict[KernelConfig, list[Case]]:
-        """Every configuration worth compiling, with what it is compiled for.
-
-        A row for shared queries serves those of each context too, until they have their own.
-        """
-        variants = ("q-each",) if self.q_each else ("", "q-each")
-        variants += ("odd-heads",) if self.head_dim % 16 and self.bits == 16 and not self.q_each else ()
-        shapes, stages = GRID[self.bits]
-        reload = (False,) if self.q_each or self.bits == 32 else (False, True)
-        configs = (KernelConfig(*shape, n, again) for shape, n, again in product(shapes, stages, reload))
-        return {
-            config: [Case(self.head_dim, arch, self.bits, variant=variant, chosen=config) for variant in variants]
-            for config in configs
-            if not (config.reload and config.stages == 1)
-        }
-
-    def time(
-        self, configs: Sequence[KernelConfig], tell: Callable[[str], None], running: Running
-    ) -> Mapping[KernelConfig, float]:
-        """Microseconds of each configuration that is right."""
-        dtype = torch.float16 if self.bits == 16 else torch.float32
-        return time_configs(self.head_dim, dtype, self.q_each, configs, tell, running)
 
 
 class Tuned(NamedTuple):
     """The table with what was found, and the rows that time did not suffice for or nothing usable was found for."""
 
     table: dict
-    left: list[Row]
-    failed: list[Row]
-
-
-def rows(head_dims: Iterable[int] = HEAD_DIMS) -> list[Row]:
-    """All that is tuned, what most layers run first."""
-    dims = list(head_dims)
-    kinds = ((16, False), (16, True), (32, False))
-    return [Row(dim, *kind) for kind in kinds for dim in dims]
-
-
-def kernel_hash() -> str:
-    """Of the sources that decide what a launch runs, the configuration apart."""
-    return source_hash(f"{OP}.blocks", f"{OP}.kernel", f"{OP}.launch")
+    left: list[Row | LoraRow]
+    failed: list[Row | LoraRow]
 
 
 def stamp(device: str, op: str = OP) -> dict[str, str]:
@@ -125,21 +63,20 @@ def measured_before(table: dict, row: Row | LoraRow, arch: int, mark: Mapping[st
     """Whether the table has this row from the same device, compiler and kernel."""
     return any(
         arch in found["arch"]
-        and row.key()
-        == {name: found[name] for name in ("bits", "q_each", "spread", "head_dim", "rank") if name in found}
+        and row.key() == {name: found[name] for name in ROW_KEY if name in found}
         and mark.items() <= found.get("measured", {}).items()
         for found in table["rows"]
     )
 
 
 def tune(
-    todo: Sequence[Row],
+    todo: Sequence[Row | LoraRow],
     table: dict,
     arch: int,
     mark: Mapping[str, str],
     *,
-    usable: Iterator[Sequence[KernelConfig]],
-    measure: Callable[[Row, Sequence[KernelConfig]], Mapping[KernelConfig, float]],
+    usable: Iterator[Sequence[tuple]],
+    measure: Callable[[Row | LoraRow, Sequence[tuple]], Mapping[tuple, float]],
     write: Callable[[dict], None],
     seconds: float = float("inf"),
     clock: Callable[[], float] = time.monotonic,
@@ -170,8 +107,8 @@ def tune(
 
 
 def usable_configs(
-    todo: Sequence[Row], arch: int, jobs: int, shared_kib: int | None = None
-) -> Iterator[list[KernelConfig]]:
+    todo: Sequence[Row | LoraRow], arch: int, jobs: int, shared_kib: int | None = None
+) -> Iterator[list[tuple]]:
     """For each row the candidates that may be shipped; the others are told. All compile ahead of the question."""
     limit = (SHARED_KIB[arch] if shared_kib is None else shared_kib) - VARIANTS_KIB
     wanted = [row.candidates(arch) for row in todo]
@@ -195,7 +132,7 @@ def _time_row(row: Row | LoraRow, configs: Sequence[tuple], running: Running) ->
     return row.time(configs, _tell, running)
 
 
-def _dry(todo: Sequence[Row], arch: int, jobs: int) -> int:
+def _dry(todo: Sequence[Row | LoraRow], arch: int, jobs: int) -> int:
     poor = 0
     for row, usable in zip(todo, usable_configs(todo, arch, jobs), strict=True):
         print(f"sm_{arch}, {row}: {len(usable)} of {len(row.candidates(arch))} candidates may be timed", flush=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 __all__ = [
+    "ROW_KEY",
     "KernelConfig",
     "LoraConfig",
     "config_table",
@@ -25,10 +26,13 @@ __all__ = [
     "write_table",
 ]
 
+ROW_KEY = ("bits", "q_each", "spread", "head_dim", "rank")  # what a row of a table is for, the device apart
+
 
 class KernelConfig(NamedTuple):
-    """How a kernel is built: tokens of a tile, warps of a program, stages of its software pipeline, and whether
-    shared queries go through that pipeline too, again for every context, instead of being held."""
+    """How the kernel of `context_attention` is built: tokens of a tile, warps of a program, stages of its software
+    pipeline, and whether shared queries go through that pipeline too, again for every context, instead of being held.
+    """
 
     tile: int
     warps: int
@@ -128,7 +132,7 @@ def with_row(table: dict, row: dict) -> dict:
     """The table with a row that takes the place of those that are for the same, on its devices."""
 
     def key(one: dict) -> tuple:
-        return tuple(one.get(name, -1) for name in ("bits", "q_each", "spread", "head_dim", "rank"))
+        return tuple(one.get(name, -1) for name in ROW_KEY)
 
     kept = []
     for old in table["rows"]:

@@ -17,8 +17,8 @@ import torch
 from operations.cases import make_case, on_gpu, soft_weights
 from weaver_kernels import context_attention
 from weaver_kernels.devices import kernel_arch
-from weaver_kernels.measure import LayerInputs, make_inputs
-from weaver_kernels.tune import HEAD_DIMS
+from weaver_kernels.measure_attention import LayerInputs, make_inputs
+from weaver_kernels.tune_attention import HEAD_DIMS
 from weaver_kernels.tuning import KernelConfig, kernel_config
 from weaver_kernels.unets import layers_of
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from weaver_kernels.compile_check import ARCHS, HEAD_DIMS, HEADERS, cases, lora_cases, table_line
-from weaver_kernels.compiling import Case, Compiled, compile_case, failures
+from weaver_kernels.compiling import Compiled, compile_case, failures
+from weaver_kernels.compiling_attention import Case
 from weaver_kernels.compiling_lora import LORA, LoraCase
 from weaver_kernels.tuning import (
     KernelConfig,
@@ -76,7 +77,8 @@ def test_sizes_that_follow_the_contexts_and_the_tokens_make_no_other_binary():
     code = """if True:
         import torch
         from triton.runtime import driver
-        from weaver_kernels.compiling import _kernel, _Target
+        from weaver_kernels.compiling import _Target
+        from weaver_kernels.compiling_attention import _kernel
         from weaver_kernels.context_attention.launch import kernel_arguments
         from weaver_kernels.tuning import KernelConfig
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from weaver_kernels.compiling import Case, Compiled, failures
+from weaver_kernels.compiling import Compiled, failures
+from weaver_kernels.compiling_attention import Case
 from weaver_kernels.descriptors import lost_descriptors
 
 

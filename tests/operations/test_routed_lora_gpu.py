@@ -34,15 +34,14 @@ def check(case: dict) -> None:
     assert_within_twice_eager(routed_lora(**planned(moved(case))).cpu(), case)
 
 
-@DTYPES
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_what_the_cpu_is_tested_with(shape, dtype):
-    check(make_lora(**shape, dtype=dtype))
+def test_what_the_cpu_is_tested_with(shape):
+    check(make_lora(**shape, dtype=torch.bfloat16))
 
 
 @DTYPES
 @pytest.mark.parametrize("ranks", [(1,), (16,), (33, 0, 8), (128, 64)], ids=str)
-@pytest.mark.parametrize(("c", "o"), [(320, 320), (40, 1280), (1280, 70)])
+@pytest.mark.parametrize(("c", "o"), [(320, 320), (40, 70)])
 def test_ranks_and_channels(c, o, ranks, dtype):
     check(make_lora(b=2, t=300, c=c, o=o, ranks=ranks, s=4, dtype=dtype, weights=soft_weights))
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from operations.interpreted import needs_interpreter
-from weaver_kernels import measure, tune, tuning
+from weaver_kernels import measure, measure_attention, tune, tuning
 from weaver_kernels.child import MeasuringChild
 from weaver_kernels.compiling import Compiled
-from weaver_kernels.measure import eager_error, interleaved_medians, make_inputs, true_result, why_wrong
-from weaver_kernels.tune import Row, measured_before, rows, usable_configs
+from weaver_kernels.measure import eager_error, interleaved_medians, true_result, why_wrong
+from weaver_kernels.measure_attention import make_inputs
+from weaver_kernels.tune import measured_before, usable_configs
+from weaver_kernels.tune_attention import Row, rows
 from weaver_kernels.tuning import KernelConfig, config_table, kernel_config, with_row, write_table
 from weaver_kernels.unets import Geometry
 
@@ -201,7 +203,7 @@ def test_only_too_few_resources_are_told_as_a_reason_and_other_errors_end_the_me
     def launch(self, config):
         raise next(failing)
 
-    monkeypatch.setattr(measure.LayerInputs, "launch", launch)
+    monkeypatch.setattr(measure_attention.LayerInputs, "launch", launch)
     assert "shared memory, Required: 300" in why_wrong(inputs, FAST, torch.ones(1), 1.0)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         why_wrong(inputs, FAST, torch.ones(1), 1.0)
@@ -216,7 +218,7 @@ def test_a_number_that_is_not_written_is_wrong(monkeypatch):
         self.out.copy_(true)[0, 3, 0, 5:6] = torch.nan
         return self.out
 
-    monkeypatch.setattr(measure.LayerInputs, "launch", launch)
+    monkeypatch.setattr(measure_attention.LayerInputs, "launch", launch)
     assert "wrong by nan" in why_wrong(inputs, KernelConfig(16, 4, 1), true, 1.0)
 
 
@@ -224,7 +226,7 @@ def test_a_configuration_that_is_wrong_on_one_layer_is_not_chosen(monkeypatch):
     """All but the graphs: two layers, the kernel interpreted, and a clock that is invented."""
     needs_interpreter()
     right, wrong, sets_of = KernelConfig(16, 4, 1), KernelConfig(32, 4, 1), []
-    launch = measure.LayerInputs.launch
+    launch = measure_attention.LayerInputs.launch
 
     def broken(self, config):
         return launch(self, config).add_(config == wrong and self.q.shape[1] == 25)
@@ -233,8 +235,8 @@ def test_a_configuration_that_is_wrong_on_one_layer_is_not_chosen(monkeypatch):
         sets_of.append((config, len(sets)))
         return lambda: 3.0
 
-    monkeypatch.setattr(measure, "layers_of", lambda dim: (Geometry(4, 1, dim, 10), Geometry(5, 1, dim, 1)))
-    monkeypatch.setattr(measure.LayerInputs, "launch", broken)
+    monkeypatch.setattr(measure_attention, "layers_of", lambda dim: (Geometry(4, 1, dim, 10), Geometry(5, 1, dim, 1)))
+    monkeypatch.setattr(measure_attention.LayerInputs, "launch", broken)
     monkeypatch.setattr(measure, "_captured", captured)
     monkeypatch.setattr(measure, "_cache_bytes", lambda: 40_000)
     told, ran = [], []
@@ -245,7 +247,7 @@ def test_a_configuration_that_is_wrong_on_one_layer_is_not_chosen(monkeypatch):
         yield
         ran.append(None)
 
-    found = measure.time_configs(16, torch.float16, False, [right, wrong], told.append, running, device="cpu")
+    found = measure_attention.time_configs(16, torch.float16, False, [right, wrong], told.append, running, device="cpu")
     assert found == {right: 33.0}
     assert ran[1::2] == [None] * (len(ran) // 2), "one at a time"
     assert ran[::2] == [right, wrong] * (2 + measure.ROUNDS) + [right, wrong] + [right] * (1 + measure.ROUNDS)

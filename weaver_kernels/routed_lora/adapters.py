@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 
@@ -28,12 +28,14 @@ class AdapterStack:
     up : [R, O]
     starts : S' + 1 numbers
     offsets : the same, [S' + 1] int32 where the factors are
+    most : the largest rank
     """
 
     down: torch.Tensor
     up: torch.Tensor
     starts: tuple[int, ...]
     offsets: torch.Tensor
+    most: int
 
     @classmethod
     def of(cls, factors: Sequence[LowRank | None], scales: Sequence[float] | None = None) -> AdapterStack:
@@ -53,7 +55,8 @@ class AdapterStack:
         if down.ndim == 4:
             down = down.contiguous(memory_format=torch.channels_last)
         starts = tuple(accumulate((0 if pair is None else len(pair.down) for pair in factors), initial=0))
-        return cls(down, up.contiguous(), starts, torch.tensor(starts, dtype=torch.int32, device=down.device))
+        offsets = torch.tensor(starts, dtype=torch.int32, device=down.device)
+        return cls(down, up.contiguous(), starts, offsets, max(len(down) for down, _, _ in there))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AdapterStack:
         """The same factors on another device or in another type."""
@@ -63,11 +66,6 @@ class AdapterStack:
 
     def __len__(self) -> int:
         return len(self.starts) - 1
-
-    @property
-    def most(self) -> int:
-        """The largest rank."""
-        return max(end - start for start, end in pairwise(self.starts))
 
 
 def _reasons(factors, scales) -> list[str]:
