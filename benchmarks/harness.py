@@ -6,6 +6,7 @@ A provider that is wrong is neither timed nor recorded. One that can't run here 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ import torch
 
 from benchmarks.floors import Floor, Rates
 from benchmarks.machine import watched
-from benchmarks.timing import interleave, quantiles, timed
+from benchmarks.timing import Clock, interleave, quantiles, timed
 
 __all__ = ["Candidate", "Measured", "measure", "tell", "token_error", "tolerance"]
 
@@ -51,13 +52,19 @@ def token_error(out: torch.Tensor, true: torch.Tensor) -> float:
     return float(error.max())
 
 
-def measure(candidates: Sequence[Candidate], device: torch.device, rates: Rates, rounds: int) -> Measured:
-    """Check and time candidates that belong together, in turn."""
+def measure(
+    candidates: Sequence[Candidate],
+    device: torch.device,
+    rates: Rates,
+    rounds: int,
+    clock: Clock = time.perf_counter,
+) -> Measured:
+    """Check and time candidates that belong together, in turn, on a CPU by this clock."""
     found, ready = Measured(), {}
     for i, candidate in enumerate(candidates):
         name = f"{candidate.about['provider']}, N = {candidate.about['N']}"
         try:
-            call = timed(candidate.make_calls(), device)
+            call = timed(candidate.make_calls(), device, clock)
         except Exception as error:  # other people's code, on a device it may not know
             reason = next(iter(str(error).strip().splitlines()), "")
             found.left_out.append(f"{name}: {type(error).__name__} {reason}")

@@ -39,8 +39,8 @@ def lora(found: Sequence[Mapping]) -> list[str]:
     parts = [
         "## LoRAs in their regions",
         "The Linears on a U-Net's tokens in one forward of two rows, with N LoRAs of rank 16 on disjoint blobs of one "
-        "of them: milliseconds, and how much that is more than the Linears alone. Attention and convolutions, which a "
-        "step has besides, are not in it.",
+        "of them: milliseconds (on a CPU of the process's time), and how much that is more than the Linears alone. "
+        "Attention and convolutions, which a step has besides, are not in it.",
     ]
     for setting, of_one in settings(found).items():
         sums, lines = forward_ms(of_one, setting.model), []

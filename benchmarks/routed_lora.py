@@ -4,8 +4,9 @@
 
 N adapters of rank 16, each in a blob of its own; every provider computes the whole layer for the fused and the negative
 row, and `base` is the layer alone, so that what N whole LoRAs add to it is a ratio of one run. Each is checked against
-float64 first, and a wrong one is not recorded. All providers and numbers of adapters of a layer take turns. Rows go to
-`routed_lora.csv` in the folder, one for each provider, layer, N, type and device.
+float64 first, and a wrong one is not recorded. All providers and numbers of adapters of a layer take turns; on a CPU
+times are those of the process, so that other work on the machine falls on nobody. Rows go to `routed_lora.csv` in the
+folder, one for each provider, layer, N, type and device.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for size in linears(MODELS[model]):
             print(f"{MODELS[model].title}, {size.side} x {size.side}, {size.inputs} to {size.outputs}", flush=True)
             every = list(candidates(model, size, args.concepts, args.providers, dtype, device, rates, known))
-            found = measure(every, device, rates, args.rounds)
+            found = measure(every, device, rates, args.rounds, time.process_time)
             rows.upsert(path, found.rows)
             tell(found)
             of_model += found.rows

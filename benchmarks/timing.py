@@ -14,30 +14,31 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["GraphCall", "HostCall", "buffer_sets", "interleave", "quantiles", "timed"]
+__all__ = ["Clock", "GraphCall", "HostCall", "buffer_sets", "interleave", "quantiles", "timed"]
 
 Call = Callable[[], torch.Tensor]
+Clock = Callable[[], float]
 SAMPLE = 0.01  # seconds that a sample takes at least: calls are repeated to fill them
 MOST_REPEATS, MOST_SETS = 100, 64
 
 
 class HostCall:
-    """Calls on the CPU, taken in turn, by the wall clock."""
+    """Calls on the CPU, taken in turn, by the wall clock or another one."""
 
-    def __init__(self, calls: Sequence[Call]):
-        self.calls = calls
+    def __init__(self, calls: Sequence[Call], clock: Clock = time.perf_counter):
+        self.calls, self.clock = calls, clock
         self.result = calls[0]()  # compiles what is compiled when first called
         self.peak = host_peak(calls[0])
-        start = time.perf_counter()
+        start = clock()
         calls[0]()
-        self.repeats = _repeats(time.perf_counter() - start)
+        self.repeats = _repeats(clock() - start)
 
     def sample(self) -> float:
         """Mean seconds of a call."""
-        start = time.perf_counter()
+        start = self.clock()
         for i in range(self.repeats):
             self.calls[i % len(self.calls)]()
-        return (time.perf_counter() - start) / self.repeats
+        return (self.clock() - start) / self.repeats
 
 
 class GraphCall:
@@ -74,9 +75,9 @@ class GraphCall:
         return start.elapsed_time(end) / 1000 / (self.repeats * len(self.calls))
 
 
-def timed(calls: Sequence[Call], device: torch.device) -> HostCall | GraphCall:
-    """Run the calls once and make them ready to be sampled."""
-    return GraphCall(calls) if device.type == "cuda" else HostCall(calls)
+def timed(calls: Sequence[Call], device: torch.device, clock: Clock = time.perf_counter) -> HostCall | GraphCall:
+    """Run the calls once and make them ready to be sampled, on a CPU by this clock."""
+    return GraphCall(calls) if device.type == "cuda" else HostCall(calls, clock)
 
 
 def interleave(ready: Mapping[Hashable, HostCall | GraphCall], rounds: int) -> dict[Hashable, list[float]]:

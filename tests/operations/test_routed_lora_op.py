@@ -21,6 +21,8 @@ SHAPES = {
     "ranks-to-128": {"b": 2, "t": 67, "ranks": (128, 1, 64, 17), "s": 4, "c": 130, "o": 70},
     "rank-300": {"t": 90, "ranks": (300, 2), "s": 2, "c": 20, "o": 30, "weights": soft_weights},
     "1x1": {**MAP, "weights": soft_weights},
+    "1x1-channels-last": {**MAP, "channels_last": True},
+    "1x1-padded": {**MAP, "padding": 1},
     "3x3": {**MAP, "taps": 3, "padding": 1},
     "3x3-stride": {**MAP, "taps": 3, "padding": 1, "stride": 2, "weights": soft_weights},
     "3x3-dilated": {**MAP, "taps": 3, "padding": 2, "dilation": 2},
@@ -143,7 +145,7 @@ def test_boxes_hold_what_is_alive_and_little_else():
     alive = torch.zeros(40, 30, dtype=torch.bool)
     alive[3:20, 2:9] = alive[30:34, 20:28] = True
     found = maps.boxes(alive, 20)
-    assert found == [(3, 20, 2, 9), (30, 34, 20, 28)] and [box.area for box in found] == [119, 32]
+    assert found == [(3, 20, 2, 9), (30, 34, 20, 28)]
     assert maps.boxes(alive[:2], 20) == []
 
 

@@ -91,7 +91,7 @@ def _side_by_side(y, x, down, up, weights, ranks) -> None:
     each = weights.to(down.dtype).T.repeat_interleave(torch.tensor(ranks, device=y.device), 1, output_size=len(down))
     inner = torch.mm(x.to(down.dtype), down.T).mul_(each)
     for one, outer in zip(inner.split(ranks, 1), up.split(ranks), strict=True):
-        y += torch.mm(one, outer).to(y.dtype)
+        y.add_(torch.mm(one, outer))
 
 
 def _add(y, x, down, up, weight, live, numbers) -> None:
@@ -103,7 +103,7 @@ def _add(y, x, down, up, weight, live, numbers) -> None:
     for start in range(0, len(weight) if live is None else len(live), step):
         if live is None:
             part = slice(start, start + step)
-            y[part] += _change(x[part], down, up, weight[part]).to(y.dtype)
+            y[part].add_(_change(x[part], down, up, weight[part]))
         else:
             part = live[start : start + step]
             change = _change(x.index_select(0, part), down, up, weight.index_select(0, part))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-__all__ = ["Box", "add_on_map", "boxes"]
+__all__ = ["Box", "add_on_map", "boxes", "is_linear"]
 
 
 class Box(NamedTuple):
@@ -18,16 +18,6 @@ class Box(NamedTuple):
     left: int
     right: int
 
-    @property
-    def area(self) -> int:
-        return (self.bottom - self.top) * (self.right - self.left)
-
-    def around(self, other: Box) -> Box:
-        """The least box that both are in."""
-        least, most = map(min, zip(self, other, strict=True)), map(max, zip(self, other, strict=True))
-        (top, _, left, _), (_, bottom, _, right) = least, most
-        return Box(top, bottom, left, right)
-
 
 def boxes(alive: torch.Tensor, spare: int) -> list[Box]:
     """Boxes around all that is alive on a map [h, w], from top to bottom, and around little else.
@@ -35,16 +25,26 @@ def boxes(alive: torch.Tensor, spare: int) -> list[Box]:
     A row joins the box above it where that takes at most `spare` dead cells more, which a box of its own costs.
     """
     width = alive.shape[1]
-    first, from_end = (side.to(torch.uint8).argmax(1).tolist() for side in (alive, alive.flip(1)))
+    firsts, from_ends = (side.to(torch.uint8).argmax(1).tolist() for side in (alive, alive.flip(1)))
     found: list[Box] = []
-    for top in alive.any(1).nonzero()[:, 0].tolist():
-        box = Box(top, top + 1, first[top], width - from_end[top])
-        both = found[-1].around(box) if found else None
-        if both is not None and both.area <= found[-1].area + box.area + spare:
-            found[-1] = both
-        else:
-            found.append(box)
-    return found
+    top = bottom = left = right = 0  # of the box that may still grow, empty at first
+    for row in alive.any(1).nonzero()[:, 0].tolist():
+        first, end = firsts[row], width - from_ends[row]
+        least, most = min(left, first), max(right, end)
+        if bottom and (row + 1 - top) * (most - least) <= (bottom - top) * (right - left) + end - first + spare:
+            bottom, left, right = row + 1, least, most
+            continue
+        if bottom:
+            found.append(Box(top, bottom, left, right))
+        top, bottom, left, right = row, row + 1, first, end
+    return [*found, Box(top, bottom, left, right)] if bottom else []
+
+
+def is_linear(y: torch.Tensor, x: torch.Tensor, down: torch.Tensor, stride: int, padding: int) -> bool:
+    """Whether a convolution y [B, O, h, w] of x [B, C, H, W] is a Linear on tokens that lie one after another."""
+    if down.ndim != 4 or down.shape[2:] != (1, 1) or stride != 1 or padding:
+        return False
+    return all(one.is_contiguous(memory_format=torch.channels_last) for one in (y, x))
 
 
 def add_on_map(y, x, down, up, weight, count, settings, stride, padding, dilation) -> None:
@@ -60,14 +60,17 @@ def add_on_map(y, x, down, up, weight, count, settings, stride, padding, dilatio
     for box in parts:
         read, pads = _input_of(box, x.shape[1:], down.shape[2:], stride, padding, dilation)
         part = x[:, read.top : read.bottom, read.left : read.right].to(down.dtype)
-        inner = F.conv2d(F.pad(part, pads) if any(pads) else part, down, None, stride, 0, dilation)  # [r, h, w]
+        if down.shape[2:] == (1, 1) and stride == 1 and not any(pads):
+            inner = torch.mm(down.flatten(1), part.flatten(1)).view(-1, *part.shape[1:])  # [r, h, w]
+        else:
+            inner = F.conv2d(F.pad(part, pads) if any(pads) else part, down, None, stride, 0, dilation)
         within = slice(box.top, box.bottom), slice(box.left, box.right)
         inner = (inner * weight[within].to(down.dtype)).flatten(1)
         if y.stride(0) == 1:  # channels last
             change = torch.mm(inner.T, up).view(*weight[within].shape, -1).permute(2, 0, 1)
         else:
             change = torch.mm(up.T, inner).view(-1, *weight[within].shape)
-        y[:, *within] += change.to(y.dtype)
+        y[:, *within].add_(change)
 
 
 def _input_of(box: Box, size, taps, stride: int, padding: int, dilation: int) -> tuple[Box, list[int]]:

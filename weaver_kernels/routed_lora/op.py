@@ -14,6 +14,7 @@ from weaver_kernels.devices import kernel_arch
 from weaver_kernels.routed_lora.adapters import MOST_RANK, AdapterStack
 from weaver_kernels.routed_lora.checks import shape_reasons
 from weaver_kernels.routed_lora.live import live_routed_lora, stacked_routed_lora
+from weaver_kernels.routed_lora.maps import is_linear
 
 __all__ = ["routed_lora"]
 
@@ -80,6 +81,8 @@ def routed_lora(
 def _live(y, x, down, up, offsets, weights, adapter_index, lists, most, stride, padding, dilation):
     tokens = (None, None) if lists is None else split_live_tokens(lists, weights.shape)
     around = stride, padding, dilation
+    if is_linear(y, x, down, stride, padding):
+        y, x, down = y.flatten(2).mT, x.flatten(2).mT, down.flatten(1)
     live_routed_lora(y, x, down, up, offsets.tolist(), weights, adapter_index, *tokens, around)
 
 
