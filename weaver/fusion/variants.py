@@ -91,14 +91,10 @@ def _region(plan: FusionPlan, start: float, size: tuple[int, int], contexts: int
 
 def _stacked(plans: Sequence[FusionPlan], path: str) -> RegionalChanges:
     """What the contexts of all plans change of one module; those of a plan that does not change it have rank 0."""
-    found = [plan.regional[path] for plan in plans if path in plan.regional]
-    starts = [0]
-    for plan in plans:
-        own = plan.regional[path].stack.starts if path in plan.regional else (0,) * (len(plan.text) + 1)
-        starts += [starts[-1] + end for end in own[1:]]
-    down, up = (torch.cat([getattr(change.stack, name) for change in found]) for name in ("down", "up"))
-    offsets = torch.tensor(starts, dtype=torch.int32, device=down.device)
-    return RegionalChanges(AdapterStack(down, up, tuple(starts), offsets), found[0].size)
+    found = [plan.regional.get(path) for plan in plans]
+    size = next(change.size for change in found if change is not None)
+    stacks = [len(plan.text) if change is None else change.stack for plan, change in zip(plans, found, strict=True)]
+    return RegionalChanges(AdapterStack.joined(stacks), size)
 
 
 def _has_own(plans: Sequence[FusionPlan], path: str) -> bool:

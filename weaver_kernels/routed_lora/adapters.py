@@ -58,6 +58,19 @@ class AdapterStack:
         offsets = torch.tensor(starts, dtype=torch.int32, device=down.device)
         return cls(down, up.contiguous(), starts, offsets, max(len(down) for down, _, _ in there))
 
+    @classmethod
+    def joined(cls, stacks: Sequence[AdapterStack | int]) -> AdapterStack:
+        """The adapters of several stacks of one layer, one stack after another; a number is as many that do not change
+        it. There must be a stack."""
+        there = [stack for stack in stacks if isinstance(stack, AdapterStack)]
+        starts = [0]
+        for stack in stacks:
+            own = (0,) * (stack + 1) if isinstance(stack, int) else stack.starts
+            starts += [starts[-1] + end for end in own[1:]]
+        down, up = torch.cat([stack.down for stack in there]), torch.cat([stack.up for stack in there])
+        offsets = torch.tensor(starts, dtype=torch.int32, device=down.device)
+        return cls(down, up, tuple(starts), offsets, max(stack.most for stack in there))
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AdapterStack:
         """The same factors on another device or in another type."""
         return replace(
