@@ -55,6 +55,7 @@ METHODS = (
     Method("Custom Diffusion by AdamW", _ADAMW),
     Method("LoRA of rank 16", {"rank": 16}),
     Method("LoRA of rank 4", {"rank": 4}),
+    Method("LoRA of all layers", {"layers": "all"}),
 )
 TOKEN_ONLY, MIXED = "textual inversion", "Custom Diffusion and a LoRA"
 
