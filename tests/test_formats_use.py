@@ -131,8 +131,10 @@ def test_what_must_be_told(folder, file, options, message):
 
 def test_in_a_job_the_field_is_named(folder, tmp_path):
     job = mixed(folder, word=None)
-    with pytest.raises(WeaverError, match=r"style.safetensors: a diffusers LoRA does not tell its class word"):
-        run_job(job, tmp_path / "out")
+    spot = replace(job.concepts[2], token="<v9>")
+    message = r"concepts\[0\].file: .*style.safetensors: a diffusers LoRA does not tell its class word.*; "
+    with pytest.raises(WeaverError, match=message + r"concepts\[2\].file: .*no token '<v9>'"):
+        run_job(replace(job, concepts=(*job.concepts[:2], spot)), tmp_path / "out")
 
 
 def test_norms_are_those_of_what_is_added(folder, tiny_pipe):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from weaver.cache import Cache
-from weaver.concepts.bank import bind_concepts, read_concept, resolve_prompts, train_bank, worker_count
+from weaver.concepts.bank import bind_concepts, read_concepts, resolve_prompts, train_bank, worker_count
 from weaver.concepts.concept import Concept
 from weaver.errors import raise_if
 from weaver.folder import check_folder, clashes
@@ -86,7 +86,7 @@ def run_job(
     if manifest:
         check_inputs(manifest, inputs, source)
     with stages.stage("bank"):
-        read = {spec.name: read_concept(spec) for spec in job.everyone if spec.file}
+        read = read_concepts(job, source)
     prompts = resolve_prompts(job, read, source)
     weights: dict[str, str] = {}
 

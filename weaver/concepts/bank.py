@@ -31,6 +31,7 @@ __all__ = [
     "bind_concepts",
     "prior_and_scenes",
     "read_concept",
+    "read_concepts",
     "resolve_prompts",
     "train_bank",
     "training_settings",
@@ -57,6 +58,20 @@ def read_concept(spec: BackgroundSpec) -> ConceptReading:
 
         path = embedded.concept_path(path.removeprefix(EMBEDDED))
     return ConceptReading.of(path, name=spec.name, word=spec.word, token=spec.token)
+
+
+def read_concepts(job: Job, source: str) -> dict[str, ConceptReading]:
+    """The concepts of a job's files by name. Raises `JobError` with every field whose file can't be used."""
+    found, problems = {}, []
+    for place, spec in job.places():
+        if spec.file:
+            try:
+                found[spec.name] = read_concept(spec)
+            except WeaverError as error:
+                problems.append(f"{place}.file: {error}")
+    if problems:
+        raise JobError(f"{source}: " + "; ".join(problems))
+    return found
 
 
 def bind_concepts(
