@@ -46,7 +46,7 @@ demo: $(READY)
 	@$(PY) -m weaver demo --out outputs/demo $(ARGS)
 
 test: $(READY)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 style: $(READY)
 	@$(PY) -m ruff check .
