@@ -16,10 +16,13 @@ ifeq ($(strip $(PYTHON)),)
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 READY_TRAIN := $(VENV)/.ready-train
+# Tests in two processes, each with files of its own; an interpreter from elsewhere may lack the plugin.
+TWO := -n 2 --dist loadfile
 else
 PY := $(PYTHON)
 READY :=
 READY_TRAIN :=
+TWO :=
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
@@ -46,7 +49,7 @@ demo: $(READY)
 	@$(PY) -m weaver demo --out outputs/demo $(ARGS)
 
 test: $(READY)
-	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(PY) -m pytest $(TWO) $(ARGS)
 
 style: $(READY)
 	@$(PY) -m ruff check .
