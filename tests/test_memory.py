@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jobs import TRAINED, job_of
 from PIL import Image
+from safetensors.torch import save_file
 
 from benchmarks.memory import estimated, make_job, measured
 from benchmarks.model_shapes import write_model
@@ -336,7 +337,7 @@ def test_a_whole_weave_on_a_gpu_without_numbers(plan, job_folder):
 def test_published_models_in_their_own_size(tmp_path):
     """The features of SD 2.1 at 768 take 575 MB (two windows, 50 steps); its weights 1.29e9 parameters' room."""
     write_model("sd21", tmp_path / "sd21")
-    (tmp_path / "c.safetensors").write_bytes(b"")
+    save_file({"<c>": torch.ones(1, 1024)}, tmp_path / "c.safetensors")
     mapping = {"model": "sd21", "prompt": "a cat", "template": {"model": "same"}}
     mapping["concepts"] = [{"file": "c.safetensors", "word": "cat", "mask": {"box": [0, 0, 0.5, 1]}}]
     estimate = estimate_job(job_from_mapping(mapping, folder=tmp_path), device="cuda")
