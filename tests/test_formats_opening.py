@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -298,6 +299,32 @@ def test_a_whole_checkpoint_is_told_without_reading_it(tmp_path):
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + (4 << 30))
     assert "is a whole checkpoint" in refusal(path)
+
+
+def sparse(path, shape):
+    """Files of gigabytes that are not on the disk, with one tensor of this shape, named as a token is."""
+    size = 4 * math.prod(shape)
+    text = json.dumps({"<a>": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + size)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ([75, 10**7], "'<a>' has shape (75, 10000000), too large for a token"),
+        ([10**7, 75], "'<a>' has shape (10000000, 75), too large for a token"),
+        ([10, 10**4, 10**4], "its tensors ('<a>', ...) are of no format that is known"),
+    ],
+    ids=["wide", "many", "unknown"],
+)
+def test_gigabytes_of_another_kind_are_told_without_reading_them(tmp_path, shape, message):
+    path = sparse(tmp_path / "c.safetensors", shape)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert message in refusal(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # kB
 
 
 def test_two_hundred_damaged_files(tmp_path):

@@ -16,8 +16,8 @@ from weaver.errors import told
 
 __all__ = ["read_concept_file"]
 
-_PARSERS = (custom_diffusion.parse, lora.parse, textual_inversion.parse)
-"""Each takes an `OpenedFile` and returns a `ParsedFile`, or None for a file of another kind; the first wins."""
+_FORMATS = (custom_diffusion, lora, textual_inversion)
+"""Each has `recognises`, of an `OpenedFile` that is not loaded, and `parse`, of one that is; the first counts."""
 
 
 def read_concept_file(path: str | os.PathLike) -> ParsedFile | Concept:
@@ -34,12 +34,11 @@ def read_concept_file(path: str | os.PathLike) -> ParsedFile | Concept:
     base_hash = opened.metadata.get(BASE_KEY, "")
     if not re.fullmatch(r"([0-9a-f]{64})?", base_hash):
         raise opened.error(f"the hash of its base model is {told(base_hash)}, expected 64 hex digits: save it again")
-    opened = opened.loaded()
-    for parse in _PARSERS:
-        if parsed := parse(opened):
-            return replace(parsed, base_hash=base_hash)
-    names = ", ".join(told(name) for name in opened.names()[:3]) or "none"
-    raise opened.error(
-        f"its tensors ({names}, ...) are of no format that is known: concepts are our own files, Custom Diffusion, "
-        "LoRA and textual inversion"
-    )
+    kind = next((module for module in _FORMATS if module.recognises(opened)), None)
+    if kind is None:  # before its data is read, of which there may be gigabytes
+        names = ", ".join(told(name) for name in opened.names()[:3]) or "none"
+        raise opened.error(
+            f"its tensors ({names}, ...) are of no format that is known: concepts are our own files, Custom Diffusion, "
+            "LoRA and textual inversion"
+        )
+    return replace(kind.parse(opened.loaded()), base_hash=base_hash)

@@ -11,12 +11,12 @@ from weaver.concepts.changes import Delta
 from weaver.concepts.concept_checks import OUTPUT_BIAS
 from weaver.concepts.formats.opening import OpenedFile, open_tensors
 from weaver.concepts.formats.parsed import ParsedFile
-from weaver.concepts.formats.textual_inversion import as_vectors
+from weaver.concepts.formats.textual_inversion import as_vectors, refuse_large
 from weaver.concepts.formats.token_file import TokenBeside
 from weaver.errors import told
 from weaver_kernels import LowRank
 
-__all__ = ["parse"]
+__all__ = ["parse", "recognises"]
 
 _ENCODERS = ("text_encoder", "text_encoder_2")
 _TOKENS = ("modifier_token", "modifier_token_2")
@@ -29,18 +29,32 @@ _LACKS = (
 )
 
 
+def recognises(opened: OpenedFile) -> bool:
+    """Whether a file is of either layout, by names and shapes: it need not be loaded."""
+    tokens = [of for key in _TOKENS if isinstance(of := opened.tensors.get(key), Mapping)]
+    for token, value in (entry for of in tokens for entry in of.items()):
+        for part in value if isinstance(value, list | tuple) else [value]:
+            refuse_large(opened, token, part)
+    return _is_the_authors(opened) or _is_diffusers(opened)
+
+
 def parse(opened: OpenedFile) -> ParsedFile | None:
     """Read either layout; None for files of another kind.
 
     Weights stand in the place of the base model's, factors u [out, r] and v [r, in] are added as u @ v. Parameters of
     the U-Net that a concept can't change are kept for a comparison with the base model.
     """
-    tree = opened.tensors
-    if any(isinstance(tree.get(key), Mapping) for key in ("unet", *_TOKENS)):
+    if _is_the_authors(opened):
         return _of_the_authors(opened)
-    if any(".processor." in key and "_custom_diffusion." in key for key in tree):
-        return _of_diffusers(opened)
-    return None
+    return _of_diffusers(opened) if _is_diffusers(opened) else None
+
+
+def _is_the_authors(opened: OpenedFile) -> bool:
+    return any(isinstance(opened.tensors.get(key), Mapping) for key in ("unet", *_TOKENS))
+
+
+def _is_diffusers(opened: OpenedFile) -> bool:
+    return any(".processor." in str(key) and "_custom_diffusion." in str(key) for key in opened.tensors)
 
 
 def _of_the_authors(opened: OpenedFile) -> ParsedFile:
@@ -118,7 +132,10 @@ def _tokens_beside(opened: OpenedFile) -> TokenBeside:
     tokens, files = {}, {}
     for path in sorted(opened.path.parent.glob("<*>.*")):
         if path.suffix in (".bin", ".safetensors", ".pt"):
-            beside = open_tensors(path).loaded()
+            beside = open_tensors(path)
+            for token, value in beside.tensors.items():
+                refuse_large(beside, token, value)
+            beside = beside.loaded()
             for token, value in beside.tensors.items():
                 tokens[token], files[token] = {_ENCODERS[0]: as_vectors(beside, token, value)}, path.name
     return TokenBeside(tokens, files, "" if tokens else _LACKS)

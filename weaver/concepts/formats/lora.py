@@ -26,7 +26,7 @@ from weaver.concepts.formats.untrusted import Refusal
 from weaver.errors import told
 from weaver_kernels import LowRank
 
-__all__ = ["parse"]
+__all__ = ["parse", "recognises"]
 
 _DOWN = re.compile(r"(\.lora_A|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)(\.\w+)?\.weight$")
 _FACTOR = re.compile(r"^(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
@@ -43,6 +43,11 @@ _CROSS_ATTENTION = re.compile(r"(^|\.)attn2\.(to_[qkv]|to_out\.0)$")
 _LAYERS_PER_BLOCK = SimpleNamespace(layers_per_block=2)  # of SDXL's U-Net, whose blocks kohya's scripts count otherwise
 
 
+def recognises(opened: OpenedFile) -> bool:
+    """Whether a file is a LoRA of any dialect, by names: it need not be loaded."""
+    return any(isinstance(value, torch.Tensor) and _DOWN.search(str(key)) for key, value in opened.tensors.items())
+
+
 def parse(opened: OpenedFile) -> ParsedFile | None:
     """Read a LoRA of any dialect; None for files of another kind. Raises `ConceptError` for one that can't be used.
 
@@ -50,9 +55,9 @@ def parse(opened: OpenedFile) -> ParsedFile | None:
     without which one of PEFT's is refused: nobody can tell its scale. A token is in the file beside it that `convert`
     left there.
     """
-    tensors = {key: value for key, value in opened.tensors.items() if isinstance(value, torch.Tensor)}
-    if not any(_DOWN.search(key) for key in tensors):
+    if not recognises(opened):
         return None
+    tensors = {key: value for key, value in opened.tensors.items() if isinstance(value, torch.Tensor)}
     try:
         parsed = _parsed(tensors, _config(opened), opened.metadata)
     except Refusal as refusal:

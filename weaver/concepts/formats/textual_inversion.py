@@ -10,11 +10,40 @@ from weaver.concepts.formats.opening import OpenedFile
 from weaver.concepts.formats.parsed import ParsedFile
 from weaver.errors import told
 
-__all__ = ["as_vectors", "parse"]
+__all__ = ["as_vectors", "parse", "recognises", "refuse_large"]
 
 _PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "emb_params": "text_encoder"}
 _MOST = 75  # positions between the start and the end of CLIP's text
+_WIDEST = 2048  # of a vector; SDXL's second text encoder has 1280
 _WEIGHTS = (".weight", ".bias", ".alpha")
+
+
+def recognises(opened: OpenedFile) -> bool:
+    """Whether a file is of any of the layouts, by names and shapes: it need not be loaded.
+
+    Raises `ConceptError` for vectors of a size that none of these models' has.
+    """
+    tree = opened.tensors
+    automatic = tree.get("string_to_param")
+    if isinstance(automatic, Mapping):
+        tree = automatic
+    elif not tree.keys() & _PARTS.keys() and not (
+        tree and all(_is_token(str(key), value) for key, value in tree.items())
+    ):
+        return False
+    for key, value in tree.items():
+        refuse_large(opened, key, value)
+    return True
+
+
+def refuse_large(opened: OpenedFile, name: str, value: object) -> None:
+    """Raise `ConceptError` for a tensor that is larger than a token's vectors can be, from its shape alone."""
+    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    if shape and (shape[-1] > _WIDEST or value.numel() > _MOST * _WIDEST):
+        raise opened.error(
+            f"{told(name)} has shape {shape}, too large for a token of Stable Diffusion (up to {_MOST} vectors "
+            f"of width {_WIDEST}): it is of another kind, or of another model"
+        )
 
 
 def parse(opened: OpenedFile) -> ParsedFile | None:

@@ -67,7 +67,8 @@ def token_beside(opened: OpenedFile) -> TokenBeside:
     instead = "or tell as token the words that prompts are to have in its place"
     if not path.is_file():
         return TokenBeside({}, {}, f"the file of its token ({path.name}) is not beside it: put it there, {instead}")
-    parsed = textual_inversion.parse(open_tensors(path).loaded())
+    beside = open_tensors(path)
+    parsed = textual_inversion.parse(beside.loaded()) if textual_inversion.recognises(beside) else None
     vectors = parsed.embeddings.get(token) if parsed else None
     if vectors is None or _hash(vectors) != opened.metadata.get(_VECTORS_KEY):
         lacks = f"{path.name} beside it holds another token than it was saved with: put that there, {instead}"
