@@ -343,3 +343,12 @@ def test_pefts_saver_of_a_text_encoder_and_what_it_leaves_beside(tmp_path):
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(ConceptError, match="whose scale is in its adapter_config.json: put that beside it"):
         read_concept_file(renamed)
+
+
+def test_a_layer_of_a_text_encoder_under_two_names_is_refused(tmp_path):
+    path = saved(make_pipeline(dtype=torch.float32), tmp_path)
+    tensors, _ = read(old_diffusers(path))
+    key = next(key for key in tensors if "q_proj.lora_linear_layer.down" in key)
+    other = key.replace("q_proj.lora_linear_layer", "to_q_lora")
+    with pytest.raises(ConceptError, match="1 factors of text_encoder are there under two names"):
+        parsed_of(tensors | {other: tensors[key].clone()}, {})

@@ -157,6 +157,8 @@ def _by_part(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.T
             found[part] = convert_unet_state_dict_to_peft(entries)
         else:
             found[part] = {_OLD_TEXT.sub(_as_pefts, key): tensor for key, tensor in entries.items()}
+            if lost := len(entries) - len(found[part]):
+                raise Refusal(f"{lost} factors of {part} are there under two names: save it under those of one")
     return found
 
 
