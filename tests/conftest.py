@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import pytest
@@ -166,6 +166,15 @@ def make_pipeline(prediction_type: str = "epsilon", dtype: torch.dtype = torch.f
 
 
 @pytest.fixture(scope="session")
+def compiled_kernels():
+    """A run in which kernels are interpreted, or without a GPU, must not pass for one on a GPU."""
+    from triton import knobs
+
+    assert torch.cuda.is_available(), "no GPU: this set is for `make test-gpu` on a machine that has one"
+    assert not knobs.runtime.interpret, "kernels are interpreted: unset TRITON_INTERPRET"
+
+
+@pytest.fixture(scope="session")
 def tiny_pipe():
     """Noise-predicting pipeline, float64."""
     return make_pipeline("epsilon")
@@ -196,6 +205,25 @@ def make_concept(pipe, number: int, word: str, amount: float = 0.3, changed: Seq
         embeddings={name: torch.randn(1, width, generator=rng) for name, width in widths.items()},
         deltas={name: amount * torch.randn(x.shape, generator=rng) for name, x in parameters.items()},
     )
+
+
+def make_whole(pipe, number: int, word: str, paths: Iterable[str], rank: int = 2):
+    """`make_concept` with random factors, besides, for the Linears and convolutions at `paths`."""
+    from dataclasses import replace
+
+    from weaver.concepts.concept_checks import parted
+    from weaver_kernels import LowRank
+
+    concept, found = make_concept(pipe, number, word), {}
+    rng = torch.Generator().manual_seed(number)
+    for path in (path for path in paths if path not in concept.deltas):
+        weight = pipe.unet.get_submodule(path).weight
+        down = torch.randn(rank, *weight.shape[1:], generator=rng) / weight[0].numel() ** 0.5
+        up = 0.5 * torch.randn(len(weight), rank, *[1] * (weight.ndim - 2), generator=rng)
+        found[path] = LowRank(down, up)
+    assert found
+    inside, outside = parted(found)
+    return replace(concept, deltas=concept.deltas | inside, outside=outside)
 
 
 WORDS_OF_CONCEPTS = ("dog", "cat", "fox", "panda", "mountain")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from conftest import make_concept
+from conftest import make_whole
 from PIL import Image
 
 from weaver import WeaverError
@@ -22,7 +20,6 @@ from weaver.features import Features
 from weaver.fusion import ConceptUse, FusionPlan, attach
 from weaver.layers import InjectionSites, transformer_linears
 from weaver.replay import forward_until
-from weaver_kernels import LowRank
 
 SITES = InjectionSites("some", resnets=(3, 4), attentions=(4, 7), resnet_window=0.6, attention_window=0.4)
 KINDS = {
@@ -47,13 +44,7 @@ def scenes():
 @pytest.fixture(scope="module")
 def whole(tiny_pipe):
     """A LoRA of all layers that are learned."""
-    rng, found = torch.Generator().manual_seed(1), {}
-    for path, linear in transformer_linears(tiny_pipe.unet).items():
-        outputs, inputs = linear.weight.shape
-        found[path] = LowRank(torch.randn(2, inputs, generator=rng), 0.1 * torch.randn(outputs, 2, generator=rng))
-    concept = make_concept(tiny_pipe, 1, "dog")
-    deltas = {path: x for path, x in found.items() if ".attn2." in path}
-    return [replace(concept, deltas=deltas, outside={path: x for path, x in found.items() if path not in deltas})]
+    return [make_whole(tiny_pipe, 1, "dog", transformer_linears(tiny_pipe.unet))]
 
 
 def read(pipe, *encodings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -276,79 +275,3 @@ def test_a_lora_of_another_size_is_refused(file):
     wider = {key: torch.cat([x, x], 1) if "attn2.to_k.lora_A" in key else x for key, x in tensors.items()}
     with pytest.raises(ConceptError, match="belongs to another base model: 16 of its 64 weights do not fit the U-Net"):
         parsed_of(wider, metadata).concept(make_pipeline(), name="rex", word="dog")
-
-
-def scaled_by(file, config):
-    tensors, metadata = read(file)
-    told = json.loads(metadata["lora_adapter_metadata"]) | config
-    return parsed_of(tensors, metadata | {"lora_adapter_metadata": json.dumps(told)})
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (
-            {"unet.alpha_pattern": {"([a-z0-9_.]+)+X": 3}},
-            "its alpha_pattern names modules by '.*X': save it with names",
-        ),
-        ({"unet.lora_alpha": float("nan")}, "its alpha is nan, expected a finite number"),
-        ({"unet.lora_alpha": float("inf")}, "its alpha is inf, expected a finite number"),
-        ({"unet.lora_alpha": 10**400}, "its alphas are no numbers"),
-        ({"unet.lora_alpha": "two"}, "its alphas are no numbers"),
-    ],
-)
-def test_scales_that_are_none_are_refused(file, config, message):
-    with pytest.raises(ConceptError, match=message):
-        scaled_by(file, config)
-
-
-@pytest.mark.parametrize("pattern", ["attn2.to_k", r"attn2\.to_k", "to_k$", "^down_blocks.0.attentions.0.to_k"])
-def test_names_with_alphas_of_their_own(file, pattern):
-    plain = scaled_by(file, {"unet.alpha_pattern": {}})
-    for key, change in scaled_by(file, {"unet.alpha_pattern": {pattern: 40}}).deltas.items():
-        factor = 20 if key.endswith("to_k") and not pattern.startswith("^") else 1  # the usual alpha is 2
-        torch.testing.assert_close(change.up, factor * plain.deltas[key].up)
-
-
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "fc1", "fc2"]], ids=["no-out", "with-fc"])
-@pytest.mark.parametrize("dialect", ["kohya", "old-diffusers"])
-def test_text_encoders_with_some_projections_alone(tmp_path, monkeypatch, targets, dialect):
-    monkeypatch.setitem(globals(), "TEXT", targets)
-    path = saved(make_pipeline(dtype=torch.float32), tmp_path, rank_pattern={}, alpha_pattern={})
-    expected, found = read_concept_file(path), read_concept_file(DIALECTS[dialect](path))
-    assert found.text_deltas.keys() == expected.text_deltas.keys() and len(found.text_deltas) == 2 * len(targets)
-    for key, change in found.text_deltas.items():
-        torch.testing.assert_close(
-            change.up @ change.down, expected.text_deltas[key].up @ expected.text_deltas[key].down
-        )
-
-
-def test_a_factor_without_axes_is_refused(file):
-    tensors, _ = read(kohya(file))
-    down = next(key for key in tensors if key.endswith("lora_down.weight"))
-    with pytest.raises(ConceptError, match=r"lora_down.weight has shape \(\), expected \[r, in\]"):
-        parsed_of(tensors | {down: torch.tensor(1.0)}, {})
-
-
-def test_pefts_saver_of_a_text_encoder_and_what_it_leaves_beside(tmp_path):
-    encoder = make_pipeline(dtype=torch.float32).text_encoder
-    wrapped = get_peft_model(encoder, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
-    wrapped.save_pretrained(tmp_path)
-    parsed = read_concept_file(tmp_path / "adapter_model.safetensors")
-    assert len(parsed.text_deltas) == 4 and not parsed.deltas
-    renamed = tmp_path / "rex.safetensors"
-    (tmp_path / "adapter_model.safetensors").rename(renamed)
-    again = read_concept_file(renamed)
-    assert all(torch.equal(again.text_deltas[key].up, change.up) for key, change in parsed.text_deltas.items())
-    (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(ConceptError, match="whose scale is in its adapter_config.json: put that beside it"):
-        read_concept_file(renamed)
-
-
-def test_a_layer_of_a_text_encoder_under_two_names_is_refused(tmp_path):
-    path = saved(make_pipeline(dtype=torch.float32), tmp_path)
-    tensors, _ = read(old_diffusers(path))
-    key = next(key for key in tensors if "q_proj.lora_linear_layer.down" in key)
-    other = key.replace("q_proj.lora_linear_layer", "to_q_lora")
-    with pytest.raises(ConceptError, match="1 factors of text_encoder are there under two names"):
-        parsed_of(tensors | {other: tensors[key].clone()}, {})

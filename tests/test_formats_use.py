@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 
 from weaver import ConceptUse, FusionPlan, WeaverError, load_concept
 from weaver.cli import main
+from weaver.concepts.changes import norm_of
 from weaver.concepts.concept import Concept
 from weaver.concepts.formats.reading import ConceptReading
-from weaver.concepts.formats.unused import UnusedPartsWarning, parts_of_norm
+from weaver.concepts.formats.unused import UnusedPartsWarning
 from weaver.job.file import read_job
 from weaver.run import run_job
 
@@ -140,10 +141,10 @@ def test_in_a_job_the_field_is_named(folder, tmp_path):
 def test_norms_are_those_of_what_is_added(folder, tiny_pipe):
     with pytest.warns(UnusedPartsWarning):
         concept = load_concept(folder / "style.safetensors", tiny_pipe, word="cat")
-    inside, outside = 2 * math.sqrt(8 * 16), 2 * math.sqrt(32 * 8)
-    shares = parts_of_norm(concept)
-    assert shares["outside"] == pytest.approx(outside / math.hypot(inside, outside))
-    assert shares["deltas"] == pytest.approx(inside / math.hypot(inside, outside))
+    assert norm_of(concept.deltas.values()) == pytest.approx(inside := 2 * math.sqrt(8 * 16))
+    assert norm_of(concept.outside.values()) == pytest.approx(outside := 2 * math.sqrt(32 * 8))
+    everything = [*concept.deltas.values(), *concept.outside.values()]
+    assert norm_of(everything) == pytest.approx(math.hypot(inside, outside))
 
 
 def test_inspect(folder, capsys):

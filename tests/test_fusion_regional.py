@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_concept, make_pipeline, make_scheduler
+from conftest import make_concept, make_pipeline, make_scheduler, make_whole
 from paper_comparison import compare, make_templates
 from paper_reference import Case, Sites
 from pipeline_forms import draw
@@ -27,27 +27,16 @@ EVERYWHERE = ["to_k", "to_v", "to_q", "to_out.0", "ff.net.0.proj", "ff.net.2", "
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out", "conv"]
 
 
-def make_whole(pipe, number: int, word: str, only: str = "", rank: int = 2):
-    """A concept with keys and values, and factors for every other module that has a region, or for those whose path has
-    `only` in it."""
-    concept, found = make_concept(pipe, number, word), {}
-    rng = torch.Generator().manual_seed(number)
-    for path, module in pipe.unet.named_modules():
-        if not isinstance(module, nn.Linear | nn.Conv2d) or path in concept.deltas or only not in path:
-            continue
-        if has_region(path):
-            down = torch.randn(rank, *module.weight.shape[1:], generator=rng) / module.weight[0].numel() ** 0.5
-            up = 0.5 * torch.randn(len(module.weight), rank, *[1] * (module.weight.ndim - 2), generator=rng)
-            found[path] = LowRank(down, up)
-    assert found
-    of_attention = {path: change for path, change in found.items() if ".attn2." in path}
-    outside = {path: change for path, change in found.items() if ".attn2." not in path}
-    return replace(concept, deltas=concept.deltas | of_attention, outside=outside)
+def make_lora(pipe, number: int, word: str, only: str = "", **options):
+    """Keys, values and factors for every other module that has a region, or for those with `only` in their path."""
+    places = (nn.Linear, nn.Conv2d)
+    paths = [path for path, module in pipe.unet.named_modules() if isinstance(module, places) and has_region(path)]
+    return make_whole(pipe, number, word, [path for path in paths if only in path], **options)
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_pipe):
-    return [make_whole(tiny_pipe, i + 1, word) for i, word in enumerate(("dog", "cat", "fox", "panda", "mountain"))]
+    return [make_lora(tiny_pipe, i + 1, word) for i, word in enumerate(("dog", "cat", "fox", "panda", "mountain"))]
 
 
 def plan_of(pipe, concepts, **options):
@@ -85,7 +74,7 @@ def test_it_is_each_change_inside_its_mask(tiny_pipe, whole, templates, case):
     "part", ["attn1", "attn2", ".ff.", "proj_", "conv1", "conv2", "conv_shortcut", "time_emb", "sampler"]
 )
 def test_every_kind_of_module_counts(tiny_pipe, part):
-    concept, plain = make_whole(tiny_pipe, 1, "dog", part), make_concept(tiny_pipe, 1, "dog")
+    concept, plain = make_lora(tiny_pipe, 1, "dog", part), make_concept(tiny_pipe, 1, "dog")
     drawn = [sampled(tiny_pipe, plan_of(tiny_pipe, [each], steps=1)) for each in (concept, plain)]
     assert (drawn[0] - drawn[1]).abs().max() > 1e-3
 
@@ -134,7 +123,7 @@ def test_afterwards_the_unet_is_as_it_was(tiny_pipe, whole):
 
 def test_variants_each_have_their_own(tiny_pipe, whole):
     """Also beside one that changes nothing but keys and values, and one of other modules and ranks."""
-    other = make_whole(tiny_pipe, 2, "cat", "ff.net", rank=5)
+    other = make_lora(tiny_pipe, 2, "cat", "ff.net", rank=5)
     plans = [
         plan_of(tiny_pipe, each, steps=2)
         for each in ([whole[0], whole[1]], [make_concept(tiny_pipe, 3, "dog")], [other])
@@ -148,7 +137,7 @@ def test_variants_each_have_their_own(tiny_pipe, whole):
 
 @pytest.mark.parametrize("held", [False, True], ids=["", "as-for-graphs"])
 def test_a_sampler_takes_other_changes_of_the_same_modules(tiny_pipe, whole, held):
-    other = make_whole(tiny_pipe, 2, "dog", rank=2 if held else 4)
+    other = make_lora(tiny_pipe, 2, "dog", rank=2 if held else 4)
     plans = [plan_of(tiny_pipe, [each], steps=2) for each in (whole[0], other)]
     noise = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(0)).double()
     expected = [sample_fusion(tiny_pipe.unet, noise, tiny_pipe.scheduler, plan) for plan in plans]
@@ -161,15 +150,15 @@ def test_a_sampler_takes_other_changes_of_the_same_modules(tiny_pipe, whole, hel
             stays = factors == next(iter(sampler._state.regions.reads.values())).stack.down.data_ptr()
             assert stays == held or plan is plans[0]
         with pytest.raises(WeaverError, match="the plans' do not change the same modules"):
-            sampler(noise, plan_of(tiny_pipe, [make_whole(tiny_pipe, 2, "dog", "attn1")], steps=2))
+            sampler(noise, plan_of(tiny_pipe, [make_lora(tiny_pipe, 2, "dog", "attn1")], steps=2))
         if held:
             with pytest.raises(WeaverError, match="graphs hold the ranks of a LoRA"):
-                sampler(noise, plan_of(tiny_pipe, [make_whole(tiny_pipe, 2, "dog", rank=4)], steps=2))
+                sampler(noise, plan_of(tiny_pipe, [make_lora(tiny_pipe, 2, "dog", rank=4)], steps=2))
 
 
 def test_the_whole_unet_compiles_with_it(tiny_pipe):
     """As one graph for all steps, and for other changes of the same ranks."""
-    plans = [plan_of(tiny_pipe, [make_whole(tiny_pipe, number, "dog", "mid_block")], steps=2) for number in (1, 2)]
+    plans = [plan_of(tiny_pipe, [make_lora(tiny_pipe, number, "dog", "mid_block")], steps=2) for number in (1, 2)]
     noise = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(0)).double()
     expected = [sample_fusion(tiny_pipe.unet, noise, tiny_pipe.scheduler, plan) for plan in plans]
     sampler, counted = (
@@ -226,7 +215,7 @@ def test_what_does_not_fit(tiny_pipe, whole):
 
 def test_compiled_blocks_would_leave_it_out(tiny_pipe, whole):
     pipe = make_pipeline()
-    plan = plan_of(pipe, [make_whole(pipe, 1, "dog")])
+    plan = plan_of(pipe, [make_lora(pipe, 1, "dog")])
     block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
     block.compile()
     message = "transformer_blocks.0 is compiled, which leaves out what concepts change in it"

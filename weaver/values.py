@@ -10,7 +10,12 @@ __all__ = ["is_number", "is_whole"]
 
 def is_number(value: object) -> bool:
     """Whether a value is a finite number, which truth values are not."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of a whole number past the largest float
+        return False
 
 
 def is_whole(value: object, least: int | None = None) -> bool:

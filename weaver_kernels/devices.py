@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -9,7 +10,7 @@ import torch
 
 from weaver_kernels.tuning import config_table
 
-__all__ = ["kernel_arch", "triton_version"]
+__all__ = ["kernel_arch", "on_its_device", "triton_version"]
 
 _TRITON = find_spec("triton") is not None and torch.version.hip is None
 _LEAST = config_table("devices")["least_arch"]  # read here, because a compiled caller can't open files
@@ -29,6 +30,14 @@ def _arch(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     arch = 10 * major + minor
     return arch if arch >= _LEAST else 0
+
+
+def on_its_device(launch: Callable, tensor: torch.Tensor, *arguments):
+    """What `launch(tensor, *arguments)` gives on the tensor's GPU: Triton launches on the current one."""
+    if tensor.device.index in (None, torch.cuda.current_device() if tensor.is_cuda else None):
+        return launch(tensor, *arguments)
+    with torch.cuda.device(tensor.device):
+        return launch(tensor, *arguments)
 
 
 def triton_version() -> str:

@@ -56,6 +56,20 @@ def part(x: torch.Tensor) -> torch.Tensor:
     return wide[..., :heads, :dim]
 
 
+def assert_compiled_once(compiled, arguments: dict, case: dict, index: str, assert_right) -> None:
+    """A compiled operation is right for a case of 2 rows, 3 contexts and 50 tokens, `arguments` being those or with a
+    plan, and for other masks, without being compiled again; `index` is what its argument is called."""
+    with torch.no_grad():
+        assert_right(compiled(**arguments), case)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            changed = case | {"weights": soft_weights(2, 3, 50, torch.Generator().manual_seed(1))}
+            if "plan" in arguments:
+                arguments["plan"].update(changed["weights"], changed[index])
+            else:
+                arguments = changed
+            assert_right(compiled(**arguments), changed)
+
+
 def on_gpu(case: dict) -> dict:
     """The case on the GPU, strides kept."""
 

@@ -30,6 +30,27 @@ def needs_interpreter() -> None:
         pytest.skip(fault)
 
 
+def as_on_a_gpu(monkeypatch, op) -> None:
+    """Have an operation's module, and plans, take CPU tensors for those of a GPU of compute capability 8.6."""
+    from weaver_kernels.context_attention import plan
+
+    needs_interpreter()
+    for module in (op, plan):
+        monkeypatch.setattr(module, "kernel_arch", lambda device: 86)
+
+
+def with_wide_offsets(monkeypatch, launch, at: int) -> None:
+    """Have a launcher take the variant for rows past 2**31 elements; `at` is where its arguments say which."""
+    layout = launch._layout
+
+    def wide(*arguments):
+        grid, others, options = layout(*arguments)
+        assert others[at] is False
+        return grid, (*others[:at], True, *others[at + 1 :]), options
+
+    monkeypatch.setattr(launch, "_layout", wide)
+
+
 def run_interpreted(case: dict, tile: int = 16, reload: bool = False) -> torch.Tensor:
     """The kernel's result for a case, written over NaN in every token and head but the last of a wider tensor.
 

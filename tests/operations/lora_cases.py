@@ -67,6 +67,28 @@ def fresh(case: dict) -> dict:
     return case | {"y": y.copy_(case["y"])}
 
 
+def poison_dead(case: dict) -> torch.Tensor:
+    """Put NaN into y, and into x of a Linear, where no adapter is alive, and into all of x's last row, which has none;
+    returns where that is, [B, T]."""
+    dead = (case["weights"] == 0).all(1)
+    _by_tokens(case["y"])[dead] = torch.nan
+    if case["x"].ndim == 3:
+        case["x"][dead] = torch.nan
+    case["x"][-1] = torch.nan
+    return dead
+
+
+def assert_dead_untouched(out: torch.Tensor, dead: torch.Tensor) -> None:
+    """What `poison_dead` put there still is, and nothing else is."""
+    out = _by_tokens(out)
+    assert out[dead].isnan().all() and torch.isfinite(out[~dead]).all()
+
+
+def _by_tokens(y: torch.Tensor) -> torch.Tensor:
+    """[B, T, O], also of a map."""
+    return y.flatten(2).transpose(1, 2) if y.ndim == 4 else y
+
+
 def truth(case: dict) -> torch.Tensor:
     """The reference in float64, on the numbers that the case has in its own type."""
     doubles = {name: case[name].double() for name in ("y", "x", "weights")}

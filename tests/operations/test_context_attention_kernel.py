@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from operations.cases import assert_within_twice_eager, make_case, soft_weights
-from operations.interpreted import interpreter_fault, needs_interpreter, run_interpreted
+from operations.interpreted import as_on_a_gpu, interpreter_fault, needs_interpreter, run_interpreted, with_wide_offsets
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
@@ -142,16 +142,10 @@ def test_scale(scale):
 
 def test_offsets_of_tokens_as_64_bits(monkeypatch):
     """The variant for rows past 2**31 elements, on a small row."""
+    needs_interpreter()
     from weaver_kernels.context_attention import launch
 
-    layout = launch._layout
-
-    def wide(*arguments):
-        grid, others, options = layout(*arguments)
-        assert others[-3] is False
-        return grid, (*others[:-3], True, *others[-2:]), options
-
-    monkeypatch.setattr(launch, "_layout", wide)
+    with_wide_offsets(monkeypatch, launch, at=-3)
     check(b=2, d=40)
 
 
@@ -160,11 +154,9 @@ def test_offsets_of_tokens_as_64_bits(monkeypatch):
 def test_what_runs_on_a_gpu_up_to_the_launch(planned, dtype, monkeypatch):
     """The GPU's implementation with the table's configuration for 8.6, on CPU tensors."""
     from weaver_kernels import ContextPlan
-    from weaver_kernels.context_attention import op, plan
+    from weaver_kernels.context_attention import op
 
-    needs_interpreter()
-    for module in (op, plan):
-        monkeypatch.setattr(module, "kernel_arch", lambda device: 86)
+    as_on_a_gpu(monkeypatch, op)
     case = make_case(b=2, t=70, d=40, contexts=5, length=9, dtype=dtype)
     of_case = ContextPlan(case["weights"], case["context_index"], merge=False)
     assert len(of_case.tile_sizes) > 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from operations.cases import assert_within_twice_eager, make_case, soft_weights, truth
+from operations.cases import assert_compiled_once, assert_within_twice_eager, make_case, soft_weights, truth
 from weaver_kernels import ContextPlan, context_attention, context_attention_reference
 from weaver_kernels.context_attention import live
 
@@ -125,16 +125,9 @@ def test_compiles_in_one_graph_and_not_again_for_other_masks(with_plan):
     torch._dynamo.reset()
     compiled = torch.compile(context_attention, backend="aot_eager", fullgraph=True)
     case = make_case(b=2, contexts=4, t=50)
-    arguments = planned(case) if with_plan else case
-    with torch.no_grad():
-        assert_within_twice_eager(compiled(**arguments), case)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            changed = case | {"weights": soft_weights(2, 3, 50, torch.Generator().manual_seed(1))}
-            if with_plan:
-                arguments["plan"].update(changed["weights"], changed["context_index"])
-            else:
-                arguments = changed
-            assert_within_twice_eager(compiled(**arguments), changed)
+    assert_compiled_once(
+        compiled, planned(case) if with_plan else case, case, "context_index", assert_within_twice_eager
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,17 +19,8 @@ from weaver_kernels import (
     shared_attention_reference,
 )
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_kernels")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_kernels():
-    """A run in which kernels are interpreted, or without a GPU, must not pass for one on a GPU."""
-    from triton import knobs
-
-    assert torch.cuda.is_available(), "no GPU: this set is for `make test-gpu` on a machine that has one"
-    assert not knobs.runtime.interpret, "kernels are interpreted: unset TRITON_INTERPRET"
 
 
 def check(case: dict) -> None:

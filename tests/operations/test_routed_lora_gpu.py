@@ -6,21 +6,20 @@ import pytest
 import torch
 
 from operations.cases import hard_weights, on_gpu, soft_weights
-from operations.lora_cases import assert_within_twice_eager, fresh, make_lora, planned, truth
+from operations.lora_cases import (
+    assert_dead_untouched,
+    assert_within_twice_eager,
+    fresh,
+    make_lora,
+    planned,
+    poison_dead,
+    truth,
+)
 from operations.test_routed_lora_op import SHAPES, few
 from weaver_kernels import routed_lora
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_kernels")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_kernels():
-    """A run in which kernels are interpreted, or without a GPU, must not pass for one on a GPU."""
-    from triton import knobs
-
-    assert torch.cuda.is_available(), "no GPU: this set is for `make test-gpu` on a machine that has one"
-    assert not knobs.runtime.interpret, "kernels are interpreted: unset TRITON_INTERPRET"
 
 
 def moved(case: dict) -> dict:
@@ -63,13 +62,8 @@ def test_sizes_of_unets(t, c, o):
 @pytest.mark.parametrize("shape", [{"t": 300}, {"size": (20, 20), "taps": 3, "padding": 1}], ids=["linear", "3x3"])
 def test_what_no_adapter_is_alive_on_is_not_touched(shape, dtype):
     case = make_lora(**shape, b=2, c=64, o=64, weights=few, dtype=dtype)
-    dead = (case["weights"] == 0).all(1)
-    rows = case["y"].flatten(2).transpose(1, 2) if case["y"].ndim == 4 else case["y"]
-    rows[dead] = torch.nan
-    case["x"][1] = torch.nan
-    out = routed_lora(**moved(case)).cpu()
-    out = out.flatten(2).transpose(1, 2) if out.ndim == 4 else out
-    assert out[dead].isnan().all() and torch.isfinite(out[~dead]).all()
+    dead = poison_dead(case)
+    assert_dead_untouched(routed_lora(**moved(case)).cpu(), dead)
 
 
 def test_float64_is_gathered():

@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from operations.cases import soft_weights
-from operations.interpreted import lora_interpreted, needs_interpreter
-from operations.lora_cases import assert_within_twice_eager, fresh, make_lora, part, truth
+from operations.interpreted import as_on_a_gpu, lora_interpreted, needs_interpreter, with_wide_offsets
+from operations.lora_cases import (
+    assert_dead_untouched,
+    assert_within_twice_eager,
+    fresh,
+    make_lora,
+    part,
+    poison_dead,
+    truth,
+)
 from operations.test_routed_lora_op import few
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -94,15 +102,8 @@ def test_a_map_whose_places_are_not_evenly_spread_is_written_all_the_same():
 @pytest.mark.parametrize("shape", [{"t": 60, "s": 2}, {**MAP, "taps": 3, "padding": 1}], ids=["linear", "3x3"])
 def test_what_no_adapter_is_alive_on_is_neither_read_nor_written(shape):
     case = make_lora(**shape | {"b": 2, "weights": few, "ranks": (4,)})
-    dead = (case["weights"] == 0).all(1)
-    rows = case["y"].flatten(2).transpose(1, 2) if case["y"].ndim == 4 else case["y"]
-    rows[dead] = torch.nan
-    if case["x"].ndim == 3:
-        case["x"][dead] = torch.nan
-    case["x"][1] = torch.nan
-    out = lora_interpreted(case)
-    out = out.flatten(2).transpose(1, 2) if out.ndim == 4 else out
-    assert out[dead].isnan().all() and torch.isfinite(out[~dead]).all()
+    dead = poison_dead(case)
+    assert_dead_untouched(lora_interpreted(case), dead)
 
 
 @pytest.mark.parametrize("number", [-1, 1000, 2**40])
@@ -139,30 +140,21 @@ def test_weights_at_the_ends_of_the_range_of_fp16(weight):
 @pytest.mark.parametrize("shape", [{"b": 2, "t": 17}, {**MAP, "taps": 3, "padding": 1}], ids=["linear", "3x3"])
 def test_offsets_as_64_bits(shape, monkeypatch):
     """The variant for rows past 2**31 elements, on a small row."""
+    needs_interpreter()
     from weaver_kernels.routed_lora import launch
 
-    layout = launch._layout
-
-    def wide(*arguments):
-        grid, others, options = layout(*arguments)
-        assert others[-2] is False
-        return grid, (*others[:-2], True, *others[-1:]), options
-
-    monkeypatch.setattr(launch, "_layout", wide)
+    with_wide_offsets(monkeypatch, launch, at=-2)
     check(**shape)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=["kernel", "gathered"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=["kernel", "stacked"])
 @pytest.mark.parametrize("with_plan", [False, True], ids=["no-plan", "plan"])
 def test_what_runs_on_a_gpu_up_to_the_launch(with_plan, dtype, monkeypatch):
     """The GPU's implementation with the table's configuration for 8.6, on CPU tensors."""
     from weaver_kernels import ContextPlan
-    from weaver_kernels.context_attention import plan
     from weaver_kernels.routed_lora import op
 
-    needs_interpreter()
-    for module in (op, plan):
-        monkeypatch.setattr(module, "kernel_arch", lambda device: 86)
+    as_on_a_gpu(monkeypatch, op)
     case = make_lora(b=2, t=70, adapters=5, dtype=dtype)
     of_case, adapters = ContextPlan(case["weights"], case["adapter_index"], merge=False), case["adapters"]
     assert len(of_case.tile_sizes) > 1

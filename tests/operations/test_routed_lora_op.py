@@ -6,8 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from operations.cases import soft_weights
-from operations.lora_cases import assert_within_twice_eager, fresh, make_lora, part, planned, truth
+from operations.cases import assert_compiled_once, soft_weights
+from operations.lora_cases import (
+    assert_dead_untouched,
+    assert_within_twice_eager,
+    fresh,
+    make_lora,
+    part,
+    planned,
+    poison_dead,
+    truth,
+)
 from weaver_kernels import AdapterStack, ContextPlan, LowRank, routed_lora, routed_lora_reference
 from weaver_kernels.routed_lora import live, maps
 
@@ -82,15 +91,8 @@ def test_y_itself_is_written_and_given_back():
 def test_what_no_adapter_is_alive_on_is_not_touched(shape):
     """Nor is it read, and a row without any costs no product."""
     case = make_lora(**shape | {"b": 2, "weights": few})
-    dead = (case["weights"] == 0).all(1)
-    rows = case["y"].flatten(2).transpose(1, 2) if case["y"].ndim == 4 else case["y"]
-    rows[dead] = torch.nan
-    if case["x"].ndim == 3:
-        case["x"][dead] = torch.nan
-    case["x"][1] = torch.nan
-    out = routed_lora(**planned(case))
-    out = out.flatten(2).transpose(1, 2) if out.ndim == 4 else out
-    assert out[dead].isnan().all() and torch.isfinite(out[~dead]).all()
+    dead = poison_dead(case)
+    assert_dead_untouched(routed_lora(**planned(case)), dead)
 
 
 def test_all_weights_zero_and_nothing_there():
@@ -215,16 +217,9 @@ def test_compiles_in_one_graph_and_not_again_for_other_masks(with_plan):
     torch._dynamo.reset()
     compiled = torch.compile(lambda y, **others: routed_lora(y * 1, **others) * 1, backend="aot_eager", fullgraph=True)
     case = make_lora(b=2, adapters=4, t=50)
-    arguments = planned(case) if with_plan else case
-    with torch.no_grad():
-        assert_within_twice_eager(compiled(**arguments), case)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            changed = case | {"weights": soft_weights(2, 3, 50, torch.Generator().manual_seed(1))}
-            if with_plan:
-                arguments["plan"].update(changed["weights"], changed["adapter_index"])
-            else:
-                arguments = changed
-            assert_within_twice_eager(compiled(**arguments), changed)
+    assert_compiled_once(
+        compiled, planned(case) if with_plan else case, case, "adapter_index", assert_within_twice_eager
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from weaver_kernels import LowRank
 if TYPE_CHECKING:
     from weaver.concepts.concept import Concept
 
-__all__ = ["CHANGED", "GROUPS", "OUTPUT_BIAS", "concept_reasons"]
+__all__ = ["CHANGED", "GROUPS", "OUTPUT_BIAS", "concept_reasons", "parted"]
 
 CHANGED = ("to_k", "to_v", "to_q", "to_out.0")
 """The projections of a cross-attention that a concept can change."""
@@ -26,6 +27,13 @@ GROUPS = ("embeddings", "deltas", "text_deltas", "outside")
 """The tensors of a concept, by field."""
 
 _PARTNERS = {"to_k": "to_v", "to_v": "to_k"}
+_OF_CROSS_ATTENTION = re.compile(rf"(^|\.)attn2\.({'|'.join(map(re.escape, CHANGED))})$")
+
+
+def parted(changes: Mapping[str, Delta]) -> tuple[dict[str, Delta], dict[str, Delta]]:
+    """Changes of a U-Net by path, as a `Concept` keeps them: its `deltas`, and what is `outside`."""
+    inside = {path: change for path, change in changes.items() if _OF_CROSS_ATTENTION.search(path)}
+    return inside, {path: change for path, change in changes.items() if path not in inside}
 
 
 def concept_reasons(concept: Concept) -> list[str]:

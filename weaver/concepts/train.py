@@ -20,6 +20,7 @@ from PIL import Image
 from weaver.concepts.changes import moved
 from weaver.concepts.checkpoints import Checkpoint, data_hash
 from weaver.concepts.concept import Concept, attn2_hash
+from weaver.concepts.concept_checks import parted
 from weaver.concepts.examples import prepare
 from weaver.concepts.images import TrainingSet
 from weaver.concepts.learned import start
@@ -153,14 +154,15 @@ def train_concept(
             )
     with torch.no_grad():  # half precision keeps three digits of a small correction, in a file of half the size
         changes = {path: moved(delta, torch.device("cpu"), torch.float16) for path, delta in learned.deltas.items()}
+    deltas, outside = parted(changes)
     concept = Concept(
         name=name or token.strip("<>"),
         token=token,
         word=word,
         base_hash=base_hash,
         embeddings={encoder: vectors.detach().cpu() for encoder, vectors in learned.vectors.items()},
-        deltas={path: change for path, change in changes.items() if ".attn2." in path},
-        outside={path: change for path, change in changes.items() if ".attn2." not in path},
+        deltas=deltas,
+        outside=outside,
         settings=asdict(settings)
         | {"pictures": len(images.images), "captions": sorted(set(images.captions))}
         | {"woven": len(woven.images) if scenes else 0}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -82,7 +83,7 @@ class ConceptUse:
     def name(self) -> str:
         return self.concept.name if self.concept is not None else f"region {self.prompt!r}"
 
-    @property
+    @cached_property
     def in_region(self) -> Mapping[str, Delta]:
         """What is added in the region, by the path of the module, besides what the texts of cross-attention give.
 

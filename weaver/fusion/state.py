@@ -89,13 +89,12 @@ class FusionState:
                 reasons.append(f"{name} differ")
         if plan.text.shape[1:] != now.text.shape[1:] or plan.text.dtype != now.text.dtype:
             reasons.append("the texts are of another length, width or type")
-        if plan.own_projections or now.own_projections:
-            kinds = {path: plan.route(path) for path in plan.keys_values}
-            if kinds != self._kinds or not torch.equal(plan.index, now.index):
-                reasons.append("a concept changes to_q or to_out, and the plans have not the same ones")
-        reasons += self.regions.load_reasons(plan.regional)
-        if plan.regional and not torch.equal(plan.index, now.index):
+        own = bool(plan.own_projections or now.own_projections)
+        if (own or plan.regional) and not torch.equal(plan.index, now.index):
             reasons.append("a concept changes more than keys and values, and the plans have not the same places for it")
+        if own and {path: plan.route(path) for path in plan.keys_values} != self._kinds:
+            reasons.append("a concept changes to_q or to_out, and the plans have not the same ones")
+        reasons += self.regions.load_reasons(plan.regional)
         if _injects(plan) != _injects(now):
             reasons.append("they inject features of other kinds, at other sites or in other windows")
         contexts, slots = len(next(iter(self.context_reads.values())).kv.keys), self._capacity

@@ -9,6 +9,7 @@ import torch
 from weaver.concepts.bank import read_concept, training_settings
 from weaver.concepts.changes import Delta, parts_of
 from weaver.concepts.concept import Concept, attn2_projections
+from weaver.concepts.concept_checks import parted
 from weaver.conditioning import text_encoders
 from weaver.fusion.contexts import ConceptUse
 from weaver.job import BackgroundSpec, Job
@@ -52,8 +53,7 @@ def _use(number: int, spec: BackgroundSpec, pipe) -> ConceptUse:
     deltas = {
         path: nothing.to(_DTYPE).expand(linear.weight.shape) for path, linear in attn2_projections(pipe.unet).items()
     }
-    more = {} if spec.parts == "cross-attention" else _factors(spec, pipe)
-    deltas |= {path: change for path, change in more.items() if ".attn2." in path and path not in deltas}
+    inside, outside = parted({} if spec.parts == "cross-attention" else _factors(spec, pipe))
     widths = {name: part.get_input_embeddings().weight.shape[1] for name, part in text_encoders(pipe).items()}
     concept = Concept(
         name=str(number),
@@ -61,8 +61,8 @@ def _use(number: int, spec: BackgroundSpec, pipe) -> ConceptUse:
         word=WORD,
         base_hash=BASE_HASH,
         embeddings={name: nothing.expand(1, width) for name, width in widths.items()},
-        deltas=deltas,
-        outside={path: change for path, change in more.items() if ".attn2." not in path},
+        deltas=inside | deltas,
+        outside=outside,
     )
     settings = {name: getattr(spec, name) for name in ("strength", "window", "scale", "negative_prompt", "parts")}
     return ConceptUse(concept, f"a {token} {WORD}", **settings)

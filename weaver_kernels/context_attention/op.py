@@ -12,7 +12,7 @@ from weaver_kernels.context_attention.checks import shape_reasons
 from weaver_kernels.context_attention.lists import live_lists, split_live_tokens
 from weaver_kernels.context_attention.live import live_context_attention
 from weaver_kernels.context_attention.plan import ContextPlan
-from weaver_kernels.devices import kernel_arch
+from weaver_kernels.devices import kernel_arch, on_its_device
 
 __all__ = ["context_attention"]
 
@@ -101,11 +101,7 @@ def _cuda(q, k, v, weights, context_index, key_lengths, lists, scale):
         lists = live_lists(weights != 0, tile_sizes, context_index)
     if key_lengths is not None:
         key_lengths = key_lengths.contiguous()
-    arguments = q, k, v, weights, key_lengths, scale, lists, tile_sizes, config
-    if q.device.index in (None, torch.cuda.current_device() if q.is_cuda else None):
-        return _launch()(*arguments)
-    with torch.cuda.device(q.device):  # Triton launches on the current one
-        return _launch()(*arguments)
+    return on_its_device(_launch(), q, k, v, weights, key_lengths, scale, lists, tile_sizes, config)
 
 
 @cache

@@ -10,7 +10,7 @@ from weaver_kernels import tuning
 from weaver_kernels.checks import gradient_reasons, require
 from weaver_kernels.context_attention import ContextPlan
 from weaver_kernels.context_attention.lists import live_lists, split_live_tokens
-from weaver_kernels.devices import kernel_arch
+from weaver_kernels.devices import kernel_arch, on_its_device
 from weaver_kernels.routed_lora.adapters import MOST_RANK, AdapterStack
 from weaver_kernels.routed_lora.checks import shape_reasons
 from weaver_kernels.routed_lora.live import live_routed_lora, stacked_routed_lora
@@ -98,12 +98,7 @@ def _cuda(y, x, down, up, offsets, weights, adapter_index, lists, most, stride, 
     if lists is None:
         tile_sizes = (config.tile,)
         lists = live_lists(weights != 0, tile_sizes, adapter_index)
-    arguments = y, x, down, up, offsets, weights, lists, tile_sizes, most, config, *around
-    if y.device.index in (None, torch.cuda.current_device() if y.is_cuda else None):
-        _launch()(*arguments)
-        return
-    with torch.cuda.device(y.device):  # Triton launches on the current one
-        _launch()(*arguments)
+    on_its_device(_launch(), y, x, down, up, offsets, weights, lists, tile_sizes, most, config, *around)
 
 
 @cache

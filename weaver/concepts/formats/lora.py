@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isfinite, sqrt
+from math import sqrt
 from types import SimpleNamespace
 
 import torch
@@ -18,12 +18,14 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 
 from weaver.concepts.changes import ranks_of
+from weaver.concepts.concept_checks import parted
 from weaver.concepts.formats.opening import OpenedFile
 from weaver.concepts.formats.parsed import ParsedFile
 from weaver.concepts.formats.refused import OTHER_BASE
 from weaver.concepts.formats.token_file import token_beside
 from weaver.concepts.formats.untrusted import Refusal
 from weaver.errors import told
+from weaver.values import is_number
 from weaver_kernels import LowRank
 
 __all__ = ["parse", "recognises"]
@@ -31,6 +33,7 @@ __all__ = ["parse", "recognises"]
 _DOWN = re.compile(r"(\.lora_A|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)(\.\w+)?\.weight$")
 _FACTOR = re.compile(r"^(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
 _NOTES = ("ss_base_model_version", "ss_sd_model_name", "ss_steps", "ss_learning_rate", "ss_network_alpha")
+_MOST_ALPHA = 1e6  # a thousand times what anybody trains with
 _PEFT_PREFIX, _PEFT_CONFIG = "base_model.model.", "adapter_config.json"
 _PLAIN_NAME = re.compile(r"^[\w.]+$")  # what of a pattern is taken: anything more could take for ever to match
 _OLD_TEXT = re.compile(r"\.(?:to_(q|k|v|out)_lora|lora_linear_layer)\.(down|up)\.")  # diffusers', before PEFT
@@ -39,7 +42,6 @@ _TEXT_MODULES = ("text_model.", "encoder.layers.")  # which of the two depends o
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
 _UNET_MODULES = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.")
-_CROSS_ATTENTION = re.compile(r"(^|\.)attn2\.(to_[qkv]|to_out\.0)$")
 _LAYERS_PER_BLOCK = SimpleNamespace(layers_per_block=2)  # of SDXL's U-Net, whose blocks kohya's scripts count otherwise
 
 
@@ -96,10 +98,11 @@ def _parsed(tensors: Mapping[str, torch.Tensor], config: Mapping, metadata: Mapp
         for part, found in changes.items()
         for path, change in found.items()
     }
+    deltas, outside = parted(unet)
     return ParsedFile(
         format="kohya LoRA" if kohya else "diffusers LoRA",
-        deltas={path: _flat(change) for path, change in unet.items() if _CROSS_ATTENTION.search(path)},
-        outside={path: change for path, change in unet.items() if not _CROSS_ATTENTION.search(path)},
+        deltas={path: _flat(change) for path, change in deltas.items()},
+        outside=outside,
         text_deltas=text,
         settings=_settings(metadata, [*unet.values(), *text.values()]),
     )
@@ -204,12 +207,11 @@ class _Scales:
         try:
             matches = (value for key, value in patterns.items() if _ends(path, key))
             alpha = next(matches, self._config.get("lora_alpha", rank))
-            scale = alpha / (sqrt(rank) if self._config.get("use_rslora") else rank)
-        except (TypeError, AttributeError, OverflowError) as error:
-            raise Refusal(f"its alphas are no numbers by names of modules ({told(str(error))})") from error
-        if not isfinite(scale):
-            raise Refusal(f"its alpha is {alpha}, expected a finite number: save it again")
-        return scale
+        except (TypeError, AttributeError) as error:
+            raise Refusal(f"its alphas are not by names of modules ({told(str(error))})") from error
+        if not is_number(alpha) or abs(alpha) > _MOST_ALPHA:
+            raise Refusal(f"its alpha is {told(alpha)}, expected a number up to {_MOST_ALPHA:g}: save it again")
+        return alpha / (sqrt(rank) if self._config.get("use_rslora") else rank)
 
 
 def _ends(path: str, pattern: str) -> bool:

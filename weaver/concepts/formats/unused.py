@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from math import hypot
 
 from weaver.choices import ON_UNUSED
 from weaver.concepts.changes import norm_of
 from weaver.concepts.concept import Concept, ConceptError
-from weaver.concepts.formats.parsed import ParsedFile
 from weaver.layers import has_region
 
-__all__ = ["UnusedPartsWarning", "parts_of_norm", "tell_unused", "unused_reason"]
+__all__ = ["UnusedPartsWarning", "tell_unused", "unused_reason"]
 
 
 class UnusedPartsWarning(UserWarning):
@@ -42,10 +39,3 @@ def unused_reason(concept: Concept) -> str | None:
         f"{len(unused)} of its changes, {next(iter(unused))} among them, act on the whole picture at once and in no "
         f"region, {share:.0%} of it by norm: they are kept and not used"
     )
-
-
-def parts_of_norm(concept: Concept | ParsedFile) -> Mapping[str, float]:
-    """How large "deltas", "text_deltas" and "outside" are: Frobenius norms, as shares of the norm of all together."""
-    norms = {group: norm_of(getattr(concept, group).values()) for group in ("deltas", "text_deltas", "outside")}
-    total = hypot(*norms.values())
-    return {group: norm / total if total else 0.0 for group, norm in norms.items()}
