@@ -78,6 +78,7 @@ def measure(pipe, name: str, counts: list[int], rank: int, cells: int, rounds: i
             if form != PLAIN:
                 state = FusionState(plan, rows=["negative", "fused"])
                 state.lead(None, held=False)
+                state.settle(unet, 0, timesteps)
             ready[n, form] = timed([Step(unet, z, timesteps, arguments, state)], device)
     samples = interleave(ready, rounds)
     rows = []
@@ -108,7 +109,6 @@ class Step:
         if self.state is None:
             return self.unet(self.z, self.timesteps[0], **self.arguments).sample
         with installed(self.unet, self.state):
-            self.state.settle(self.unet, 0, self.timesteps)
             return self.unet(self.z, self.timesteps[0], **self.arguments).sample
 
 

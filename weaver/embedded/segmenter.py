@@ -98,7 +98,7 @@ class Segmenter(nn.Module):
             )
         small = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).float().div(127.5).sub(1)
-        logits, mirrored = self(torch.stack([pixels, pixels.flip(2)]))
+        logits, mirrored = self(torch.stack([pixels, pixels.flip(2)]).to(self.bias.device)).cpu()
         logits = (logits + mirrored.flip(2)) / 2
         probabilities = word_probabilities(logits[None])[0]
         if prompt is not None:

@@ -27,7 +27,8 @@ def _command(stage: str, args: argparse.Namespace) -> list[str]:
     """The command of one training stage under torchrun, with `args.processes` processes that start no others."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.processes)]
     command += ["-m", "weaver.embedded.training", stage, "--processes", "1"]
-    for name in ("model", "work", "scenes", "batch", "minutes", "autoencoder_minutes", "learning_rate", "seed"):
+    names = ("model", "work", "scenes", "batch", "minutes", "autoencoder_minutes", "autoencoder_batch")
+    for name in (*names, "learning_rate", "seed"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     return command + ["--compile"] * args.compile + ["--move-latents"] * args.move_latents
 
@@ -48,7 +49,8 @@ def run(stage: str, args: argparse.Namespace) -> None:
 
         bank = load_bank(args.work / "bank")
         learned = (args.model / "unet").exists() and not args.move_latents  # the denoiser knows these latents
-        train_autoencoder(bank, args.model / "vae", args.autoencoder_minutes, seed=args.seed, decoder_only=learned)
+        budget = args.autoencoder_minutes, args.autoencoder_batch
+        train_autoencoder(bank, args.model / "vae", *budget, seed=args.seed, decoder_only=learned)
         if not learned:
             (args.work / "bank" / "latents.npy").unlink(missing_ok=True)
     elif stage == "diffusion":
@@ -62,7 +64,7 @@ def run(stage: str, args: argparse.Namespace) -> None:
     else:
         from weaver.embedded.training import derive
 
-        derive.run(stage, args.work)
+        derive.run(stage, args.work, args.helper_minutes)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scenes", type=int, default=32000, help="scenes in the bank")
     parser.add_argument("--minutes", type=float, default=80.0, help="budget of the diffusion training")
     parser.add_argument("--autoencoder-minutes", type=float, default=12.0)
+    parser.add_argument("--autoencoder-batch", type=int, default=16)
+    parser.add_argument("--helper-minutes", type=float, default=10.0, help="budget of the segmenter's training")
     parser.add_argument("--batch", type=int, default=24, help="samples a step of the diffusion training, per process")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak of the diffusion training")
     parser.add_argument(
@@ -86,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="train the encoder too where a denoiser exists, which then has to follow",
     )
-    parser.add_argument("--compile", action="store_true", help="compile the diffusion training first")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the diffusion training first; capture it on a GPU"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--from-scratch", action="store_true", help="remove the model first instead of going on from it"

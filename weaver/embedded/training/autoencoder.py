@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def train_autoencoder(
             with torch.no_grad():
                 latents = vae.encode(held_out).latents
             vae.register_to_config(scaling_factor=1 / latents.std().item())
-        vae.save_pretrained(folder)
+        copy.deepcopy(vae).half().save_pretrained(folder)  # as it ships
         tidy_config(folder)
 
     rate = 8e-4 if resumed else 2e-3

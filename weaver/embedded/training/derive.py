@@ -106,15 +106,19 @@ def _to_make(stage: str, wanted: str, file: Path) -> bool:
     return wanted == stage or (wanted == "derive" and not kept)
 
 
-def run(stage: str, work: Path) -> None:
-    """Run one stage on the package's own model, or all of them for ``derive``; `work` is a scratch folder."""
+def run(stage: str, work: Path, helper_minutes: float = 10.0) -> None:
+    """Run one stage on the package's own model, or all of them for ``derive``.
+
+    work : scratch folder; helper_minutes : budget of the segmenter's training, of which the identity classifier's takes
+    two fifths
+    """
     if _to_make("segmenter", stage, SEGMENTER_FILE):
         vae = AutoencoderTiny.from_pretrained(MODEL_DIR / "vae").float()
         bank = make_bank(work / "bank_helpers", _HELPER_SCENES, for_helpers=True)
-        train_segmenter(load_bank(bank), vae, SEGMENTER_FILE, minutes=10)
+        train_segmenter(load_bank(bank), vae, SEGMENTER_FILE, helper_minutes)
         _record([SEGMENTER_FILE], "vae")
     if _to_make("identity", stage, IDENTITY_FILE):
-        train_identity(MODEL_DIR / "vae", IDENTITY_FILE, minutes=4)
+        train_identity(MODEL_DIR / "vae", IDENTITY_FILE, 0.4 * helper_minutes)
         _record([IDENTITY_FILE], "vae")
     if stage in ("concepts", "derive"):
         draw_concept_pictures()

@@ -148,7 +148,7 @@ def train(
         if step and (done or step % settings.report_every == 0) and is_main_process():
             with _swapped(parameters, average):
                 samples = step * settings.batch * processes
-                loss = sum(recent) / max(len(recent), 1)
+                loss = torch.stack(recent).mean().item() if recent else 0.0
                 row = {"minutes": round(minutes, 2), "step": step, "samples": samples, "loss": loss}
                 row.update(evaluate() if evaluate else {})
                 recent.clear()
@@ -175,6 +175,6 @@ def train(
         for parameter in parameters:
             parameter.grad = None
         step += 1
-        recent.append(loss.item())
+        recent.append(loss.detach())  # not asked for its value, which would wait for a GPU
         decay = min(settings.ema_decay, (1 + step) / (20 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
