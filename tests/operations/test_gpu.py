@@ -110,6 +110,7 @@ def test_a_graph_replays_with_other_masks_and_another_number_of_contexts(dtype):
     arguments = {name: moved[name] for name in ("q", "k", "v")}
     arguments |= {"weights": plan.weights, "context_index": plan.context_index, "plan": plan}
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         context_attention(**arguments)  # compiles and loads the kernel, which a capture can't
     torch.cuda.current_stream().wait_stream(stream)

@@ -80,6 +80,7 @@ def test_a_graph_replays_with_other_masks_and_another_number_of_contexts(shape, 
     case = make_lora(**shape, b=2, c=64, o=96, s=8, dtype=dtype)
     on_device = planned(moved(case))
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         routed_lora(**fresh(on_device))  # compiles and loads the kernel, which a capture can't
     torch.cuda.current_stream().wait_stream(stream)
