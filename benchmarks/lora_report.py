@@ -1,4 +1,4 @@
-"""What N whole LoRAs add to the Linears of a forward, by the rows of `routed_lora.csv`."""
+"""What N whole LoRAs add to the Linears of a forward, and to all of one, by `routed_lora.csv` and `whole_lora.csv`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.sums import settings
 from benchmarks.tables import MISSING, table
 from weaver_kernels.unets import linears
 
-__all__ = ["added", "forward_ms", "lora"]
+__all__ = ["added", "forward_ms", "lora", "whole_lora"]
 
 Sums = Mapping[tuple[str, int], float]
 SHOWN = (1, 2, 4, 8)
@@ -50,3 +50,27 @@ def lora(found: Sequence[Mapping]) -> list[str]:
         head = f"{MODELS[setting.model].title}, {setting.dtype}, {setting.device}"
         parts.append(table((head, *(f"N = {n}" for n in SHOWN)), lines))
     return parts if len(parts) > 2 else [parts[0], MISSING]
+
+
+def whole_lora(found: Sequence[Mapping]) -> list[str]:
+    """The section's end: forwards as a whole, a table for each device, model and size."""
+    if not found:
+        return []
+    parts = [
+        "A whole forward of two rows, with N LoRAs over all Linears of attention and feed-forward in the fused one, "
+        "beside concepts that change keys and values, and the model alone: milliseconds, and how many times the model "
+        "alone. On a GPU in a CUDA graph, not compiled."
+    ]
+    tables: dict[tuple, dict[tuple[str, int], Mapping]] = {}
+    for row in found:
+        setting = tuple(row[name] for name in ("model", "cells", "dtype", "device", "rank"))
+        tables.setdefault(setting, {})[row["form"], int(row["N"])] = row
+    for (model, cells, dtype, device, rank), of_one in tables.items():
+        counts = sorted({n for _, n in of_one})
+        lines = []
+        for form in dict.fromkeys(form for form, _ in of_one):
+            shown = [of_one.get((form, n)) for n in counts]
+            lines.append((form, *(f"{row['p50_ms']} ({row['of_plain']})" if row else MISSING for row in shown)))
+        head = f"{model}, {cells} x {cells} latents, {dtype}, rank {rank}, {device}"
+        parts.append(table((head, *(f"N = {n}" for n in counts)), lines))
+    return parts

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import rows
-from benchmarks.lora_report import lora
+from benchmarks.lora_report import lora, whole_lora
 from benchmarks.plots import lines_svg, slug
 from benchmarks.providers import PROVIDERS
 from benchmarks.shapes import MODELS
@@ -34,7 +34,7 @@ def write(folder: Path) -> None:
     if not any(is_gpu(found) for found in by_setting.values()):
         parts += ["## NVIDIA GPU", table(("target", "measured"), [(name, MISSING) for name in GPU])]
     parts += _host(rows.read(folder / "host_overhead.csv"))
-    parts += lora(rows.read(folder / "routed_lora.csv"))
+    parts += lora(rows.read(folder / "routed_lora.csv")) + whole_lora(rows.read(folder / "whole_lora.csv"))
     parts += whole(rows.read(folder / "end_to_end.csv"))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
