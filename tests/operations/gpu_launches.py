@@ -1,7 +1,8 @@
-"""Launches of the kernel on a GPU to be watched: its profile, and odd shapes for compute-sanitizer.
+"""Launches of the kernels on a GPU to be watched: their profile, and odd shapes for compute-sanitizer.
 
-`odd` is run under compute-sanitizer by `make gpu`. `profile` times the largest layer of each head dimension with
-PyTorch's profiler, and reads the hardware's counters with Nsight Compute where it is installed and may.
+`odd` and `odd-lora` are run under compute-sanitizer by `make gpu`. `profile` times the largest layer of each head
+dimension, and the largest Linear with LoRAs in three regions, with PyTorch's profiler, and reads the hardware's
+counters with Nsight Compute where it is installed and may.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ import sys
 import torch
 
 from operations.cases import make_case, on_gpu, soft_weights
-from weaver_kernels import context_attention
+from operations.lora_cases import lora_on_gpu, make_lora
+from weaver_kernels import context_attention, routed_lora
 from weaver_kernels.devices import kernel_arch
 from weaver_kernels.measure_attention import LayerInputs, make_inputs
+from weaver_kernels.measure_lora import LoraInputs, make_lora_inputs
 from weaver_kernels.tune_attention import HEAD_DIMS
-from weaver_kernels.tuning import KernelConfig, kernel_config
-from weaver_kernels.unets import layers_of
+from weaver_kernels.tuning import KernelConfig, LoraConfig, kernel_config, lora_config
+from weaver_kernels.unets import UNETS, layers_of, linears
 
-KERNEL = "context_attention_kernel"
-COUNTERS = ("ncu", "--clock-control", "none", "--set", "detailed", "--kernel-name", KERNEL)
+KERNELS = ("context_attention_kernel", "routed_lora_kernel")
+NAMED = f"regex:{'|'.join(KERNELS)}"
+COUNTERS = ("ncu", "--clock-control", "none", "--set", "detailed", "--kernel-name", NAMED)
+LORA_RANK = 16
 
 ODD = {
     "sd15": {"d": 40, "length": 77},
@@ -35,6 +40,14 @@ ODD = {
     "strided": {"d": 40, "length": 33, "strided": True},
     "float32": {"d": 64, "length": 77, "dtype": torch.float32},
 }
+ODD_LORA = {
+    "linear": {},
+    "mixed ranks": {"ranks": (33, 0, 8, 128), "s": 4, "weights": soft_weights},
+    "strided": {"strided": True},
+    "3x3": {"size": (11, 7), "taps": 3, "padding": 1},
+    "3x3 of two steps, channels last": {"size": (11, 7), "taps": 3, "padding": 1, "stride": 2, "channels_last": True},
+    "lora of float32": {"dtype": torch.float32},
+}
 
 
 def odd(dry: bool) -> int:
@@ -44,14 +57,26 @@ def odd(dry: bool) -> int:
     code = 0
     for name, shape in ODD.items():
         case = make_case(**{"b": 2, "t": 77, "h": 2, "dtype": torch.float16, **shape})
-        if dry:
-            print(f"{name}: {tuple(case['q'].shape)} prepared")
-            continue
-        out = context_attention(**on_gpu(case)).cpu()
-        finite = bool(torch.isfinite(out).all())
-        print(f"{name}: {tuple(out.shape)}, {'finite' if finite else 'NOT FINITE'}", flush=True)
-        code |= not finite
+        code |= not _told(name, case["q"], None if dry else context_attention(**on_gpu(case)))
     return int(code)
+
+
+def odd_lora(dry: bool) -> int:
+    """The same of `routed_lora`."""
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    code = 0
+    for name, shape in ODD_LORA.items():
+        case = make_lora(**{"b": 2, "t": 77, "dtype": torch.float16, **shape})
+        code |= not _told(name, case["x"], None if dry else routed_lora(**lora_on_gpu(case)))
+    return int(code)
+
+
+def _told(name: str, prepared: torch.Tensor, out: torch.Tensor | None) -> bool:
+    """Print how a launch went, or that it is prepared; whether all is finite."""
+    finite = out is None or bool(torch.isfinite(out.cpu()).all())
+    shape = tuple((prepared if out is None else out).shape)
+    print(f"{name}: {shape}{' prepared' if out is None else ', finite' if finite else ', NOT FINITE'}", flush=True)
+    return finite
 
 
 def layers(device: str) -> dict[int, LayerInputs]:
@@ -68,9 +93,19 @@ def _config(dim: int, device: str) -> KernelConfig:
     return kernel_config("context_attention", dim, 16, arch)
 
 
+def lora_layer(device: str) -> tuple[LoraInputs, LoraConfig]:
+    """The Linear of SD 2.1 with the most numbers on the largest map, and its configuration."""
+    arch = kernel_arch(torch.device(device, 0)) if device == "cuda" else 90
+    config = lora_config(LORA_RANK, 16, arch)
+    layer = max(linears(UNETS["sd21"]), key=lambda one: one.tokens * (one.inputs + one.outputs))
+    return make_lora_inputs(layer, torch.float16, rank=LORA_RANK, tile_sizes=(config.tile,), device=device), config
+
+
 def launch_layers(device: str) -> None:
     for dim, inputs in layers(device).items():
         inputs.launch(_config(dim, device))
+    inputs, config = lora_layer(device)
+    inputs.launch(config)
     torch.cuda.synchronize()
 
 
@@ -79,17 +114,19 @@ def profile(dry: bool) -> int:
     if dry:
         for dim, inputs in layers("cpu").items():
             print(f"D = {dim}: q {tuple(inputs.q.shape)}, lists of {inputs.plan.lists.numel()} numbers")
+        print(f"LoRAs of rank {LORA_RANK}: x {tuple(lora_layer('cpu')[0].x.shape)}")
         return 0
     from torch.profiler import ProfilerActivity
 
     launch_layers("cuda")  # compiles
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
         launch_layers("cuda")
-    found = [event.time_range.elapsed_us() for event in profiler.events() if event.name == KERNEL]
-    print(f"PyTorch's profiler saw {len(found)} launches of {len(HEAD_DIMS)}")
-    for microseconds, dim in zip(found, HEAD_DIMS, strict=False):
-        print(f"D = {dim}: {microseconds:.1f} us")
-    code = int(len(found) != len(HEAD_DIMS))
+    launched = [*(f"D = {dim}" for dim in HEAD_DIMS), f"LoRAs of rank {LORA_RANK}"]
+    found = [event.time_range.elapsed_us() for event in profiler.events() if event.name in KERNELS]
+    print(f"PyTorch's profiler saw {len(found)} launches of {len(launched)}")
+    for name, microseconds in zip(launched, found, strict=False):
+        print(f"{name}: {microseconds:.1f} us")
+    code = int(len(found) != len(launched))
     if not shutil.which(COUNTERS[0]):
         print("Nsight Compute (ncu) is not installed: no counters")
         return code
@@ -101,13 +138,11 @@ def profile(dry: bool) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("odd", "layers", "profile"))
+    parser.add_argument("what", choices=("odd", "odd-lora", "layers", "profile"))
     parser.add_argument("--dry", action="store_true", help="prepare all on the CPU and launch nothing")
     arguments = parser.parse_args(argv)
-    if arguments.what == "odd":
-        return odd(arguments.dry)
-    if arguments.what == "profile":
-        return profile(arguments.dry)
+    if arguments.what != "layers":
+        return {"odd": odd, "odd-lora": odd_lora, "profile": profile}[arguments.what](arguments.dry)
     launch_layers("cuda")
     return 0
 

@@ -2,10 +2,10 @@
 
 The GPU tests, tuning, benchmarks, a profile of the kernel and compute-sanitizer, each with its own time. What fails or
 takes too long stops nothing else. What has passed is skipped next time, unless its sources, the device or the versions
-are others; what is unfinished goes on. The folder then holds at most eight files: `report.json`, a log of each part,
-the table of configurations and the benchmarks' rows. Those two are put back where they came from before anything is
-run, so that another machine with the same folder goes on too. Exit status: the sum of the numbers of the parts that
-failed.
+are others; what is unfinished goes on. The folder then holds six files: `report.json`, `log.txt` with what all calls
+printed, and of each operation the table of configurations and the benchmarks' rows. These are put back where they came
+from before anything is run, so that another machine with the same folder goes on too. Exit status: the sum of the
+numbers of the parts that failed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = "weaver_kernels/configs/*.json"
-TABLE = "weaver_kernels/configs/context_attention.json"
-ROWS = "build/gpu/context_attention.csv"  # the benchmarks write tables and pictures beside it
+OPERATIONS = ("context_attention", "routed_lora")
+TABLES = tuple(f"weaver_kernels/configs/{op}.json" for op in OPERATIONS)
+FOLDER = "build/gpu"  # the benchmarks write tables and pictures beside their rows
+ROWS = tuple(f"{FOLDER}/{op}.csv" for op in OPERATIONS)
 KERNELS = ("weaver_kernels/**/*.py",)
+LOG = "log.txt"
 PASSED = "passed"
 UNFINISHED = 3  # exit status of a command that has more to do when it is called again
 ENDING = (2, 2)  # seconds that a command out of time has to end, and to be ended
@@ -70,34 +73,36 @@ class Part:
 def make_parts() -> tuple[Part, ...]:
     """The parts in their order; with the time it takes to end them they fit eight minutes."""
     where = "tests" if find_spec("diffusers") else "tests/operations"  # the others can't be read without it
-    pytest = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", where)
+    pytest = ("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", where)
     workers = ("-n", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()  # most of it is compiling
-    tune = ("-m", "weaver_kernels.tune")
-    bench = ("-m", "benchmarks.context_attention")
+    tune = (sys.executable, "-m", "weaver_kernels.tune")
+    bench = (sys.executable, "-m", "benchmarks.context_attention")
+    bench_lora = (sys.executable, "-m", "benchmarks.routed_lora", "--models", "sd21", "--out", FOLDER)
     tiny = ("--device", "cpu", "--quick", "--models", "sd15", "--concepts", "1", "--rounds", "1", "--providers", "ours")
     launches = ("-m", "operations.gpu_launches")
-    sanitize = ("compute-sanitizer", "--error-exitcode", "9", "--kernel-name", "kns=context_attention_kernel", "--tool")
-    checked = (sys.executable, *launches, "odd")
+    sanitize = ("compute-sanitizer", "--error-exitcode", "9", "--kernel-name")
+    odd = {op: (sys.executable, *launches, name) for op, name in zip(OPERATIONS, ("odd", "odd-lora"), strict=True)}
+    tools = ("memcheck", "racecheck")
     return (
         Part(
-            "tests", 1, 135,
+            "tests", 1, 130,
             ((sys.executable, *pytest, *workers),),
             (sys.executable, *pytest, "--collect-only"),
             (*KERNELS, CONFIGS, "tests/**/*.py", "weaver/fusion/**/*.py"),
         ),
         Part(
-            "tune", 2, 100,
-            ((sys.executable, *tune, "--seconds", "80"),),
-            (sys.executable, *tune, "--dry", "90", "--first", "1"),
+            "tune", 2, 95,
+            tuple((*tune, "--op", op, "--seconds", "40") for op in OPERATIONS),
+            (*tune, "--dry", "90", "--first", "1"),
             (*KERNELS, CONFIGS),
-            (TABLE,),
+            TABLES,
         ),
         Part(
-            "benchmarks", 4, 135,
-            ((sys.executable, *bench, "--minutes", "2", "--missing", "--out", str(Path(ROWS).parent)),),
-            (sys.executable, *bench, *tiny, "--out", "build/gpu-dry"),
+            "benchmarks", 4, 125,
+            (bench_lora, (*bench, "--minutes", "1.2", "--missing", "--out", FOLDER)),
+            (*bench, *tiny, "--out", f"{FOLDER}-dry"),
             (*KERNELS, CONFIGS, "benchmarks/*.py"),
-            (ROWS,),
+            ROWS,
         ),
         Part(
             "profile", 8, 35,
@@ -106,10 +111,10 @@ def make_parts() -> tuple[Part, ...]:
             (*KERNELS, CONFIGS, "tests/operations/gpu_launches.py"),
         ),
         Part(
-            "sanitizer", 16, 50,
-            tuple((*sanitize, tool, *checked) for tool in ("memcheck", "racecheck")),
-            (*checked, "--dry"),
-            (*KERNELS, "tests/operations/gpu_launches.py", "tests/operations/cases.py"),
+            "sanitizer", 16, 55,
+            tuple((*sanitize, f"kns={op}_kernel", "--tool", tool, *run) for op, run in odd.items() for tool in tools),
+            (*odd["routed_lora"], "--dry"),
+            (*KERNELS, "tests/operations/gpu_launches.py", "tests/operations/*cases.py"),
             needs="compute-sanitizer",
         ),
     )  # fmt: skip
@@ -124,7 +129,7 @@ def fingerprint(sources: Sequence[str], machine: dict, root: Path = ROOT) -> str
 
 
 def run_commands(commands: Sequence[Sequence[str]], log: Path, seconds: float, root: Path = ROOT) -> str:
-    """Run commands one after another, all of them, with their output in `log`; says how it went."""
+    """Run commands one after another, all of them, with their output at the end of `log`; says how it went."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(root / "tests"), str(root), os.environ.get("PYTHONPATH")))),
@@ -132,7 +137,7 @@ def run_commands(commands: Sequence[Sequence[str]], log: Path, seconds: float, r
         "TRITON_INTERPRET": "0",
     }
     failed, end = [], time.monotonic() + seconds
-    with log.open("wb") as stream:
+    with log.open("ab") as stream:
         for command in commands:
             stream.write(f"$ {' '.join(command)}\n".encode())
             stream.flush()
@@ -169,7 +174,7 @@ def _end(process: subprocess.Popen) -> None:
 def run_part(part: Part, out: Path, machine: dict, before: dict, dry: bool, root: Path = ROOT) -> dict:
     """Run one part, or say why not; what is known of it afterwards."""
     if dry:
-        status = run_commands([part.dry], out / f"{part.name}.txt", 1800, root)
+        status = run_commands([part.dry], out / LOG, 1800, root)
         return {"status": "dry run " + status}
     if machine["device"] is None:
         return {"status": f"needs an NVIDIA GPU, and torch {machine['torch']} sees none"}
@@ -178,7 +183,7 @@ def run_part(part: Part, out: Path, machine: dict, before: dict, dry: bool, root
     if before.get("status") == PASSED and before["of"] == fingerprint(part.sources, machine, root):
         return before
     start = time.monotonic()
-    status = run_commands(part.commands, out / f"{part.name}.txt", part.seconds, root)
+    status = run_commands(part.commands, out / LOG, part.seconds, root)
     for result in part.results:  # also of a part that failed: what it wrote is whole
         if (root / result).exists():
             shutil.copyfile(root / result, out / Path(result).name)
@@ -191,22 +196,22 @@ def run_all(parts: Sequence[Part], out: Path, machine: dict, dry: bool = False, 
     out.mkdir(parents=True, exist_ok=True)
     if not dry and machine["device"] is not None:
         _put_back(parts, out, root)
-    path = out / "report.json"
+    path, log = out / "report.json", out / LOG
     before = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
     report = {"machine": machine, "parts": dict(before)}
     code = 0
     for part in parts:
         known = before.get(part.name, {})
+        begin = log.stat().st_size if log.exists() else 0
         found = run_part(part, out, machine, known, dry, root)
         report["parts"][part.name] = found
         beside = path.with_suffix(".new")  # whole, or not there: the next run reads it
         beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         beside.replace(path)
-        log = out / f"{part.name}.txt"
         if found is known:
             print(f"{part.name}: passed before, in {found['seconds']} s", flush=True)
         else:
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if "of" in found or dry else []
+            lines = log.read_bytes()[begin:].decode(errors="replace").splitlines() if log.exists() else []
             print(*(f"  {line}" for line in lines[-TAIL:]), sep="\n", end="\n" if lines else "")
             print(f"{part.name}: {found['status']}", flush=True)
         code += 0 if found["status"].removeprefix("dry run ").startswith(PASSED) else part.number

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from operations.cases import hard_weights
+from operations.cases import hard_weights, on_gpu
 from weaver_kernels import AdapterStack, ContextPlan, LowRank, routed_lora_reference
 from weaver_kernels.routed_lora.checks import output_size
 
@@ -59,6 +59,11 @@ def planned(case: dict, **options) -> dict:
     """The same case with a plan."""
     plan = ContextPlan(case["weights"], case.get("adapter_index"), **options)
     return case | {"weights": plan.weights, "adapter_index": plan.context_index, "plan": plan}
+
+
+def lora_on_gpu(case: dict) -> dict:
+    """The case on the GPU, strides kept."""
+    return on_gpu(case) | {"adapters": case["adapters"].to("cuda")}
 
 
 def fresh(case: dict) -> dict:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from operations.cases import hard_weights, on_gpu, soft_weights
+from operations.cases import hard_weights, soft_weights
 from operations.lora_cases import (
     assert_dead_untouched,
     assert_within_twice_eager,
     fresh,
+    lora_on_gpu,
     make_lora,
     planned,
     poison_dead,
@@ -22,15 +23,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_kernels")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 
 
-def moved(case: dict) -> dict:
-    """The case on the GPU, strides kept."""
-    return on_gpu(case) | {"adapters": case["adapters"].to("cuda")}
-
-
 def check(case: dict) -> None:
     """Without and with a plan, against float64 and eager PyTorch on the CPU."""
-    assert_within_twice_eager(routed_lora(**moved(case)).cpu(), case)
-    assert_within_twice_eager(routed_lora(**planned(moved(case))).cpu(), case)
+    assert_within_twice_eager(routed_lora(**lora_on_gpu(case)).cpu(), case)
+    assert_within_twice_eager(routed_lora(**planned(lora_on_gpu(case))).cpu(), case)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -63,12 +59,12 @@ def test_sizes_of_unets(t, c, o):
 def test_what_no_adapter_is_alive_on_is_not_touched(shape, dtype):
     case = make_lora(**shape, b=2, c=64, o=64, weights=few, dtype=dtype)
     dead = poison_dead(case)
-    assert_dead_untouched(routed_lora(**moved(case)).cpu(), dead)
+    assert_dead_untouched(routed_lora(**lora_on_gpu(case)).cpu(), dead)
 
 
 def test_float64_is_gathered():
     case = make_lora(b=2, t=200, dtype=torch.float64)
-    for arguments in (moved(case), planned(moved(case))):
+    for arguments in (lora_on_gpu(case), planned(lora_on_gpu(case))):
         torch.testing.assert_close(routed_lora(**arguments).cpu(), truth(case), rtol=1e-12, atol=1e-12)
 
 
@@ -78,7 +74,7 @@ def test_a_graph_replays_with_other_masks_and_another_number_of_contexts(shape, 
     """Captured once with room for eight contexts; masks, numbers and inputs then change in place."""
     rng = torch.Generator().manual_seed(0)
     case = make_lora(**shape, b=2, c=64, o=96, s=8, dtype=dtype)
-    on_device = planned(moved(case))
+    on_device = planned(lora_on_gpu(case))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -101,7 +97,7 @@ def test_a_graph_replays_with_other_masks_and_another_number_of_contexts(shape, 
 @pytest.mark.parametrize("number", [-1, 9, 2**40])
 def test_a_number_out_of_range_is_nan_without_waiting_for_the_device(number):
     weights = {"weights": lambda b, s, t, rng: torch.ones(b, s, t)}
-    case = moved(make_lora(s=2, t=256, indexed=True, dtype=torch.float16, **weights))
+    case = lora_on_gpu(make_lora(s=2, t=256, indexed=True, dtype=torch.float16, **weights))
     assert torch.isfinite(routed_lora(**fresh(case))).all()
     case["adapter_index"][0, 0] = number
     torch.cuda.set_sync_debug_mode("error")
@@ -117,11 +113,11 @@ def test_compiles_in_one_graph(backend):
     torch._dynamo.reset()
     case = make_lora(b=2, t=300, c=64, o=64, dtype=torch.float16)
     compiled = torch.compile(lambda y, **x: routed_lora(y * 1, **x) * 1, backend=backend, fullgraph=True)
-    assert_within_twice_eager(compiled(**moved(case)).cpu(), case)
+    assert_within_twice_eager(compiled(**lora_on_gpu(case)).cpu(), case)
 
 
 def test_opcheck():
-    case = planned(moved(make_lora(b=2, adapters=4, dtype=torch.float16)))
+    case = planned(lora_on_gpu(make_lora(b=2, adapters=4, dtype=torch.float16)))
     adapters, plan = case["adapters"], case["plan"]
     tensors = case["y"], case["x"], adapters.down, adapters.up, adapters.offsets, plan.weights, plan.context_index
     operation = torch.ops.weaver_kernels.routed_lora.default
