@@ -50,6 +50,10 @@ def trained_parts(pipe, unet_targets=ATTN2, **config) -> dict:
     return {"unet": pipe.unet} | encoders
 
 
+EVERYWHERE = ["to_k", "to_v", "to_q", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"]
+EVERYWHERE += ["conv_shortcut", "time_emb_proj"]
+
+
 def saved(pipe, folder, **config):
     """The file that diffusers' own saver makes of a trained pipeline."""
     parts = trained_parts(pipe, **config)
@@ -188,9 +192,11 @@ def test_text_encoder_parts_act_on_their_own_prompt_alone(file):
         assert same.tolist() == [True, True, False]  # negative, base, and the concept's own
 
 
-def test_sdxl(tmp_path):
+@pytest.mark.parametrize("targets", [None, EVERYWHERE], ids=["cross-attention", "whole"])
+def test_sdxl(tmp_path, targets):
+    """Over the whole picture it is what diffusers draws with the file loaded, its text encoders' parts included."""
     pipe, stock = make_sdxl(dtype=torch.float32), make_sdxl(dtype=torch.float32)
-    path = saved(make_sdxl(dtype=torch.float32), tmp_path)
+    path = saved(make_sdxl(dtype=torch.float32), tmp_path, **({"unet_targets": targets} if targets else {}))
     parsed = read_concept_file(path)
     assert {key.split(".")[0] for key in parsed.text_deltas} == {"text_encoder", "text_encoder_2"}
     pooled = stock.encode_prompt(PROMPT, do_classifier_free_guidance=False)[2]  # that of the base prompt stays
@@ -201,9 +207,7 @@ def test_sdxl(tmp_path):
 
 
 def test_what_lies_outside_cross_attention_is_kept_and_told_apart(tmp_path):
-    targets = ["to_k", "to_v", "to_q", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"]
-    targets += ["conv_shortcut", "time_emb_proj"]
-    path = saved(make_pipeline(dtype=torch.float32), tmp_path, unet_targets=targets)
+    path = saved(make_pipeline(dtype=torch.float32), tmp_path, unet_targets=EVERYWHERE)
     parsed = read_concept_file(path)
     tensors, _ = read(path)
     assert 2 * sum(map(len, (parsed.deltas, parsed.outside, parsed.text_deltas))) == len(tensors)

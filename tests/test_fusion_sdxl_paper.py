@@ -6,6 +6,7 @@ import pytest
 from conftest import make_concept
 from paper_comparison import compare, make_templates
 from paper_reference import Case, Sites
+from test_fusion_regional import make_lora
 from tiny_sdxl import make_sdxl
 
 BOTH = Sites("both", resnets=(1,), attentions=(1, 4), resnet_window=0.8, attention_window=0.4)
@@ -48,3 +49,10 @@ def test_velocity_prediction(templates):
     pipe = make_sdxl("v_prediction", seed=1)
     concepts = [make_concept(pipe, 1, "dog")]
     compare(Case("v", 1, "v_prediction", sites=BOTH, lam=0.2), pipe, concepts, templates)
+
+
+@pytest.mark.parametrize("sites", [None, BOTH], ids=["noise", "injected"])
+def test_whole_loras_each_in_its_region(sites, tiny_sdxl, templates):
+    """Of every module that has a region, the several transformer blocks of a layer among them."""
+    concepts = [make_lora(tiny_sdxl, number, word) for number, word in enumerate(("dog", "cat"), 1)]
+    compare(Case("whole", 2, lam=0.3, negative="ugly", soft=True, sites=sites), tiny_sdxl, concepts, templates)
