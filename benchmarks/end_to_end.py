@@ -85,7 +85,8 @@ def measure(args, pipe, model: str, device, dtype, matrix: float) -> Iterator[li
         yield variants(case, best, args.variants, device, few)
     if "process" in args.parts:
         template = load("sdxl", device, dtype) if model == "sd21" else pipe
-        yield process(case, model, template, args.process_steps, few, matrix, device.type == "cuda")
+        for provider in ("ours, captured", "ours") if device.type == "cuda" else ("ours",):
+            yield process(case, model, template, args.process_steps, few, matrix, provider)
 
 
 def _part_row(case: Case, kind: str, seconds: float, shares: dict, device: torch.device) -> dict:

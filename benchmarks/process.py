@@ -32,16 +32,18 @@ PROMPT, SEED = "a cat and a panda, mountain background", 1  # a template in whic
 
 
 def process(
-    case: Case, model: str, template_pipe, steps: int, rounds: int, matrix: float, on_gpu: bool = False
+    case: Case, model: str, template_pipe, steps: int, rounds: int, matrix: float, provider: str = "ours"
 ) -> list[dict]:
     """`weave` by wall clock: cold, warm, and warm with other masks, and with these and another concept.
 
     The embedded model draws its shipped concepts and finds their words; the others have N random concepts and are told
     where they stand. The template comes from `template_pipe`, by itself where that is not the case's. On a GPU forwards
-    are captured before anything is timed, and those of the case's own model compiled before that.
+    are captured before anything is timed, and those of the case's own model compiled before that, which takes minutes,
+    unless `provider` is "ours, captured".
     """
     pipe, side, apart = case.pipe, case.plan.pixels[0], template_pipe is not case.pipe
-    graphs, of_template = (CUDAGraphs(compiled=own) if on_gpu else None for own in (True, not apart))
+    on_gpu, compiled = pipe.device.type == "cuda", provider == "ours"
+    graphs, of_template = (CUDAGraphs(compiled=own) if on_gpu else None for own in (compiled, compiled and not apart))
     if model == "embedded":
         prompt, given = PROMPT, {}
         concepts = [Concept.load(concept_path(name)) for name in SHIPPED]
@@ -77,7 +79,7 @@ def process(
     rows = []
     for (stage, state), samples in found.items():
         spread = dict(zip(("p20_s", "p50_s", "p80_s"), (f"{x:.4g}" for x in quantiles(samples)), strict=True))
-        row = {"part": stage, "provider": "ours", "state": state, "N": len(concepts), "variants": 1, "steps": steps}
+        row = {"part": stage, "provider": provider, "state": state, "N": len(concepts), "variants": 1, "steps": steps}
         row |= {"pixels": side, **spread, "samples": len(samples), "clock": "wall"}
         if state == "cold" and stage in work:
             row |= share(work[stage], quantiles(samples)[1], matrix)

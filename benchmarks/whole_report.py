@@ -84,16 +84,22 @@ def _steps(rows: Rows) -> str:
 
 
 def _stages(rows: Rows) -> str:
-    found = {(row["part"], row["state"]): row for row in rows if row["part"] in STAGES}
+    of_stages = [row for row in rows if row["part"] in STAGES]
+    providers = dict.fromkeys(row["provider"] for row in of_stages)
+    return "\n\n".join(_stages_of([row for row in of_stages if row["provider"] == one], one) for one in providers)
+
+
+def _stages_of(rows: Rows, provider: str) -> str:
+    found = {(row["part"], row["state"]): row for row in rows}
     states = list(dict.fromkeys(state for _, state in found))
     lines = []
     for stage in STAGES:
         cells = [f"{float(row['p50_s']):.3g}" if (row := found.get((stage, state))) else MISSING for state in states]
         cold = found.get((stage, "cold"))
         lines.append((stage, *cells, f"{cold['tflop']}, {float(cold['share']):.1%}" if cold and cold["tflop"] else ""))
-    some = next(iter(found.values()), None)
-    head = some and f"s, N = {some['N']}, {some['steps']} steps each way, {some['pixels']} pixels"
-    return table((head, *states, "TFLOP when cold, share of the peak"), lines) if found else ""
+    some = rows[0]
+    head = f"{provider}: s, N = {some['N']}, {some['steps']} steps each way, {some['pixels']} pixels"
+    return table((head, *states, "TFLOP when cold, share of the peak"), lines)
 
 
 def _parts(rows: Rows) -> str:
