@@ -58,7 +58,14 @@ def loras() -> dict[str, tuple[dict, dict[str, str]]]:
         f"{of_text}.to_q_lora.{part}.weight": torch.randn(*shape) for part, shape in (("down", (2, 3)), ("up", (3, 2)))
     }
     peft = {f"base_model.model.{ATTENTION}.to_k.lora_{x}.weight": torch.randn(2, 2) for x in "AB"}
-    return {"kohya": (kohya, {"ss_steps": "3"}), "kohya-sdxl": (sdxl, {}), "old-lora": (old, {}), "peft": (peft, {})}
+    bundle = kohya | {"bundle_emb.toy.string_to_param.*": torch.randn(1, 3)}
+    return {
+        "kohya": (kohya, {"ss_steps": "3"}),
+        "bundle": (bundle, {}),
+        "kohya-sdxl": (sdxl, {}),
+        "old-lora": (old, {}),
+        "peft": (peft, {}),
+    }
 
 
 def _kohya(names: list[str]) -> dict[str, torch.Tensor]:

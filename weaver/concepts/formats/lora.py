@@ -19,6 +19,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 
 from weaver.concepts.changes import ranks_of
 from weaver.concepts.concept_checks import parted
+from weaver.concepts.formats.bundled import bundled_tokens, is_bundled
 from weaver.concepts.formats.opening import OpenedFile
 from weaver.concepts.formats.parsed import ParsedFile
 from weaver.concepts.formats.refused import OTHER_BASE
@@ -55,16 +56,19 @@ def parse(opened: OpenedFile) -> ParsedFile | None:
 
     Alphas are tensors in kohya's files, in the metadata of diffusers' and in the `adapter_config.json` beside PEFT's,
     without which one of PEFT's is refused: nobody can tell its scale. A token is in the file beside it that `convert`
-    left there.
+    left there, or in the file itself where that is a bundle.
     """
     if not recognises(opened):
         return None
-    tensors = {key: value for key, value in opened.tensors.items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        key: value for key, value in opened.tensors.items() if isinstance(value, torch.Tensor) and not is_bundled(key)
+    }
     try:
         parsed = _parsed(tensors, _config(opened), opened.metadata)
     except Refusal as refusal:
         raise opened.error(str(refusal)) from refusal
-    return replace(parsed, **token_beside(opened)._asdict())
+    beside = token_beside(opened)
+    return replace(parsed, **beside._asdict() | {"embeddings": bundled_tokens(opened) | dict(beside.embeddings)})
 
 
 def _config(opened: OpenedFile) -> dict:
