@@ -17,7 +17,7 @@ from weaver.job import (
     StyleSpec,
     TemplateSpec,
 )
-from weaver.job.fields import Fields, resolve_path
+from weaver.job.fields import BANK, EMBEDDED, Fields, resolve_path
 from weaver.job.parse_concept import parse_concept
 from weaver.layers import SITES
 
@@ -99,9 +99,14 @@ def _size(fields: Fields) -> tuple[int, int] | None:
 def _style(fields: Fields) -> StyleSpec:
     if not fields.has("file"):
         fields.complain("file", "is missing; name a LoRA")
-    spec = StyleSpec(file=fields.file("file"), weight=fields.number("weight", 1.0))
-    if isinstance(spec.file, str):
-        fields.complain("file", f"{spec.file!r} is no file, and no style ships with the package")
+    value = fields.text("file")
+    if value and value.startswith(BANK):
+        fields.complain("file", f"{value!r} is no file: the bank keeps concepts, and a style is a LoRA; name its file")
+    elif value and value.startswith(EMBEDDED):
+        fields.complain("file", f"{value!r} is no file, and no style ships with the package; name a LoRA's")
+    else:
+        value = fields.file("file")
+    spec = StyleSpec(file=value, weight=fields.number("weight", 1.0))
     fields.finish()
     return spec
 

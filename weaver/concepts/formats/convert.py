@@ -15,9 +15,10 @@ from weaver.choices import LAYOUTS
 from weaver.concepts.concept import Concept, ConceptError
 from weaver.concepts.concept_checks import OUTPUT_BIAS
 from weaver.concepts.decompose import Losses
+from weaver.concepts.formats.kohya_names import is_of_sdxl
 from weaver.concepts.formats.parsed import BASE_KEY
 from weaver.concepts.formats.save_custom_diffusion import custom_diffusion_weights
-from weaver.concepts.formats.save_lora import diffusers_lora, kohya_lora
+from weaver.concepts.formats.save_lora import LoraFile, diffusers_lora, kohya_lora, lora_changes
 from weaver.concepts.formats.token_file import token_path, told_token, vectors_of_file
 from weaver.errors import told
 from weaver.folder import all_or_nothing
@@ -27,7 +28,6 @@ __all__ = ["RANK", "Converted", "convert"]
 
 RANK = 16
 _CUSTOM = "custom-diffusion"
-_LORAS = {"diffusers-lora": diffusers_lora, "kohya-lora": kohya_lora}
 Writer = Callable[[Path], object]
 
 
@@ -89,7 +89,7 @@ def _weights(concept: Concept, to: str, out: Path, rank: int, pipe) -> tuple[Wri
     """What writes a concept's changes in another layout than our own, and what is to be known of that."""
     notes, base = [], {BASE_KEY: concept.base_hash} if concept.base_hash else {}
     if to != _CUSTOM:
-        file = _LORAS[to](concept, rank)
+        file = _lora(concept, to, rank)
         metadata = file.metadata | base | told_token(concept)
         write, notes = partial(save_file, file.tensors, metadata=metadata), _losses(concept, file.losses)
         alphas = {(name.split("_")[1], x.item()) for name, x in file.tensors.items() if name.endswith(".alpha")}
@@ -110,6 +110,16 @@ def _weights(concept: Concept, to: str, out: Path, rank: int, pipe) -> tuple[Wri
     if concept.token and not concept.embeddings:
         untold.append(f"words {concept.token!r} that prompts need")
     return write, [*notes, f"not told in this layout: {', '.join(untold)}"]
+
+
+def _lora(concept: Concept, to: str, rank: int) -> LoraFile:
+    """Raises `ConceptError` for a concept that has nothing that a LoRA has a place for."""
+    changes = lora_changes(concept)
+    if not changes:
+        raise ConceptError(f"concept {concept.name!r} changes no weights, it is a token alone: a LoRA has none")
+    if all(key.endswith(OUTPUT_BIAS) for key in changes):
+        raise ConceptError(f"concept {concept.name!r} changes biases alone: a LoRA has no place for them")
+    return kohya_lora(changes, rank, sdxl=is_of_sdxl(concept)) if to == "kohya-lora" else diffusers_lora(changes, rank)
 
 
 def _losses(concept: Concept, losses: Losses) -> list[str]:
