@@ -426,6 +426,22 @@ def test_the_token_of_a_lora_comes_back_into_the_bank_by_itself(concept, tmp_pat
     assert torch.equal(kept.embeddings["text_encoder"], concept.embeddings["text_encoder"])
 
 
+def test_a_token_file_of_the_same_vectors_is_no_conflict(concept, tmp_path):
+    first = convert(concept, "diffusers-lora", tmp_path / "first.safetensors")
+    written = first.files[1].stat().st_mtime_ns
+    second = convert(concept, "kohya-lora", tmp_path / "second.safetensors")
+    assert second.files[1] == first.files[1] and first.files[1].stat().st_mtime_ns == written
+    other = replace(concept, embeddings={"text_encoder": torch.ones(2, 16)})
+    for content in ("first.safetensors", None):  # a file of another kind, and another token
+        if content:
+            first.files[1].write_bytes((tmp_path / content).read_bytes())
+        else:
+            convert(other, "diffusers-lora", tmp_path / "first.safetensors", replace=True)
+        with pytest.raises(ConceptError, match="<v1>.safetensors is there already; give --replace"):
+            convert(concept, "kohya-lora", tmp_path / "third.safetensors")
+    assert not (tmp_path / "third.safetensors").exists()
+
+
 def test_a_token_file_that_is_gone_is_missed(concept, tmp_path, capsys):
     out = converted(concept, "diffusers-lora", tmp_path)
     out.with_name("<v1>.safetensors").unlink()

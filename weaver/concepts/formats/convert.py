@@ -19,7 +19,7 @@ from weaver.concepts.formats.kohya_names import is_of_sdxl
 from weaver.concepts.formats.parsed import BASE_KEY
 from weaver.concepts.formats.save_custom_diffusion import custom_diffusion_weights
 from weaver.concepts.formats.save_lora import LoraFile, diffusers_lora, kohya_lora, lora_changes
-from weaver.concepts.formats.token_file import token_path, told_token, vectors_of_file
+from weaver.concepts.formats.token_file import holds_token, token_path, told_token, vectors_of_file
 from weaver.errors import told
 from weaver.folder import all_or_nothing
 from weaver_kernels import LowRank
@@ -54,7 +54,7 @@ def convert(
     out : the file, ".safetensors"; of Custom Diffusion ".bin" too, the only kind that diffusers' own loader reads whole
     rank : of the factors that matrices become in a LoRA
     pipe : the base model, for "custom-diffusion"
-    replace : whether files that are there may be replaced
+    replace : whether files that are there may be replaced; a token's file that has the same vectors stays as it is
 
     Raises `ConceptError` for what has no place in the layout, and for an `out` that can't be.
     """
@@ -71,18 +71,19 @@ def convert(
     if reasons:
         raise ConceptError("; ".join(reasons))
     if to == "weaver":
-        writers, notes = {out: concept.save}, []
+        write, notes, beside = concept.save, [], {}
     else:
         write, notes = _weights(concept, to, out, rank, pipe)
-        writers = {out: write} | _token_file(concept, to, out)
-        notes += [f"{path}: the token {concept.token}, to be loaded as textual inversion" for path in [*writers][1:]]
+        beside = _token_file(concept, to, out)
+        notes += [f"{path}: the token {concept.token}, to be loaded as textual inversion" for path in beside]
+    writers = {out: write} | {path: save for path, save in beside.items() if not holds_token(path, concept)}
     there = [path for path in writers if path.exists()]
     if there and not replace:
         raise ConceptError(f"out: {there[0]} is there already; give --replace, or another --out")
     with all_or_nothing(out.parent) as scratch:
         for path, write in writers.items():
             write(scratch / path.name)
-    return Converted(list(writers), notes)
+    return Converted([out, *beside], notes)
 
 
 def _weights(concept: Concept, to: str, out: Path, rank: int, pipe) -> tuple[Writer, list[str]]:

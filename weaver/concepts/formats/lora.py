@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from math import sqrt
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -36,6 +37,7 @@ _FACTOR = re.compile(r"^(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
 _NOTES = ("ss_base_model_version", "ss_sd_model_name", "ss_steps", "ss_learning_rate", "ss_network_alpha")
 _MOST_ALPHA = 1e6  # a thousand times what anybody trains with
 _PEFT_PREFIX, _PEFT_CONFIG = "base_model.model.", "adapter_config.json"
+_LARGEST_CONFIG = 1 << 20  # bytes; one that names every module of SDXL has 60 kB
 _PLAIN_NAME = re.compile(r"^[\w.]+$")  # what of a pattern is taken: anything more could take for ever to match
 _OLD_TEXT = re.compile(r"\.(?:to_(q|k|v|out)_lora|lora_linear_layer|lora)\.(down|up)\.")  # diffusers' without PEFT
 _OLD_PROJECTIONS = {"q": ".q_proj", "k": ".k_proj", "v": ".v_proj", "out": ".out_proj"}
@@ -78,15 +80,21 @@ def _config(opened: OpenedFile) -> dict:
     if of_peft and not text and not beside.is_file():
         raise opened.error(f"a LoRA of PEFT's, whose scale is in its {_PEFT_CONFIG}: put that beside it")
     try:
-        if text:
-            config = json.loads(text)
-        else:
-            config = json.loads(beside.read_text(encoding="utf-8")) if of_peft else {}
+        content = text or (_content(beside) if of_peft else "{}")
+        if len(content) > _LARGEST_CONFIG:
+            raise ValueError(f"it has more than {_LARGEST_CONFIG} bytes")
+        config = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         raise opened.error(f"how it was made can't be read ({told(str(error))}): save it again") from error
     if not isinstance(config, dict):
         raise opened.error(f"how it was made is {told(config)}, expected settings by name: save it again")
     return config
+
+
+def _content(path: Path) -> bytes:
+    """The start of a file, one byte longer than it may be."""
+    with path.open("rb") as file:
+        return file.read(_LARGEST_CONFIG + 1)
 
 
 def _parsed(tensors: Mapping[str, torch.Tensor], config: Mapping, metadata: Mapping[str, str]) -> ParsedFile:
