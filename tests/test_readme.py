@@ -68,7 +68,17 @@ def test_the_table_names_every_field():
     table = README[README.index("| field |") :]
     called = {"suppression": "lambda", "inversion_prompt": "inversion.prompt", "concepts": "concepts[]"}
     called |= {"resnet_window": "ResNet", "attention_window": "attention features", "settings": "TrainSettings"}
-    for name in ("Job", "TemplateSpec", "ConceptSpec", "TrainSpec", "MaskSpec", "MasksSpec", "StyleSpec", "FusionSpec"):
+    for name in (
+        "Job",
+        "TemplateSpec",
+        "ConceptSpec",
+        "TrainSpec",
+        "MaskSpec",
+        "MasksSpec",
+        "TextSpec",
+        "StyleSpec",
+        "FusionSpec",
+    ):
         for field in dataclass_fields(getattr(job_module, name)):
             assert called.get(field.name, field.name) in table, f"{name}.{field.name}"
 

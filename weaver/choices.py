@@ -12,9 +12,11 @@ __all__ = [
     "OVERLAPS",
     "PARTS",
     "PRECISIONS",
+    "TEXT_BACKENDS",
 ]
 
-MASK_SOURCES = ("segmenter", "attention")  # who finds words in a template
+MASK_SOURCES = ("segmenter", "attention", "text")  # who finds words in a template
+TEXT_BACKENDS = ("transformers", "original")  # whose Grounding DINO and SAM the source "text" runs
 FEATURES = ("stored", "replayed", "inversion")  # how features are had, see weaver.features
 OVERLAPS = ("priority", "share")  # who gets what two masks claim
 LAYERS = ("keys-values", "all")  # of a U-Net in which a concept is learned

@@ -29,6 +29,7 @@ from weaver.inversion import invert
 from weaver.job import MaskSpec
 from weaver.latents import decode_latents, tensor_to_images
 from weaver.layers import InjectionSites, sites_for
+from weaver.masks import TextMasks
 from weaver.memory.plans import MemoryPlan
 from weaver.memory.resting import modules_of, resting
 from weaver.models import threads_for
@@ -99,7 +100,7 @@ def weave(
     template: Image.Image | str | Path | None = None,
     places: Places | Sequence[MaskSpec] | None = None,
     masks: torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray] | None = None,
-    mask_source: str | None = None,
+    mask_source: str | TextMasks | None = None,
     dilation: int | None = None,
     overlap: str = "priority",
     source_prompt: str | None = None,
@@ -135,7 +136,8 @@ def weave(
     masks : [N, height, width] instead of `places`, in the template's pixels, 0.5 and more is inside; or
         [N + 1, height, width] as `compose_masks` returns them, the background last, which are taken as they are; or a
         list of as many [height, width]
-    mask_source : who finds words, "segmenter" (the embedded model's) or "attention"; None is the best there is
+    mask_source : who finds words, "segmenter" (the embedded model's), "attention", "text" (Grounding DINO and SAM,
+        `weaver.masks.opening`) or such a `TextMasks` that is open; None is the best that needs no other weights
     dilation : pixels that masks grow by; None is a 64th of the shorter side
     overlap : who gets what two masks claim, "priority" or "share"
     source_prompt : p_src, what the template shows; None is `prompt`

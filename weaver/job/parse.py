@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from weaver.choices import FEATURES, MASK_SOURCES, OVERLAPS
@@ -17,15 +16,14 @@ from weaver.job import (
     StyleSpec,
     TemplateSpec,
 )
-from weaver.job.fields import Fields, resolve_path
+from weaver.job.fields import Fields, is_hub_id, resolve_path
 from weaver.job.parse_concept import parse_concept
+from weaver.job.parse_mask import parse_text
 from weaver.layers import SITES
 
 __all__ = ["job_from_mapping"]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-_PATHLIKE = re.compile(r"^[.~]|^/|\\|^[A-Za-z]:")
-_HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$")
 
 
 def job_from_mapping(mapping: object, *, folder: Path, source: str = "job") -> Job:
@@ -78,7 +76,7 @@ def _model(fields: Fields, name: str, default: str | None, words: tuple[str, ...
         if not (folder / "model_index.json").is_file():
             fields.complain(name, f"{value!r} is a folder without model_index.json, so no diffusers pipeline")
         return str(folder)
-    if _PATHLIKE.search(value) or not _HUB_ID.match(value):
+    if not is_hub_id(value):
         fields.complain(name, f"{value!r} is no folder (looked at {folder}), no Hub id (owner/name) and not 'embedded'")
     return value
 
@@ -130,6 +128,7 @@ def _masks(fields: Fields) -> MasksSpec:
         source=fields.choice("source", MASK_SOURCES),
         dilation=fields.whole("dilation"),
         overlap=fields.choice("overlap", OVERLAPS, "priority"),
+        text=parse_text(fields.section("text")),
     )
     fields.finish()
     return spec

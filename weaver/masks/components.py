@@ -9,7 +9,7 @@ import torch
 
 from weaver.masks.compose import MaskError, dilate
 
-__all__ = ["assign_objects", "connected_components", "split_objects", "tidy"]
+__all__ = ["assign_objects", "connected_components", "objects_in", "split_objects", "tidy"]
 
 # Of the objects that are cut apart, the smallest has at least this part of the largest's area: an ear is no animal.
 _ALIKE = 0.25
@@ -31,6 +31,16 @@ def assign_objects(masks: torch.Tensor, words: Sequence[str], labels: Sequence[s
         count = list(words).count(label)
         found[label] = iter(split_objects(mask, count, label) if count > 1 else mask.bool()[None])
     return torch.stack([next(found[word]) for word in words])
+
+
+def objects_in(mask: torch.Tensor, count: int, what: str = "object") -> torch.Tensor:
+    """The objects of mask [h, w] from left to right, [K, h, w] with K `count` at least: its parts, where it has enough
+    that are alike in size, else as `split_objects` cuts them."""
+    parts = connected_components(tidy(mask))
+    if parts.max(initial=0) < count:
+        return split_objects(mask, count, what)
+    objects = [torch.from_numpy(parts == number) for number in range(1, parts.max() + 1)]
+    return torch.stack(sorted(objects, key=_middle))
 
 
 def split_objects(mask: torch.Tensor, count: int, what: str = "object") -> torch.Tensor:
@@ -56,8 +66,7 @@ def split_objects(mask: torch.Tensor, count: int, what: str = "object") -> torch
     order = np.argsort(-np.bincount(parts.ravel())[1:], kind="stable")[:count] + 1
     seeds = torch.stack([torch.from_numpy(parts == label) for label in order])
     objects = _grow_back(seeds, mask)
-    centres = [torch.nonzero(part)[:, 1].float().mean().item() for part in objects]
-    return objects[torch.tensor(sorted(range(count), key=centres.__getitem__))]
+    return torch.stack(sorted(objects, key=_middle))
 
 
 def tidy(mask: torch.Tensor) -> torch.Tensor:
@@ -98,6 +107,11 @@ def connected_components(mask: torch.Tensor | np.ndarray) -> np.ndarray:
     roots = np.array([root(label) for label in range(len(parent))])
     compact = np.searchsorted(np.unique(roots), roots)  # 0 is a root of its own, so it stays 0
     return compact[labels]
+
+
+def _middle(part: torch.Tensor) -> float:
+    """The mean x of the pixels of a part [h, w]."""
+    return torch.nonzero(part)[:, 1].float().mean().item()
 
 
 def _grow_back(seeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,9 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Finds boxes for a phrase."""
+    """Finds boxes for a phrase, by its `model`, a `torch.nn.Module`."""
+
+    model: torch.nn.Module
 
     def detect(self, image: Image.Image, phrase: str, box_threshold: float, text_threshold: float) -> list[Detection]:
         """Boxes whose best word is surer than `box_threshold`; read are the words surer than `text_threshold`."""
@@ -44,7 +46,9 @@ class Detector(Protocol):
 
 
 class Outliner(Protocol):
-    """Makes masks of boxes and of points."""
+    """Makes masks of boxes and of points, by its `model`, a `torch.nn.Module`."""
+
+    model: torch.nn.Module
 
     def of_boxes(self, image: Image.Image, boxes: Sequence[Box]) -> torch.Tensor:
         """The object in every box: [K, height, width] bool."""
@@ -81,6 +85,12 @@ class TextMasks:
             if not is_number(value) or not 0 <= value <= 1
         ]
         raise_if(reasons, "Cannot find words")
+
+    @property
+    def components(self) -> dict[str, object]:
+        """Its models, by what they do."""
+        parts = {"detector": self.detector, "segmenter": self.outliner}
+        return {name: part.model for name, part in parts.items() if part is not None}
 
     @torch.no_grad()
     def find(
