@@ -86,7 +86,7 @@ def test_more_objects_than_asked_leaves_the_smallest_out():
     ids=["one", "one and a speck", "none"],
 )
 def test_fewer_objects_than_concepts(mask):
-    with pytest.raises(MaskError, match="2 concepts are a 'cat', .* a box or a mask file each"):
+    with pytest.raises(MaskError, match="2 'cat' asked for, .* a box or a mask file each"):
         split_objects(mask, 2, "cat")
 
 

@@ -83,7 +83,7 @@ def test_the_table_names_every_field():
             assert called.get(field.name, field.name) in table, f"{name}.{field.name}"
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "estimate"])
+@pytest.mark.parametrize("command", ["demo", "run", "masks", "estimate"])
 def test_the_command_line_has_what_is_shown(command):
     shown = re.search(rf"^weaver {command} (.*)$", README, re.MULTILINE).group(1)
     help_text = _parser()._subparsers._group_actions[0].choices[command].format_help()

@@ -60,7 +60,7 @@ def split_objects(mask: torch.Tensor, count: int, what: str = "object") -> torch
         if not worn.any():
             alone = len(np.unique(connected_components(mask))) - 1
             raise MaskError(
-                f"{count} concepts are a {what!r}, but the mask of {what!r} holds {alone} objects that could be one: "
+                f"{count} {what!r} asked for, but the mask of {what!r} holds {alone} objects that could be one: "
                 "give these concepts a box or a mask file each"
             )
     order = np.argsort(-np.bincount(parts.ravel())[1:], kind="stable")[:count] + 1

@@ -73,7 +73,7 @@ def _inside(image: Image.Image, path, label: int | str | None) -> np.ndarray:
         return levels == label
     if image.has_transparency_data:
         alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-        if alpha.min() != alpha.max():
+        if alpha.min() != alpha.max() or not alpha.any():
             return alpha >= 128
     if image.mode == "P":
         colours = np.asarray(image.convert("RGB"))
