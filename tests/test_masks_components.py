@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from weaver.masks.components import assign_objects, connected_components, split_objects, tidy
+from weaver.masks.components import assign_objects, split_objects, tidy
 from weaver.masks.compose import MaskError
+from weaver.masks.shapes import connected_components
 
 
 def discs(*circles, size=(64, 64)):

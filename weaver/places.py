@@ -15,7 +15,8 @@ from weaver.fusion.contexts import ConceptUse
 from weaver.job import MaskSpec
 from weaver.masks import MaskError, attention_masks, box_mask, compose_masks, load_mask, segmenter_masks
 from weaver.masks.attention import word_positions
-from weaver.masks.compose import as_masks, partition_reasons
+from weaver.masks.compose import as_masks
+from weaver.masks.pyramid import partition_reasons
 from weaver.masks.segmenter import segmenter_reasons
 from weaver.memory.resting import lent, modules_of
 from weaver.models import is_embedded

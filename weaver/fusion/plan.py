@@ -35,7 +35,7 @@ from weaver.fusion.support import model_reasons
 from weaver.fusion.weights import negative_weights, phase_starts, region_weights, token_weights
 from weaver.latents import vae_scale_factor
 from weaver.layers import layer_size
-from weaver.masks.compose import mask_pyramid
+from weaver.masks.pyramid import mask_pyramid
 from weaver_kernels import ContextKV
 
 __all__ = ["FusionPlan"]
