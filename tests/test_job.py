@@ -85,7 +85,11 @@ def test_everything_a_job_can_say_survives_writing_and_reading(folder, tmp_path_
         ],
         "background": {"name": "hills", "file": "rex.safetensors", "word": "mountain"},
         "inversion": {"prompt": "a photo"},
-        "masks": {"source": "attention", "dilation": 3, "overlap": "share"},
+        "keep_background": False,
+        "masks": {
+            "source": "attention", "dilation": 0.3, "overlap": "share", "min_area": 9, "fill_holes": True, "feather": 4,
+            "downsampling": "nearest",
+        },
         "fusion": {
             "lambda": 0.3, "guidance": 6, "eta": 0.2, "injection": {
                 "sites": "plug-and-play", "resnet": 0.7, "attention": 0.4, "features": "replayed"
@@ -165,6 +169,13 @@ MISTAKES = {
         changed(model="pictures"),
         "model: 'pictures' is a folder without model_index.json",
     ),
+    "kept and changed": (
+        changed(keep_background=True, background={"file": "rex.safetensors", "word": "mountain"}),
+        "keep_background: the background is a concept, which changes it; leave one of the two out",
+    ),
+    "kept that is no truth value": (changed(keep_background="all"), "keep_background: expected true or false"),
+    "dilation between pixels": (changed(masks={"dilation": 2.5}), "masks.dilation: must be whole pixels or a part of"),
+    "feather between pixels": (changed(masks={"feather": 0.5}), "masks.feather: expected a whole number"),
     "unknown mask source": (changed(masks={"source": "atention"}), "masks.source: 'atention' is not one of"),
     "negative lambda": (changed(fusion={"lambda": -0.5}), "fusion.lambda: must be at least 0"),
     "lambda no number": (changed(fusion={"lambda": "much"}), "fusion.lambda: expected a number, found 'much'"),

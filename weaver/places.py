@@ -143,16 +143,16 @@ class Places:
         given = tuple(next(found) if mask is None else mask for mask in self.given)
         return replace(self, given=given, words=(None,) * len(given))
 
-    def compose(self, size: tuple[int, int], *, dilation: int, overlap: str, names: Sequence[str]) -> torch.Tensor:
+    def compose(self, size: tuple[int, int], *, names: Sequence[str], **shaping) -> torch.Tensor:
         """The final masks [N + 1, height, width] float32, the background last; masks that came composed stay so.
 
         Before every mask is found it tells what is wrong with those that are known: the others only take more away.
-        `size` is (height, width), the rest as in `compose_masks`. Raises `MaskError`.
+        `size` is (height, width), the rest as in `compose_masks`, with the same defaults. Raises `MaskError`.
         """
         if self.final is not None:
             return self.final
         known = [name for name, mask in zip(names, self.given, strict=True) if mask is not None]
-        return compose_masks(self.dense(size), dilation=dilation, overlap=overlap, names=known)
+        return compose_masks(self.dense(size), names=known, **shaping)
 
     def dense(self, size: tuple[int, int]) -> torch.Tensor:
         """The masks [N, height, width] float32 that are given, not yet composed; `size` is (height, width)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from weaver.choices import FEATURES, MASK_SOURCES, OVERLAPS
+from weaver.choices import DOWNSAMPLINGS, FEATURES, KEPT_AND_CHANGED, MASK_SOURCES, OVERLAPS
 from weaver.job import (
     SAME_MODEL,
     BackgroundSpec,
@@ -17,7 +17,7 @@ from weaver.job import (
     StyleSpec,
     TemplateSpec,
 )
-from weaver.job.fields import Fields, resolve_path
+from weaver.job.fields import LARGEST, Fields, resolve_path
 from weaver.job.parse_concept import parse_concept
 from weaver.layers import SITES
 
@@ -50,6 +50,7 @@ def job_from_mapping(mapping: object, *, folder: Path, source: str = "job") -> J
         size=_size(fields),
         device=fields.choice("device", DEVICES, "auto"),
         template=_template(fields.section("template")),
+        keep_background=bool(fields.truth("keep_background")),
         masks=_masks(fields.section("masks")),
         fusion=_fusion(fields.section("fusion")),
         concepts=tuple(parse_concept(entry, ConceptSpec) for entry in entries or ()),
@@ -128,11 +129,26 @@ def _template(fields: Fields) -> TemplateSpec:
 def _masks(fields: Fields) -> MasksSpec:
     spec = MasksSpec(
         source=fields.choice("source", MASK_SOURCES),
-        dilation=fields.whole("dilation"),
+        dilation=_extent(fields, "dilation", None),
         overlap=fields.choice("overlap", OVERLAPS, "priority"),
+        min_area=_extent(fields, "min_area", 0),
+        fill_holes=bool(fields.truth("fill_holes")),
+        feather=fields.whole("feather", 0),
+        downsampling=fields.choice("downsampling", DOWNSAMPLINGS, "area"),
     )
     fields.finish()
     return spec
+
+
+def _extent(fields: Fields, name: str, default: float | None) -> float | None:
+    """Whole pixels, or a part of an object below 1."""
+    value = fields.number(name, default, least=0, most=LARGEST)
+    if value is None or (value < 1 and value > 0):
+        return value
+    if value % 1:
+        fields.complain(name, f"must be whole pixels or a part of the object below 1, is {value:g}")
+        return default
+    return int(value)
 
 
 def _fusion(fields: Fields) -> FusionSpec:
@@ -153,6 +169,8 @@ def _fusion(fields: Fields) -> FusionSpec:
 
 def _check_whole(job: Job, fields: Fields) -> None:
     """What no field can tell by itself."""
+    if job.keep_background and job.background:
+        fields.complain(None, KEPT_AND_CHANGED)
     names: dict[str, str] = {}
     for place, spec in job.places():
         if spec.file is None and spec.train is None:

@@ -131,7 +131,7 @@ def final_masks(job: Job, places: Places) -> torch.Tensor:
     Raises `MaskError` naming the fields of masks that can't be used, or leave a concept or the background's nothing.
     """
     names = mask_fields(job)
-    final = places.compose(job.size, dilation=job.masks.dilation, overlap=job.masks.overlap, names=names)
+    final = places.compose(job.size, names=names, **job.masks.shaping)
     if job.background and not final[-1].any():
         raise MaskError(
             "background: the masks cover the whole picture and leave it nothing; make them or masks.dilation "

@@ -106,11 +106,26 @@ class TemplateSpec:
 
 @dataclass(frozen=True)
 class MasksSpec:
-    """Where masks come from by default, how far they grow (pixels) and who owns an overlap."""
+    """Where masks come from by default, how they are composed (`weaver.masks.compose_masks`) and down-sampled."""
 
     source: str | None = None
-    dilation: int | None = None
+    dilation: float | None = None
     overlap: str = "priority"
+    min_area: float = 0
+    fill_holes: bool = False
+    feather: int = 0
+    downsampling: str = "area"
+
+    @property
+    def shaping(self) -> dict:
+        """What of it `compose_masks` takes."""
+        return {
+            "dilation": self.dilation,
+            "overlap": self.overlap,
+            "min_area": self.min_area,
+            "fill_holes": self.fill_holes,
+            "feather": self.feather,
+        }
 
 
 @dataclass(frozen=True)
@@ -145,6 +160,7 @@ class Job:
     size: tuple[int, int] | None = None
     device: str = "auto"
     inversion_prompt: str | None = None
+    keep_background: bool = False
     template: TemplateSpec = field(default_factory=TemplateSpec)
     masks: MasksSpec = field(default_factory=MasksSpec)
     fusion: FusionSpec = field(default_factory=FusionSpec)

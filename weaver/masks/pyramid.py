@@ -11,7 +11,7 @@ from weaver.choices import DOWNSAMPLINGS
 from weaver.errors import told
 from weaver.masks.compose import MaskError
 
-__all__ = ["VanishedMaskWarning", "check_partition", "mask_pyramid", "partition_reasons"]
+__all__ = ["VanishedMaskWarning", "check_partition", "downsampling_reasons", "mask_pyramid", "partition_reasons"]
 
 _SLACK = 1e-5  # of a sum of float32 weights
 
@@ -41,8 +41,8 @@ def mask_pyramid(
     Returns ``{(h, w): [M, h, w] float32}`` on the CPU, since not every device has float64. Raises `MaskError` when the
     masks do not sum to one.
     """
-    if downsampling not in DOWNSAMPLINGS:
-        raise MaskError(f"downsampling is {told(downsampling)}; expected one of {', '.join(DOWNSAMPLINGS)}")
+    if reasons := downsampling_reasons(downsampling):
+        raise MaskError("; ".join(reasons))
     masks = masks.cpu()
     check_partition(masks)
     names = [*(names or [f"concept {i + 1}" for i in range(len(masks) - 1)]), "the background"]
@@ -51,6 +51,13 @@ def mask_pyramid(
         small = _area(masks, height, width)
         reduced[height, width] = small if downsampling == "area" else _nearest(masks, small, names)
     return reduced
+
+
+def downsampling_reasons(downsampling: str) -> list[str]:
+    """What is wrong with the way in which masks are to be reduced; empty when nothing is."""
+    if downsampling in DOWNSAMPLINGS:
+        return []
+    return [f"downsampling is {told(downsampling)}; expected one of {', '.join(DOWNSAMPLINGS)}"]
 
 
 def check_partition(masks: torch.Tensor) -> None:
