@@ -30,7 +30,15 @@ EXTRAS = {
     # Named so that instructions stay the same; neither needs more than the base packages so far.
     "bench": [],
     "eval": [],
-    "test": ["peft>=0.17", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77", "tensorboard>=2.20"],
+    "test": [
+        "hypothesis>=6.100",
+        "peft>=0.17",
+        "pytest>=8.0",
+        "pytest-xdist>=3.6",
+        "ruff>=0.12",
+        "setuptools>=77",
+        "tensorboard>=2.20",
+    ],
 }
 
 PACKAGE_DATA = {

@@ -89,7 +89,9 @@ def merged(job: Job, names: Sequence[str]) -> Drawn:
             prompt = prompt.replace(f"a {concept.word}", f"a {concept.token} {concept.word}", 1)
     pipe.set_adapters([f"lora{number}" for number in range(len(names))])
     seed = torch.Generator().manual_seed(job.seed)
-    image = pipe(prompt, num_inference_steps=job.steps, guidance_scale=defaults_for(pipe).guidance, generator=seed).images[0]
+    image = pipe(
+        prompt, num_inference_steps=job.steps, guidance_scale=defaults_for(pipe).guidance, generator=seed
+    ).images[0]
     try:
         words = [card_of(name).word for name in names]
         masks = dict(zip(names, segmenter_masks(image, words, job.prompt).numpy(), strict=True))

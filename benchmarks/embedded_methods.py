@@ -25,14 +25,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from benchmarks.embedded_seeds import RESULTS, shows
+from benchmarks.embedded_seeds import RESULTS
 from weaver import Concept, TrainSettings, train_concept
 from weaver.concepts.bank import prior_and_scenes
 from weaver.concepts.images import load_images
 from weaver.demo import demo_job, with_shipped_concepts
 from weaver.embedded import CONCEPTS, concept_hashes, load_pipeline, model_hash
 from weaver.embedded.catalog import concept_images
-from weaver.embedded.identity import score
+from weaver.embedded.identity import score, shows
 from weaver.models import quiet_libraries
 from weaver.pictures import grid
 from weaver.run import run_job

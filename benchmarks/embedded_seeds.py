@@ -19,6 +19,7 @@ import torch
 
 from weaver.demo import demo_job, with_shipped_concepts
 from weaver.embedded import CONCEPTS, concept_hashes, model_hash
+from weaver.embedded.identity import shows
 from weaver.models import quiet_libraries
 from weaver.pictures import grid
 from weaver.run import run_job
@@ -33,11 +34,6 @@ def choose(seed: int) -> tuple[str, str]:
     pairs = list(itertools.permutations(animals, 2))
     random.Random(0).shuffle(pairs)
     return ",".join(pairs[seed % len(pairs)]), grounds[seed % len(grounds)]
-
-
-def shows(scores: dict[str, float]) -> bool:
-    """Whether a region is nearest to its own concept."""
-    return scores["own"] > scores["base"] and scores["own"] > scores["others"]
 
 
 def main() -> None:

@@ -75,7 +75,9 @@ def test_own_files_are_added_listed_shown_and_removed(capsys, folder, rex, tmp_p
     assert re.fullmatch(rf"rex +<v1> +dog +Concept Weaver +26\.\d kB +{base[:12]}", row)
     assert re.fullmatch(rf"{folder}: 1 concept \(26\.\d kB\)", total)
     code, out, _ = bank(capsys, "show", "rex")
-    assert code == 0 and "keys and values of cross-attention: 32 weights, whole matrices, 100% of the norm" in out
+    assert (
+        code == 0 and "keys and values of cross-attention: 32 weights, whole matrices, 100% of the squared norm" in out
+    )
     assert f"card: '<v1> dog', from Concept Weaver, SHA-256 {file_hash(folder / 'rex.safetensors')[:12]}" in out
     assert f"preview: {folder / 'rex.preview-0.png'}" in out
     assert bank(capsys, "remove", "rex") == (0, f"{folder}: rex thrown away, 0 concepts left\n", "")

@@ -15,7 +15,7 @@ from tiny_sdxl import make_sdxl
 
 from weaver import FusionPlan, attach, load_concept
 from weaver.cli import main
-from weaver.concepts.concept import Concept, ConceptError, attn2_hash
+from weaver.concepts.concept import Concept, ConceptError, attn2_hash, text_module
 from weaver.concepts.decompose import Losses, factors_of
 from weaver.concepts.formats import read_concept_file
 from weaver.concepts.formats.convert import convert
@@ -263,6 +263,26 @@ def test_of_two_text_encoders(tmp_path):
         convert(concept, "custom-diffusion", tmp_path / "out.bin", pipe=pipe)
 
 
+def test_the_projection_of_a_text_encoder_is_found_by_diffusers(sdxl, tmp_path):
+    """Which stands beside its `text_model`; the loader of kohya's names knows none."""
+    rng, paths = torch.Generator().manual_seed(0), ("text_projection", "encoder.layers.0.self_attn.q_proj")
+    changes = {f"text_encoder_2.{path}": text_module(sdxl, f"text_encoder_2.{path}").weight.shape for path in paths}
+    for key, (outputs, inputs) in changes.items():
+        changes[key] = LowRank(torch.randn(2, inputs, generator=rng), torch.randn(outputs, 2, generator=rng))
+    concept = Concept("rex", "", "dog", text_deltas=changes)
+    for to in reversed(LORAS):
+        out = convert(concept, to, tmp_path / f"{to}.safetensors").files[0]
+        assert read_concept_file(out).text_deltas.keys() == concept.text_deltas.keys()
+    stock = make_sdxl(dtype=torch.float32)
+    stock.load_lora_weights(tmp_path, weight_name=out.name)
+    pooled = stock.encode_prompt(PROMPT, do_classifier_free_guidance=False)[2]
+    stock.unload_lora_weights()
+    with torch.no_grad():
+        for key, change in changes.items():
+            text_module(stock, key).weight.add_(change.up @ change.down)
+    torch.testing.assert_close(pooled, stock.encode_prompt(PROMPT, do_classifier_free_guidance=False)[2])
+
+
 MOST_OF_SDXL = ["to_k", "to_v", "to_q", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1"]
 MOST_OF_SDXL += ["conv2", "conv_shortcut", "time_emb_proj", "conv", "linear_1", "linear_2", "conv_in", "conv_out"]
 
@@ -404,6 +424,22 @@ def test_the_token_of_a_lora_comes_back_into_the_bank_by_itself(concept, tmp_pat
     assert f"{out}: its token {token} was taken from {token}.safetensors beside it\nlora: '{token} dog'" in told
     kept = Concept.load(tmp_path / "bank" / "lora.safetensors")
     assert torch.equal(kept.embeddings["text_encoder"], concept.embeddings["text_encoder"])
+
+
+def test_a_token_file_of_the_same_vectors_is_no_conflict(concept, tmp_path):
+    first = convert(concept, "diffusers-lora", tmp_path / "first.safetensors")
+    written = first.files[1].stat().st_mtime_ns
+    second = convert(concept, "kohya-lora", tmp_path / "second.safetensors")
+    assert second.files[1] == first.files[1] and first.files[1].stat().st_mtime_ns == written
+    other = replace(concept, embeddings={"text_encoder": torch.ones(2, 16)})
+    for content in ("first.safetensors", None):  # a file of another kind, and another token
+        if content:
+            first.files[1].write_bytes((tmp_path / content).read_bytes())
+        else:
+            convert(other, "diffusers-lora", tmp_path / "first.safetensors", replace=True)
+        with pytest.raises(ConceptError, match="<v1>.safetensors is there already; give --replace"):
+            convert(concept, "kohya-lora", tmp_path / "third.safetensors")
+    assert not (tmp_path / "third.safetensors").exists()
 
 
 def test_a_token_file_that_is_gone_is_missed(concept, tmp_path, capsys):

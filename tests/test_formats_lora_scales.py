@@ -85,6 +85,10 @@ def test_pefts_saver_of_a_text_encoder_and_what_it_leaves_beside(tmp_path):
     (tmp_path / "adapter_model.safetensors").rename(renamed)
     again = read_concept_file(renamed)
     assert all(torch.equal(again.text_deltas[key].up, change.up) for key, change in parsed.text_deltas.items())
+    config = (tmp_path / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text(config + " " * 2**20)
+    with pytest.raises(ConceptError, match="how it was made can't be read .*more than 1048576 bytes"):
+        read_concept_file(renamed)
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(ConceptError, match="whose scale is in its adapter_config.json: put that beside it"):
         read_concept_file(renamed)

@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections import OrderedDict
 
+import format_contents as contents
 import format_files as files
 import format_mutations as mutations
 import pytest
@@ -26,7 +27,7 @@ from weaver.concepts.formats.opening import open_tensors
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 SUFFIXES = pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt", ".ckpt"])
-SAVERS = pytest.mark.parametrize("saver", mutations.CONTAINERS, ids=lambda saver: saver.__name__.removeprefix("as_"))
+SAVERS = pytest.mark.parametrize("saver", contents.CONTAINERS, ids=lambda saver: saver.__name__.removeprefix("as_"))
 
 
 class Trap:
@@ -72,13 +73,13 @@ def test_content_decides_not_the_name(saver, suffix, tmp_path):
     path = tmp_path / f"concept{suffix}"
     path.write_bytes(saver(TENSORS, {}))
     opened = open_tensors(path)
-    assert opened.container == ("safetensors" if saver is mutations.as_safetensors else "torch")
+    assert opened.container == ("safetensors" if saver is contents.as_safetensors else "torch")
     assert sorted(opened.names()) == ["a", "b"]
     loaded = opened.loaded().tensors
     assert all(torch.equal(loaded[name], x) and loaded[name].dtype == x.dtype for name, x in TENSORS.items())
 
 
-@pytest.mark.parametrize("saver", mutations.CONTAINERS[1:], ids=["torch", "old_torch"])
+@pytest.mark.parametrize("saver", contents.CONTAINERS[1:], ids=["torch", "old_torch"])
 def test_a_torch_file_keeps_its_nesting(saver, tmp_path):
     x = torch.nn.Parameter(torch.randn(3, 2))
     tree = {"unet": OrderedDict(w=x, again=x), "l": [x.detach().t(), "text", None, 2, 0.5, True], "token": {"*": 3}}
@@ -97,7 +98,7 @@ def test_metadata_is_read(tmp_path):
 
 
 def test_our_own_file_is_a_concept_by_any_name(tmp_path):
-    tensors, texts = mutations.contents()["own"]
+    tensors, texts = contents.contents()["own"]
     path = tmp_path / "rex.bin"
     path.write_bytes(save(tensors, texts))
     assert isinstance(concept := read_concept_file(path), Concept) and concept.token == "<v1>"

@@ -129,8 +129,23 @@ def test_several_tokens_in_one_file(pipe, tmp_path):
         ({"string_to_param": {"*": torch.ones(16), "+": torch.ones(16)}}, "expected the vectors of one placeholder"),
         ({"string_to_param": {"*": "x"}}, "has a str, expected vectors"),
         (torch.ones(1, 16), "a bare Tensor, without a name"),
+        ({"mean": torch.ones(16), "std": torch.ones(16)}, "'mean', 'std', ...*of no format that is known"),
+        ({"latents": torch.ones(2, 16)}, "'latents', .*of no format that is known"),
+        ({"first": torch.ones(16), "<a>": torch.ones(16)}, "2 vectors or matrices, 'first' among them, .*one by one"),
     ],
-    ids=["counts", "unknown-part", "two-layouts", "axes", "too-many", "placeholders", "text", "no-name"],
+    ids=[
+        "counts",
+        "unknown-part",
+        "two-layouts",
+        "axes",
+        "too-many",
+        "placeholders",
+        "text",
+        "no-name",
+        "statistics",
+        "latents",
+        "several-words",
+    ],
 )
 def test_what_does_not_hold_together_is_refused(content, message, tmp_path):
     path = files.save(content, tmp_path / "toy.pt")

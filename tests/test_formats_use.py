@@ -105,7 +105,9 @@ def test_what_is_not_used_can_be_refused(folder, tmp_path):
 
 
 def test_in_the_library(folder, tiny_pipe):
-    with pytest.warns(UnusedPartsWarning, match="style.safetensors: 1 of its changes, .*, 82% of it by norm"):
+    with pytest.warns(
+        UnusedPartsWarning, match="style.safetensors: 1 of its changes, .*, 67% of it by the squared norm"
+    ):
         concept = load_concept(folder / "style.safetensors", tiny_pipe, word="cat")
     assert (concept.name, concept.token, concept.word, concept.base_hash) == ("style", "", "cat", "")
     with pytest.raises(WeaverError, match="style.safetensors"):
@@ -151,8 +153,8 @@ def test_inspect(folder, capsys):
     assert main(["inspect", str(folder / "style.safetensors")]) == 0
     told = capsys.readouterr().out
     assert "style.safetensors: diffusers LoRA, " in told
-    assert "keys and values of cross-attention: 1 weights, rank 2, 58% of the norm\n" in told
-    assert "time and other embeddings: 1 weights, rank 2, 82% of the norm, not used" in told
+    assert "keys and values of cross-attention: 1 weights, rank 2, 33% of the squared norm\n" in told
+    assert "time and other embeddings: 1 weights, rank 2, 67% of the squared norm, not used" in told
     assert main(["inspect", "--json", str(folder / "rex.safetensors")]) == 0
     summary = json.loads(capsys.readouterr().out)
     concept = Concept.load(folder / "rex.safetensors")

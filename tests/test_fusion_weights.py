@@ -9,7 +9,8 @@ import torch
 
 from weaver.fusion import ConceptUse, FusionPlan
 from weaver.fusion.weights import phase_starts, token_weights
-from weaver.masks.compose import compose_masks, mask_pyramid
+from weaver.masks.compose import compose_masks
+from weaver.masks.pyramid import mask_pyramid
 
 SIZES = [(16, 16), (8, 12), (5, 3), (1, 1)]
 

@@ -82,10 +82,23 @@ def test_everything_a_job_can_say_survives_writing_and_reading(folder, tmp_path_
             },
             {"file": "rex.safetensors", "mask": {"box": [0, 0, 0.5, 1]}},
             {"name": "third", "file": "rex.safetensors", "mask": {"word": "puppy"}},
+            {"name": "by order", "file": "rex.safetensors", "mask": {"word": "white dog", "order": 2}},
+            {"name": "by rank", "file": "rex.safetensors", "mask": {"rank": 1}},
+            {"name": "at", "file": "rex.safetensors", "mask": {"at": [0.5, 0.25]}},
+            {"name": "around", "file": "rex.safetensors", "mask": {"around": [3, 4, 50, 60]}},
+            {"name": "outlined", "file": "rex.safetensors", "mask": {"polygon": [[0, 0], [9, 0], [9, 9.5]]}},
+            {"name": "pointed at", "file": "rex.safetensors", "mask": {"points": [[20, 30]]}},
+            {"name": "coloured", "file": "rex.safetensors", "mask": {"file": "mask.png", "label": "#e69f00"}},
         ],
         "background": {"name": "hills", "file": "rex.safetensors", "word": "mountain"},
         "inversion": {"prompt": "a photo"},
-        "masks": {"source": "attention", "dilation": 3, "overlap": "share"},
+        "keep_background": False,
+        "masks": {
+            "source": "text", "dilation": 0.3, "overlap": "share", "min_area": 9, "fill_holes": True, "feather": 4,
+            "downsampling": "nearest", "text": {
+                "detector": "pictures", "segmenter": "some/sam", "box_threshold": 0.4, "text_threshold": 0.1
+            },
+        },
         "fusion": {
             "lambda": 0.3, "guidance": 6, "eta": 0.2, "injection": {
                 "sites": "plug-and-play", "resnet": 0.7, "attention": 0.4, "features": "replayed"
@@ -96,6 +109,8 @@ def test_everything_a_job_can_say_survives_writing_and_reading(folder, tmp_path_
     assert job.size == (512, 768)
     assert dict(job.concepts[0].train.settings) == {"steps": 7, "learning_rate": 1e-4, "flip": True}
     assert job.concepts[1].name == "rex" and job.concepts[1].mask.box == (0, 0, 0.5, 1)
+    assert job.concepts[0].mask.label == 2 and job.concepts[-1].mask.label == "#e69f00"
+    assert job.masks.text.detector == folder / "pictures" and job.masks.text.segmenter == "some/sam"
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     written = json.loads(json.dumps(job_to_mapping(job, elsewhere)))
     assert job_from_mapping(written, folder=elsewhere) == job
@@ -165,6 +180,38 @@ MISTAKES = {
         changed(model="pictures"),
         "model: 'pictures' is a folder without model_index.json",
     ),
+    "two choices": (with_concept(mask={"order": 1, "at": [3, 4]}), "concepts[0].mask: give at most one of order, rank"),
+    "choice beside a box": (
+        with_concept(mask={"box": [0, 0, 1, 1], "rank": 1}),
+        "concepts[0].mask.rank: chooses among objects of a word",
+    ),
+    "order zero": (with_concept(mask={"order": 0}), "concepts[0].mask.order: must be at least 1"),
+    "point of three": (with_concept(mask={"at": [1, 2, 3]}), "concepts[0].mask.at: expected a point [x, y]"),
+    "polygon of two": (
+        with_concept(mask={"polygon": [[1, 2], [3, 4]]}),
+        "concepts[0].mask.polygon: expected three or more corners",
+    ),
+    "points without pairs": (
+        with_concept(mask={"points": [1, 2]}),
+        "concepts[0].mask.points: expected a list of points",
+    ),
+    "label of a box": (
+        with_concept(mask={"box": [0, 0, 1, 1], "label": 2}),
+        "concepts[0].mask.label: is of a mask's file",
+    ),
+    "threshold above one": (
+        changed(masks={"text": {"box_threshold": 1.5}}),
+        "masks.text.box_threshold: must be between 0 and 1",
+    ),
+    "detector of no kind": (changed(masks={"text": {"detector": "./no"}}), "masks.text.detector: './no' is no folder"),
+    "unknown backend": (changed(masks={"text": {"backend": "mine"}}), "masks.text.backend: 'mine' is not one of"),
+    "kept and changed": (
+        changed(keep_background=True, background={"file": "rex.safetensors", "word": "mountain"}),
+        "keep_background: the background is a concept, which changes it; leave one of the two out",
+    ),
+    "kept that is no truth value": (changed(keep_background="all"), "keep_background: expected true or false"),
+    "dilation between pixels": (changed(masks={"dilation": 2.5}), "masks.dilation: must be whole pixels or a part of"),
+    "feather between pixels": (changed(masks={"feather": 0.5}), "masks.feather: expected a whole number"),
     "unknown mask source": (changed(masks={"source": "atention"}), "masks.source: 'atention' is not one of"),
     "negative lambda": (changed(fusion={"lambda": -0.5}), "fusion.lambda: must be at least 0"),
     "lambda no number": (changed(fusion={"lambda": "much"}), "fusion.lambda: expected a number, found 'much'"),

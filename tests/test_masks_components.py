@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from weaver.masks.components import assign_objects, connected_components, split_objects, tidy
+from weaver.masks.components import assign_objects, split_objects, tidy
 from weaver.masks.compose import MaskError
+from weaver.masks.shapes import connected_components
 
 
 def discs(*circles, size=(64, 64)):
@@ -86,7 +87,7 @@ def test_more_objects_than_asked_leaves_the_smallest_out():
     ids=["one", "one and a speck", "none"],
 )
 def test_fewer_objects_than_concepts(mask):
-    with pytest.raises(MaskError, match="2 concepts are a 'cat', .* a box or a mask file each"):
+    with pytest.raises(MaskError, match="2 'cat' asked for, .* a box or a mask file each"):
         split_objects(mask, 2, "cat")
 
 

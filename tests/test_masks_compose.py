@@ -5,7 +5,9 @@ import pytest
 import torch
 from devices import WithoutFloat64
 
-from weaver.masks.compose import MaskError, check_partition, compose_masks, dilate, mask_pyramid
+from weaver.masks.compose import MaskError, compose_masks
+from weaver.masks.pyramid import VanishedMaskWarning, check_partition, mask_pyramid
+from weaver.masks.shapes import dilate
 
 SIZES = [(64, 64), (16, 16), (8, 8), (4, 4), (2, 2), (1, 1), (7, 5), (13, 64), (24, 18), (100, 3)]
 
@@ -210,12 +212,79 @@ def test_masks_on_a_device_without_float64():
     assert torch.equal(small, mask_pyramid(compose_masks(blobs(2, (32, 32), 1), dilation=1), [(8, 8)])[8, 8])
 
 
+def test_dilation_by_a_part_of_the_object():
+    """A tenth of the root of the area: 2 pixels for a square of 20, none for one of 4."""
+    dense = torch.zeros(2, 64, 64, dtype=torch.bool)
+    dense[0, 4:24, 4:24] = dense[1, 40:44, 40:44] = True
+    masks = compose_masks(dense, dilation=0.1)
+    assert torch.equal(masks[0].bool(), dilate(dense[:1], 2)[0]) and torch.equal(masks[1].bool(), dense[1])
+
+
+@pytest.mark.parametrize("least", [3, 0.3])
+def test_small_parts_are_dropped(least):
+    assert drawn(compose_masks(picture("111.11.1", "111....."), min_area=least)) == ["111.....", "111....."]
+
+
+def test_a_mask_of_specks_alone_is_refused():
+    with pytest.raises(MaskError, match="cat has no part of 3 pixels, its largest has 2; make min_area smaller"):
+        compose_masks(picture("11.1.2222"), min_area=3, names=["cat", "dog"])
+
+
+def test_holes_are_filled_but_for_what_another_mask_claims():
+    rows = ["11111.", "1.12..", "11111."]
+    assert drawn(compose_masks(picture("11111.", "1.121.", "11111."), fill_holes=True))[1] == "11121."
+    assert drawn(compose_masks(picture(*rows), fill_holes=True))[1] == "1112.."
+    assert drawn(compose_masks(picture(*rows)))[1] == "1.12.."
+
+
+def test_what_reaches_the_border_is_no_hole():
+    assert drawn(compose_masks(picture("11.", "1..", "111"), fill_holes=True)) == ["11.", "1..", "111"]
+
+
+@pytest.mark.parametrize("feather", [2, 3, 4, 8])
+def test_a_feather_is_as_wide_as_told(feather):
+    """From 0 to 1 in so many steps, evenly on both sides, also beside another mask and the border."""
+    dense = torch.zeros(2, 20, 60)
+    dense[0, :, 20:40] = dense[1, :, 40:] = 1
+    masks = compose_masks(dense, feather=feather)
+    rise = masks[0, 7, 10:30]
+    steps = 2 * (feather // 2)
+    assert ((rise > 0) & (rise < 1)).sum() == steps and (rise.diff() >= 0).all()
+    torch.testing.assert_close(rise, 1 - rise.flip(0))
+    torch.testing.assert_close(masks[0, 7, 30:50], 1 - masks[1, 7, 30:50])
+    assert (masks[1, :, 50:] == 1).all()
+
+
+def test_the_nearest_pixel_is_the_one_at_the_centre():
+    small = mask_pyramid(compose_masks(picture("11111222")), [(1, 2), (3, 16)], downsampling="nearest")
+    assert drawn(small[1, 2]) == ["12"]
+    assert drawn(small[3, 16]) == ["1111111111222222"] * 3
+
+
+def test_a_mask_between_the_centres_keeps_the_token_that_it_fills_most():
+    masks = compose_masks(picture("..........22", "...11.....22", "............", "............"))
+    assert drawn(mask_pyramid(masks, [(2, 3)], downsampling="nearest")[2, 3]) == ["1.2", "..."]
+
+
+def test_a_mask_that_no_token_is_left_for_is_told():
+    masks = compose_masks(picture("1122", "1122"))
+    with pytest.warns(VanishedMaskWarning, match="maps of 1 x 1 tokens the mask of cat holds no token; .*area"):
+        small = mask_pyramid(masks, [(1, 1)], downsampling="nearest", names=["cat", "dog"])
+    assert drawn(small[1, 1]) == ["2"]
+
+
 def test_wrong_settings():
     ones = torch.ones(1, 4, 4)
     with pytest.raises(MaskError, match="overlap is 'mix'"):
         compose_masks(ones, overlap="mix")
     with pytest.raises(MaskError, match="dilation is -1"):
         compose_masks(ones, dilation=-1)
+    with pytest.raises(
+        MaskError, match=r"dilation is 1\.5; .* min_area is True; .* fill_holes is 'yes'; .*feather is -2"
+    ):
+        compose_masks(ones, dilation=1.5, min_area=True, fill_holes="yes", feather=-2)
+    with pytest.raises(MaskError, match="downsampling is 'mean'; expected one of area, nearest"):
+        mask_pyramid(ones, [(2, 2)], downsampling="mean")
     with pytest.raises(MaskError, match="1 masks for 2 concepts"):
         compose_masks(ones, names=["cat", "dog"])
 

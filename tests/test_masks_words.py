@@ -147,5 +147,5 @@ def test_words_that_are_not_found_are_all_named():
 
 
 def test_more_concepts_than_objects():
-    with pytest.raises(MaskError, match="3 concepts are a 'cat'"):
+    with pytest.raises(MaskError, match="3 'cat' asked for"):
         segmenter_masks(picture(), ["cat"] * 3, segmenter=Halves())

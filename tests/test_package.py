@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import weaver
+import weaver_kernels
 
 
 def test_importing_the_package_loads_no_library():
@@ -38,3 +39,11 @@ def test_the_scheduler_and_the_kinds_of_features_have_one_home():
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
                 homes.update(ast.literal_eval(node.value))
     assert homes["ddim_scheduler"] == homes["FEATURES"] == 1
+
+
+def test_of_the_kernels_only_what_they_offer_is_used():
+    for file in Path(weaver.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("weaver_kernels"):
+                assert node.module == "weaver_kernels", f"{file.name} imports from {node.module}"
+                assert {name.name for name in node.names} <= set(weaver_kernels.__all__), file.name

@@ -68,12 +68,22 @@ def test_the_table_names_every_field():
     table = README[README.index("| field |") :]
     called = {"suppression": "lambda", "inversion_prompt": "inversion.prompt", "concepts": "concepts[]"}
     called |= {"resnet_window": "ResNet", "attention_window": "attention features", "settings": "TrainSettings"}
-    for name in ("Job", "TemplateSpec", "ConceptSpec", "TrainSpec", "MaskSpec", "MasksSpec", "StyleSpec", "FusionSpec"):
+    for name in (
+        "Job",
+        "TemplateSpec",
+        "ConceptSpec",
+        "TrainSpec",
+        "MaskSpec",
+        "MasksSpec",
+        "TextSpec",
+        "StyleSpec",
+        "FusionSpec",
+    ):
         for field in dataclass_fields(getattr(job_module, name)):
             assert called.get(field.name, field.name) in table, f"{name}.{field.name}"
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "estimate"])
+@pytest.mark.parametrize("command", ["demo", "run", "masks", "estimate"])
 def test_the_command_line_has_what_is_shown(command):
     shown = re.search(rf"^weaver {command} (.*)$", README, re.MULTILINE).group(1)
     help_text = _parser()._subparsers._group_actions[0].choices[command].format_help()

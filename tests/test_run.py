@@ -31,7 +31,7 @@ def test_all_results_are_there(finished):
 
 def test_report_has_the_promised_keys(finished):
     report = json.loads((finished.folder / "report.json").read_text())
-    assert list(report) == ["stages", "total_seconds", "reconstruction_psnr", "concepts"]
+    assert list(report) == ["stages", "total_seconds", "reconstruction_psnr", "live_contexts", "concepts"]
     assert list(report["stages"]) == ["bank", "template", "inversion", "masks", "fusion"]
     assert all(seconds > 0 for stage, seconds in report["stages"].items() if stage != "masks")
     assert report["total_seconds"] >= sum(report["stages"].values()) - 0.1
@@ -100,13 +100,14 @@ class Enough(Exception):
 
 def plan_of(job, pipe, monkeypatch, tmp_path) -> dict[str, str]:
     """What the plan of a job's fusion says, each part as text."""
-    seen = []
+    seen, kept = [], []
 
     def stop(*args, **kwargs):
         seen.extend(value for value in args if isinstance(value, pipeline.FusionPlan | float))
         raise Enough
 
     monkeypatch.setattr(pipeline, "sampler_for", stop)
+    monkeypatch.setattr(pipeline.KeptBackground, "build", lambda *args: kept.append("background"))
     monkeypatch.setattr(run, "load_model", lambda *a, **k: pipe)
     with pytest.raises(Enough):
         run_job(job, tmp_path / "out")
@@ -125,6 +126,7 @@ def plan_of(job, pipe, monkeypatch, tmp_path) -> dict[str, str]:
         "windows": str((sites.resnet_window, sites.attention_window)),
         "features": plan.features.kind,
         "eta": str(eta),
+        "kept": str(kept),
     }
 
 
@@ -155,6 +157,10 @@ REACHES = {
     "source prompt": ({"inversion": {"prompt": "a red ball"}}, {"noise"}),
     "dilation": ({"masks": {"dilation": 4}}, {"weights"}),
     "overlap": ({"masks": {"overlap": "share"}}, {"weights"}),
+    "dilation by a part": ({"masks": {"dilation": 0.5}}, {"weights"}),
+    "feather": ({"masks": {"feather": 6}}, {"weights"}),
+    "down-sampling": ({"masks": {"downsampling": "nearest"}}, {"weights"}),
+    "kept background": ({"keep_background": True}, {"kept"}),
     "lambda": ({"fusion": {"lambda": 0.9}}, {"weights"}),
     "guidance": ({"fusion": {"guidance": 5}}, {"guidance"}),
     "eta": ({"fusion": {"eta": 0.3}}, {"eta"}),

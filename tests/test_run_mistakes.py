@@ -32,11 +32,19 @@ MISTAKES = {
     ),
     "mask of another size": (
         {"concepts": [{"file": "tom.safetensors", "mask": {"file": "flat.png"}}]},
-        "concepts[0].mask: ",
+        "flat.png: the mask is 32x20, expected the template's 32x32, or its shape at another size",
     ),
-    "mask of the same shape and another size": (
-        {"concepts": [{"file": "tom.safetensors", "mask": {"file": "large.png"}}]},
-        "large.png: the mask is 64x64, expected the template's 32x32",
+    "detector that is not there": (
+        {"masks": {"source": "text", "text": {"detector": "captions"}}, "concepts": [{"file": "tom.safetensors"}]},
+        "can't be loaded; the folder must hold a model with its processor",
+    ),
+    "phrase that no detector takes": (
+        {"masks": {"source": "text"}, "concepts": [{"file": "tom.safetensors", "mask": {"word": "a cat. a dog"}}]},
+        "concepts[0].mask: 'a cat. a dog' has a full stop in it",
+    ),
+    "points outside": (
+        {"concepts": [{"file": "tom.safetensors", "mask": {"points": [[40, 3]]}}]},
+        "concepts[0].mask: points [[40.0, 3.0]] are outside the 32x32 template",
     ),
     "label that is nowhere": (
         {"concepts": [{"file": "tom.safetensors", "mask": {"file": "left.png", "label": 7}}]},

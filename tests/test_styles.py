@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import make_concept, make_pipeline
 from jobs import TRAINED, job_of
 from peft import LoraConfig, get_peft_model_state_dict
 from pipeline_forms import draw
@@ -18,6 +18,7 @@ from test_formats_lora import kohya, saved
 
 from weaver import run
 from weaver.concepts.concept import attn2_hash
+from weaver.concepts.formats.convert import convert
 from weaver.errors import WeaverError
 from weaver.hashing import file_hash
 from weaver.job.file import job_to_mapping, read_job
@@ -58,6 +59,8 @@ def folder(job_folder, tmp_path_factory):
         },
         folder / "elsewhere.safetensors",
     )
+    factors = {"lora_A": torch.ones(2, 4, 5, 5), "lora_B": torch.ones(8, 2, 1, 1)}
+    save_file({f"unet.conv_in.{name}.weight": x for name, x in factors.items()}, folder / "convolved.safetensors")
     save_file({"emb_params": torch.ones(1, 8)}, folder / "vectors.safetensors")
     return folder
 
@@ -137,8 +140,10 @@ def test_a_job_with_styles_is_written_and_read_back(folder):
         ({"file": "embedded:pug"}, r"styles\[0\].file: 'embedded:pug' is no file"),
         ({"file": "style.safetensors", "weight": "much"}, r"styles\[0\].weight: expected a number"),
         ({"file": "style.safetensors", "strength": 1}, r"styles\[0\].strength: unknown field"),
-        ({"file": "wide.safetensors"}, r"styles\[0\].file: wide.safetensors: .* belongs to another base model"),
-        ({"file": "elsewhere.safetensors"}, r"styles\[0\].file: elsewhere.safetensors"),
+        ({"file": "wide.safetensors"}, r"styles\[0\].file: wide.safetensors belongs to another base model: .* not fit"),
+        ({"file": "elsewhere.safetensors"}, r"styles\[0\].file: elsewhere.safetensors belongs to another base model"),
+        ({"file": "convolved.safetensors"}, r"convolved.safetensors .*: 1 of its 1 changes do not fit, unet.conv_in"),
+        ({"file": "bank:rex"}, r"styles\[0\].file: 'bank:rex' is no file: the bank keeps concepts, and a style is a"),
     ],
 )  # fmt: skip
 def test_what_is_no_style_of_this_model_is_told_in_one_line(folder, loaded, tmp_path, style, message):
@@ -156,6 +161,41 @@ def test_every_layer_of_a_kohya_file_has_its_own_scale(tmp_path):
     with styled(pipe, [StyleSpec(kohya(path, to_k=5))]):
         found = draw(pipe, prompt="a dog", guidance_scale=1.0)
     torch.testing.assert_close(found, draw(stock, prompt="a dog", guidance_scale=1.0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_style_of_time_alone_is_one(folder, loaded, tmp_path):
+    """Which no concept can be: it acts in no region."""
+    factors = {"lora_A": torch.ones(2, 8), "lora_B": torch.full((32, 2), 0.3)}
+    save_file(
+        {f"unet.time_embedding.linear_1.{name}.weight": x for name, x in factors.items()}, tmp_path / "time.safetensors"
+    )
+    plain = draw(loaded, prompt="a dog", guidance_scale=1.0)
+    with styled(loaded, [StyleSpec(tmp_path / "time.safetensors")]):
+        found = draw(loaded, prompt="a dog", guidance_scale=1.0)
+    weight = loaded.unet.time_embedding.linear_1.weight
+    with torch.no_grad():
+        added = factors["lora_B"] @ factors["lora_A"]
+        weight += added
+        expected = draw(loaded, prompt="a dog", guidance_scale=1.0)
+        weight -= added
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - plain).abs().max() > 0.01
+
+
+def test_a_style_needs_no_token(folder, tmp_path):
+    """That of a converted concept is in a file beside, which may be gone."""
+    pipe = make_pipeline(dtype=torch.float32)
+    made = convert(make_concept(pipe, 1, "dog"), "diffusers-lora", tmp_path / "rex.safetensors")
+    style = [StyleSpec(made.files[0])]
+    pictures = []
+    for _ in range(2):
+        with styled(pipe, style):
+            pictures.append(draw(pipe, prompt="a dog", guidance_scale=1.0))
+        made.files[1].unlink(missing_ok=True)
+    assert torch.equal(*pictures) and not torch.equal(pictures[0], draw(pipe, prompt="a dog", guidance_scale=1.0))
+    other = make_pipeline(dtype=torch.float32, seed=3)
+    with pytest.raises(WeaverError, match="belongs to another base model: its base has hash"), styled(other, style):
+        pass
 
 
 def test_without_peft_it_is_told_how_to_get_it(folder, monkeypatch, tmp_path):

@@ -137,9 +137,9 @@ def test_unreadable_files_are_named(tmp_path):
     broken.write_bytes((tmp_path / "whole.png").read_bytes()[:200])
     with pytest.raises(PictureError, match=r"broken\.jpg: not a readable picture"):
         load_template(broken, (8, 8))
-    Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(PictureError, match="more than 8 bits a channel"):
-        load_template(tmp_path / "deep.png", (8, 8))
+    Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(tmp_path / "deep.tif")
+    with pytest.raises(PictureError, match=r"deep\.tif: has 32 bits a channel, .*; save it with 8 or 16 bits"):
+        load_template(tmp_path / "deep.tif", (8, 8))
 
 
 def test_few_step_models_make_templates(tiny_pipe):

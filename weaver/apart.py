@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
 
-__all__ = ["call_apart", "end_with_parent"]
+__all__ = ["call_apart", "cores", "end_with_parent"]
 
 _POLL_SECONDS = 0.2
 
@@ -42,6 +42,11 @@ def call_apart(function: Callable, arguments: Sequence[tuple], moves: Sequence[C
                 worker.terminate()
             raise
         return [future.result() for future in futures]
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with_parent() -> None:

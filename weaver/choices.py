@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 __all__ = [
+    "DOWNSAMPLINGS",
     "FEATURES",
+    "KEPT_AND_CHANGED",
     "LAYERS",
     "LAYOUTS",
     "MASK_SOURCES",
@@ -12,11 +14,15 @@ __all__ = [
     "OVERLAPS",
     "PARTS",
     "PRECISIONS",
+    "TEXT_BACKENDS",
 ]
 
-MASK_SOURCES = ("segmenter", "attention")  # who finds words in a template
+MASK_SOURCES = ("segmenter", "attention", "text")  # who finds words in a template
+TEXT_BACKENDS = ("transformers", "original")  # whose Grounding DINO and SAM the source "text" runs
 FEATURES = ("stored", "replayed", "inversion")  # how features are had, see weaver.features
 OVERLAPS = ("priority", "share")  # who gets what two masks claim
+DOWNSAMPLINGS = ("area", "nearest")  # how masks are reduced to the tokens of a map
+KEPT_AND_CHANGED = "keep_background: the background is a concept, which changes it; leave one of the two out"
 LAYERS = ("keys-values", "all")  # of a U-Net in which a concept is learned
 LAYOUTS = ("weaver", "custom-diffusion", "diffusers-lora", "kohya-lora")  # that a concept is converted to
 PRECISIONS = ("float32", "float16", "bfloat16")  # of a model's weights while a concept is learned

@@ -1,5 +1,5 @@
-"""The command line: `weaver demo`, `weaver run job.yaml`, `weaver train`, `weaver estimate job.yaml`,
-`weaver inspect FILE`, `weaver bank`, `weaver cache`.
+"""The command line: `weaver demo`, `weaver run job.yaml`, `weaver masks job.yaml`, `weaver train`,
+`weaver estimate job.yaml`, `weaver inspect FILE`, `weaver bank`, `weaver cache`, `weaver evaluate`.
 
 Exit codes: 0 done; 2 something that was given is wrong, told in one line; 1 anything unexpected; 130 interrupted;
 143 and 129 ended by the signals TERM and HUP.
@@ -16,7 +16,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,8 +24,12 @@ from weaver.commands.cache import CHOICES, chosen_cache
 from weaver.commands.cache import add_parser as add_cache_parser
 from weaver.commands.estimate import add_max_memory, chosen_plan
 from weaver.commands.estimate import add_parser as add_estimate_parser
+from weaver.commands.evaluate import add_parser as add_evaluate_parser
 from weaver.commands.inspect import add_parser as add_inspect_parser
+from weaver.commands.masks import add_masks_option, with_masks
+from weaver.commands.masks import add_parser as add_masks_parser
 from weaver.commands.reading import add_on_unused
+from weaver.commands.seeds import add_seed, with_seed
 from weaver.commands.train import add_parser as add_train_parser
 from weaver.errors import WeaverError
 from weaver.progress import Stages
@@ -35,6 +38,7 @@ from weaver.version import __version__
 __all__ = ["main"]
 
 _EPILOG = "exit codes: 0 done; 2 bad input, told in one line; 1 unexpected error; 130 interrupted, 143 terminated"
+_COMMANDS = "demo | run | masks | train | estimate | inspect | bank | cache | evaluate"
 _ENDING_SIGNALS = ("SIGTERM", "SIGHUP")
 
 
@@ -122,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"weaver {__version__}")
     parser.set_defaults(command=None)
-    commands = parser.add_subparsers(title="commands", metavar="demo | run | train | estimate | inspect | bank | cache")
+    commands = parser.add_subparsers(title="commands", metavar=_COMMANDS)
 
     demo = commands.add_parser("demo", help="all five stages on the embedded model; needs no network", epilog=_EPILOG)
     demo.add_argument("--quick", action="store_true", help="take the concept files that ship instead of training them")
@@ -133,14 +137,17 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a job file, or a manifest again", epilog=_EPILOG)
     run.add_argument("job", type=Path, help="job.yaml, or the manifest.json of an earlier run")
+    add_masks_option(run)
     add_on_unused(run)
     _common(run, None, cache="latents")
     run.set_defaults(command=_run)
+    add_masks_parser(commands, _EPILOG)
     add_estimate_parser(commands, _EPILOG)
     add_train_parser(commands, _EPILOG)
     add_inspect_parser(commands, _EPILOG)
     add_bank_parser(commands, _EPILOG)
     add_cache_parser(commands, _EPILOG)
+    add_evaluate_parser(commands, _EPILOG)
     return parser
 
 
@@ -155,7 +162,7 @@ def _common(parser: argparse.ArgumentParser, out: str | None, *, cache: str) -> 
     where = out or "outputs/ and the job's name, for a manifest its folder's with -again"
     default = Path(out) if out else None
     parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=f"folder of the results ({where})")
-    parser.add_argument("--seed", type=_seed, metavar="S", help="another seed than the job's")
+    add_seed(parser)
     parser.add_argument("--offline", action="store_true", help="take models from the local cache only")
     parser.add_argument(
         "--cache", choices=CHOICES, default=cache, help=f"what to keep of a template for later runs ({cache})"
@@ -179,7 +186,8 @@ def _run(args: argparse.Namespace) -> int:
     def job():
         from weaver.job.file import read_job
 
-        return read_job(args.job)
+        job, manifest = read_job(args.job)
+        return with_masks(job, args.masks), manifest
 
     return _execute(job, str(args.job), args)
 
@@ -199,8 +207,7 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
             print(f"weaver: the manifest was made with other versions: {', '.join(changed)}", file=sys.stderr)
         # beside what it is to be compared with
         out = out or Path("outputs") / f"{args.job.resolve().parent.name}-again"
-    if args.seed is not None:
-        job = replace(job, seed=args.seed, template=replace(job.template, seed=None))
+    job = with_seed(job, args.seed)
     memory, graphs = chosen_plan(args.max_memory, job, graphs=args.graphs, offline=args.offline, source=source)
     run = run_job(
         job,
@@ -223,14 +230,6 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
         print(f"{' and '.join(cached)} of the template taken from the cache (--cache off computes them)")
     print(f"{run.folder}: sheet.png shows it all ({run.report['total_seconds']:.0f} s)")
     return 0
-
-
-def _seed(text: str) -> int:
-    from weaver.job.fields import LARGEST
-
-    if not text.isdecimal() or int(text) > LARGEST:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 0 to {LARGEST}, is {text!r}")
-    return int(text)
 
 
 def _fail(message: str, code: int, args: argparse.Namespace) -> int:

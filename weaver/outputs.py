@@ -34,7 +34,8 @@ class TrainedKeptWarning(UserWarning):
 
 
 def make_report(job: Job, result: WeaveResult, seconds: dict[str, float]) -> dict:
-    """Seconds of every stage, quality of the reconstruction, and how much each region shows its concept.
+    """Seconds of every stage, quality of the reconstruction, contexts a token, and how much each region shows its
+    concept.
 
     Similarity is measured for concepts that ship with the embedded model, by its identity classifier; for others the
     three values are None, since no measure of theirs ships. "cached" says what was not computed, if anything.
@@ -53,6 +54,7 @@ def make_report(job: Job, result: WeaveResult, seconds: dict[str, float]) -> dic
         "stages": {stage: round(seconds.get(stage, 0.0), 2) for stage in STAGES},
         "total_seconds": 0.0,
         "reconstruction_psnr": None if quality is None else round(quality, 2),
+        "live_contexts": result.live_contexts,
         "concepts": concepts,
         **({"cached": list(result.cached)} if result.cached else {}),
     }
@@ -122,11 +124,13 @@ def _sheet(job: Job, result: WeaveResult, concepts: Sequence[Concept], overlay: 
     ]
     settings = result.settings
     sources = dict.fromkeys(source.split(":")[0] for source in settings["masks"]["sources"])
+    dilation, kept = settings["masks"]["dilation"], ", the template's background kept" * settings["keep_background"]
+    grown = f"{dilation:.0%} of each" if 0 < dilation < 1 else f"{dilation} px"
     panels = [
         ("Template", "from a picture" if job.template.image else "from the prompt, by the base model", result.template),
-        ("Masks", f"{' and '.join(sources)}, grown by {settings['masks']['dilation']} px", overlay),
+        ("Masks", f"{' and '.join(sources)}, grown by {grown}", overlay),
         ("Result", f"{settings['steps']} steps, guidance {settings['guidance']:g}, lambda {settings['lambda']:g}"
-         + (f", eta {settings['eta']:g}" if settings["eta"] else ""), result.image),
+         + (f", eta {settings['eta']:g}" if settings["eta"] else "") + kept, result.image),
     ]  # fmt: skip
     quality = result.reconstruction_psnr
     told = "features of the inversion" if quality is None else f"template drawn again at {quality:.1f} dB"

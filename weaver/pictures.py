@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from weaver.errors import WeaverError
 
@@ -18,26 +21,50 @@ class PictureError(WeaverError):
 
 
 def open_picture(path: str | os.PathLike) -> Image.Image:
-    """Read a picture whole, turned as its EXIF orientation says, in the mode of the file."""
+    """Read a picture whole, turned as its EXIF orientation says, in the mode of the file; of an animation the first."""
     path = Path(path)
     if not path.is_file():
         raise PictureError(f"{path}: no such picture file")
     try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half of what is refused
+            with Image.open(path) as image:
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise PictureError(f"{path}: has more than {most} million pixels; save it smaller") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise PictureError(f"{path}: not a readable picture ({error})") from error
 
 
 def open_rgb(path: str | os.PathLike) -> Image.Image:
-    """Read a picture as 8-bit RGB; what is transparent shows white."""
+    """Read a picture as 8-bit sRGB, by its colour profile where it has one; what is transparent shows white.
+
+    Raises `PictureError` for a file that can't be read, and for 32-bit pictures, which do not tell what white is.
+    """
     image = open_picture(path)
-    if image.mode.startswith("I") or image.mode == "F":
-        raise PictureError(f"{path}: has mode {image.mode} (more than 8 bits a channel); save it with 8 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode in ("I", "F"):
+        raise PictureError(f"{path}: has 32 bits a channel, and does not tell what white is; save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    image = _to_srgb(image)
+    if alpha is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    return image
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """RGB as a screen shows it: by the profile that a camera or printer left, if it left one that can be read."""
+    profile = image.info.get("icc_profile")
+    if profile and image.mode in ("RGB", "CMYK", "L"):
+        try:
+            return ImageCms.profileToProfile(
+                image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+        except (ImageCms.PyCMSError, OSError):
+            pass  # a broken profile, or one of another mode: viewers show such files without it, too
     return image.convert("RGB")
 
 

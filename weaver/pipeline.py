@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from weaver.background import KeptBackground, default_seam, laid_over
 from weaver.cache import Cache
 from weaver.checks import argument_reasons, fusion_reasons
-from weaver.choices import FEATURES
+from weaver.choices import FEATURES, KEPT_AND_CHANGED
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.concepts.own_prompts import token_reasons
 from weaver.defaults import default_dilation, defaults_for, model_size
@@ -29,6 +30,8 @@ from weaver.inversion import invert
 from weaver.job import MaskSpec
 from weaver.latents import decode_latents, tensor_to_images
 from weaver.layers import InjectionSites, sites_for
+from weaver.masks import TextMasks
+from weaver.masks.pyramid import downsampling_reasons
 from weaver.memory.plans import MemoryPlan
 from weaver.memory.resting import modules_of, resting
 from weaver.models import threads_for
@@ -58,6 +61,7 @@ class WeaveResult:
         inversion, where it is not
     settings : everything that was chosen or taken by default, plain values
     seconds : of each stage
+    live_contexts : how many contexts a token attends to on average, by the map's "WIDTHxHEIGHT"
     cached : what was taken from the cache, "inversion" and "features"
     """
 
@@ -69,6 +73,7 @@ class WeaveResult:
     reconstruction_psnr: float | None
     settings: dict
     seconds: dict[str, float]
+    live_contexts: dict[str, float]
     cached: tuple[str, ...] = ()
 
 
@@ -99,9 +104,14 @@ def weave(
     template: Image.Image | str | Path | None = None,
     places: Places | Sequence[MaskSpec] | None = None,
     masks: torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray] | None = None,
-    mask_source: str | None = None,
-    dilation: int | None = None,
+    mask_source: str | TextMasks | None = None,
+    dilation: float | None = None,
     overlap: str = "priority",
+    min_area: float = 0,
+    fill_holes: bool = False,
+    feather: int = 0,
+    downsampling: str = "area",
+    keep_background: bool = False,
     source_prompt: str | None = None,
     seed: int = 0,
     steps: int = 50,
@@ -135,9 +145,13 @@ def weave(
     masks : [N, height, width] instead of `places`, in the template's pixels, 0.5 and more is inside; or
         [N + 1, height, width] as `compose_masks` returns them, the background last, which are taken as they are; or a
         list of as many [height, width]
-    mask_source : who finds words, "segmenter" (the embedded model's) or "attention"; None is the best there is
-    dilation : pixels that masks grow by; None is a 64th of the shorter side
-    overlap : who gets what two masks claim, "priority" or "share"
+    mask_source : who finds words, "segmenter" (the embedded model's), "attention", "text" (Grounding DINO and SAM,
+        `weaver.masks.opening`) or such a `TextMasks` that is open; None is the best that needs no other weights
+    dilation, overlap, min_area, fill_holes, feather : how masks are composed, as in `compose_masks`; a dilation of None
+        is a 64th of the shorter side
+    downsampling : how masks are reduced to the tokens of each map, "area" or "nearest" (`mask_pyramid`)
+    keep_background : leave the template as it is outside of the masks, every pixel to the last bit but for a seam: the
+        masks' `feather`, or else a 32nd of the shorter side about their edges. For real photos; not with `background`
     source_prompt : p_src, what the template shows; None is `prompt`
     steps : of inversion, reconstruction and fusion
     guidance : omega; None, like `suppression` (lambda), `eta` (of the fusion's DDIM steps) and `sites` (a table or its
@@ -167,10 +181,12 @@ def weave(
     sites = sites_for(sites) if isinstance(sites, str) else sites or defaults.sites
     size = size or model_size(pipe)
     dilation = default_dilation(size) if dilation is None else dilation
+    shaping = {"dilation": dilation, "overlap": overlap, "min_area": min_area, "fill_holes": fill_holes}
+    shaping["feather"] = feather
     source_prompt = prompt if source_prompt is None else source_prompt
     amounts, base_hash = {"guidance": guidance, "suppression": suppression}, attn2_hash(pipe.unet)
     reasons = fusion_reasons(pipe, everyone, size=size, steps=steps, sites=sites, base_hash=base_hash, amounts=amounts)
-    reasons += eta_reasons(eta) + graph_reasons(pipe.unet, graphs)
+    reasons += downsampling_reasons(downsampling) + eta_reasons(eta) + graph_reasons(pipe.unet, graphs)
     reasons += [] if everyone else ["there is no concept to draw"]
     reasons += [] if features in FEATURES else [f"features: is {told(features)}, expected one of {', '.join(FEATURES)}"]
     source = {} if source_prompt == prompt else {"source_prompt": source_prompt}
@@ -180,7 +196,8 @@ def weave(
         own_size = None if template is None or isinstance(template, Image.Image) else file_size(template)
         places = places_of(pipe, uses, places, masks, source=mask_source, size=size, source_size=own_size)
         reasons += places.word_reasons(pipe, source_prompt)
-        known = places.compose(size, dilation=dilation, overlap=overlap, names=names)
+        known = places.compose(size, names=names, **shaping)
+        reasons += [KEPT_AND_CHANGED] if ground and keep_background else []
         reasons += ["the masks leave the background's concept nothing"] if ground and not known[-1].any() else []
     except WeaverError as error:
         reasons.append(str(error))
@@ -204,7 +221,7 @@ def weave(
     template = template.convert("RGB")
     with stages.stage("masks"):
         places = places.find(pipe, template, source_prompt, stages)
-        final = places.compose(size, dilation=dilation, overlap=overlap, names=names)
+        final = places.compose(size, names=names, **shaping)
     with stages.stage("inversion"):
         with stages.bar("inversion", steps) as move:
             inversion = invert(pipe, template, source_prompt, steps, cache=cache, graphs=of_stages, progress=move)
@@ -232,14 +249,18 @@ def weave(
             negative_prompt=negative_prompt,
             background=ground,
             features=found,
+            downsampling=downsampling,
             base_hash=base_hash,
             **amounts,
         )
         scheduler = ddim_scheduler(pipe.scheduler)
+        kept = KeptBackground.build(inversion.latents, final) if keep_background else None
         noise = torch.Generator().manual_seed((seed + _OTHER_NOISE) % 2**63)  # on the CPU: the same on every device
         with sampler_for(pipe.unet, scheduler, plan, eta, graphs or False) as sampler:
-            z = sampler(found.z_T, generator=noise, progress=move)
+            z = sampler(found.z_T, generator=noise, background=kept, progress=move)
         image = tensor_to_images(decode_latents(pipe.vae, z))[0]
+        if keep_background:
+            image = laid_over(template, image, final, 0 if feather else default_seam(size))
     settings = {
         "size": [size[1], size[0]],
         "seed": seed,
@@ -254,8 +275,19 @@ def weave(
             "attention": sites.attention_window,
             "features": features,
         },
-        "masks": {"sources": list(places.sources), "dilation": dilation, "overlap": overlap},
+        "keep_background": keep_background,
+        "masks": {"sources": list(places.sources), **shaping, "downsampling": downsampling},
     }
     cached = tuple(name for name, part in (("inversion", inversion), ("features", found)) if part.cached)
-    seconds = dict(stages.seconds)
-    return WeaveResult(image, template, final, tuple(names), plan.prompts, quality, settings, seconds, cached)
+    return WeaveResult(
+        image,
+        template,
+        final,
+        tuple(names),
+        plan.prompts,
+        quality,
+        settings,
+        dict(stages.seconds),
+        {f"{w}x{h}": round(count, 3) for (h, w), count in sorted(plan.live_contexts.items(), reverse=True)},
+        cached,
+    )

@@ -20,7 +20,7 @@ from weaver.graphs import graph_reasons
 from weaver.job import SAME_MODEL, Job, JobError
 from weaver.job.choose import choose_template
 from weaver.job.inputs import InputFile, read_inputs, training_folders
-from weaver.job.resolve import check_model, in_field, place_concepts, resolve_job
+from weaver.job.resolve import check_model, in_field, open_finder, place_concepts, resolve_job
 from weaver.layers import SITES
 from weaver.manifest import check_inputs, check_weights, picture_record
 from weaver.memory.plans import MemoryPlan
@@ -90,13 +90,16 @@ def run_job(
     prompts = resolve_prompts(job, read, source)
     weights: dict[str, str] = {}
 
+    def note(field: str, loaded) -> None:
+        weights[field] = weights_hash(loaded)
+        if manifest:
+            check_weights(manifest, field, weights[field], source)
+
     def load(field: str, model: str, label: str, **options):
         with stages.step(label):
             options = {"device": in_field("device", source, choose_device, job.device)} | options
             pipe = in_field(field, source, load_model, model, offline=offline, **options)
-            weights[field] = weights_hash(pipe)
-        if manifest:
-            check_weights(manifest, field, weights[field], source)
+            note(field, pipe)
         return pipe
 
     pipe = load("model", job.model, "loading the model")
@@ -107,6 +110,10 @@ def run_job(
         check_model(job, pipe, source)
         known = bind_concepts(job, read, pipe, source, on_unused)
         places, maker = place_concepts(job, known, pipe, source), pipe
+        if places.needs_finder:
+            with stages.step("loading Grounding DINO and SAM"):
+                places = open_finder(job, places, source, offline=offline)
+                note("masks.text", places.finder)
         with ExitStack() as away:
             offload, options = memory is not None and memory.offload, {}
             if offload:
@@ -175,8 +182,9 @@ def _weave(
         negative_prompt=job.negative_prompt,
         template=template,
         places=places,
-        dilation=job.masks.dilation,
-        overlap=job.masks.overlap,
+        downsampling=job.masks.downsampling,
+        keep_background=job.keep_background,
+        **job.masks.shaping,
         source_prompt=job.inversion_prompt,
         seed=job.seed,
         steps=job.steps,

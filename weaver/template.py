@@ -13,10 +13,12 @@ from weaver.defaults import defaults_for
 from weaver.errors import WeaverError, raise_if
 from weaver.graphs import CUDAGraphs, captured, graph_reasons
 from weaver.memory.resting import lent, modules_of
-from weaver.pictures import fit, open_picture, open_rgb
+from weaver.pictures import PictureError, fit, open_picture, open_rgb
 from weaver.progress import Stages
 
 __all__ = ["file_size", "load_template", "make_template", "template_picture"]
+
+_MOST_ENLARGED = 8  # times: a cell of Stable Diffusion's latents is then one pixel
 
 
 def make_template(
@@ -67,12 +69,21 @@ def make_template(
 def load_template(path: str | os.PathLike, size: tuple[int, int]) -> Image.Image:
     """Read a template from a picture file, at `size` (height, width).
 
-    EXIF rotation is applied, transparency shows white, the picture is cut about its centre to the shape of `size` and
-    resized by Lanczos. Raises `WeaverError` naming the file when it can't be read.
+    EXIF rotation and colour profile are applied, transparency shows white, the picture is cut about its centre to the
+    shape of `size` and resized by Lanczos. Raises `WeaverError` naming the file when it can't be read, and when what
+    is left of it by the cut is so small that it would be enlarged more than eight times.
     """
     if reasons := _size_reasons(size):
         raise WeaverError("; ".join(reasons))
-    return fit(open_rgb(path), size)
+    image = open_rgb(path)
+    larger = max(size[0] / image.height, size[1] / image.width)
+    if larger > _MOST_ENLARGED:
+        least = [-(-side // _MOST_ENLARGED) for side in size]
+        raise PictureError(
+            f"{path}: is {image.width}x{image.height}, which would have to be enlarged {larger:.0f} times; a template "
+            f"of {size[1]}x{size[0]} needs a picture of {least[1]}x{least[0]} at least"
+        )
+    return fit(image, size)
 
 
 def file_size(path: str | os.PathLike) -> tuple[int, int]:

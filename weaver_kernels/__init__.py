@@ -3,7 +3,12 @@
 Needs torch, takes Triton where there is one, and imports nothing of `weaver`.
 """
 
-from weaver_kernels.context_attention import ContextPlan, context_attention, context_attention_reference
+from weaver_kernels.context_attention import (
+    ContextPlan,
+    context_attention,
+    context_attention_reference,
+    live_context_attention,
+)
 from weaver_kernels.project_contexts import (
     ContextKV,
     LowRank,
@@ -24,6 +29,7 @@ __all__ = [
     "context_attention",
     "context_attention_reference",
     "equal_contexts",
+    "live_context_attention",
     "project_contexts",
     "project_contexts_reference",
     "routed_lora",

@@ -51,7 +51,7 @@ def print_summary(path: Path, summary: Mapping) -> None:
     for part in summary["parts"]:
         ranks = part["ranks"]
         kind = f"rank {ranks[0]}" + f" to {ranks[-1]}" * (len(ranks) > 1) if ranks else "whole matrices"
-        share = "" if part["share"] is None else f", {part['share']:.0%} of the norm"
+        share = "" if part["share"] is None else f", {part['share']:.0%} of the squared norm"
         print(f"  {part['name']}: {part['changes']} weights, {kind}{share}" + ("" if part["used"] else ", not used"))
     for key, value in summary["settings"].items():
         print(f"  {key}: {value}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
-from weaver.apart import call_apart
+from weaver.apart import call_apart, cores
 from weaver.concepts.concept import Concept
 from weaver.concepts.formats.reading import ConceptReading
 from weaver.concepts.formats.unused import tell_unused
@@ -133,7 +132,7 @@ def worker_count(pipe, processes: int | None = None, device: str | None = None) 
     """
     device = device or pipe.device.type
     if processes is None:
-        return 2 * _cores() if is_embedded(pipe) and device == "cpu" else 1
+        return 2 * cores() if is_embedded(pipe) and device == "cpu" else 1
     if processes > 1 and device != "cpu":
         raise WeaverError(f"processes: is {processes}; on {device} concepts train one by one, give 1 or none")
     return processes
@@ -217,7 +216,3 @@ def _train_apart(task: _Task, move: Callable[[int, int], None]) -> bytes:
     file = io.BytesIO()
     torch.save(_train(task, load_model(task.model, device="cpu", offline=True), move), file)
     return file.getvalue()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

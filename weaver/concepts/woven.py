@@ -24,7 +24,7 @@ from weaver.concepts.images import TrainingSet
 from weaver.conditioning import text_encoders, unet_arguments
 from weaver.errors import WeaverError
 from weaver.layers import InjectionSites, cross_attention_paths, layer_size
-from weaver.masks.compose import mask_pyramid
+from weaver.masks.pyramid import mask_pyramid
 from weaver.processors import project_out
 from weaver.replay import forward_until
 

@@ -22,7 +22,16 @@ from weaver.embedded.catalog import CONCEPTS, ConceptCard, card_of
 from weaver.embedded.crops import crop_region
 from weaver.embedded.drawings import ANIMALS, DRAWINGS, TRAINING_VENDORS
 
-__all__ = ["IDENTITIES", "IdentityNetwork", "classify_animal", "load_identity", "score", "similarities"]
+__all__ = [
+    "IDENTITIES",
+    "IdentityNetwork",
+    "classify_animal",
+    "identity_of",
+    "load_identity",
+    "score",
+    "shows",
+    "similarities",
+]
 
 IDENTITY_FILE = Path(__file__).parent / "helpers" / "identity.safetensors"
 REPAINTED = "repainted"
@@ -78,8 +87,14 @@ def classify_animal(image: Image.Image, mask: np.ndarray) -> str:
     return max(found, key=found.get)[1]
 
 
-def _identity_of(card: ConceptCard) -> tuple[str, str]:
+def identity_of(card: ConceptCard) -> tuple[str, str]:
+    """The identity of a shipped concept among `IDENTITIES`."""
     return card.source, card.word
+
+
+def shows(scores: dict[str, float]) -> bool:
+    """Whether a region, with the `score` that it has, is nearer to its own concept than to its class and to others."""
+    return scores["own"] > scores["base"] and scores["own"] > scores["others"]
 
 
 def score(image: Image.Image, mask: np.ndarray, concept_name: str) -> dict[str, float]:
@@ -99,8 +114,8 @@ def score(image: Image.Image, mask: np.ndarray, concept_name: str) -> dict[str, 
     """
     card = card_of(concept_name)
     found = similarities(image, mask, background=card.kind == "background")
-    own = _identity_of(card)
-    others = [_identity_of(c) for c in CONCEPTS.values() if c.kind == card.kind and c.name != card.name]
+    own = identity_of(card)
+    others = [identity_of(c) for c in CONCEPTS.values() if c.kind == card.kind and c.name != card.name]
     trained = {*TRAINING_VENDORS, *BACKGROUNDS, REPAINTED}
     return {
         "own": found[own],

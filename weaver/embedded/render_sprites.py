@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from weaver.embedded.drawings import DRAWINGS, LINE_DRAWINGS, SPRITE_DIR
-from weaver.masks.components import connected_components
+from weaver.masks.shapes import connected_components
 
 SPRITE_SIZE = 160
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from weaver.embedded.drawings import ANIMALS
 from weaver.embedded.world import IMAGE_SIZE
 from weaver.errors import WeaverError
-from weaver.masks.components import connected_components
+from weaver.masks.shapes import connected_components
 
 __all__ = ["Segmenter", "load_segmenter", "word_probabilities"]
 

@@ -13,7 +13,8 @@ from weaver.features import Features
 from weaver.latents import vae_scale_factor
 from weaver.layers import site_reasons
 from weaver.limits import size_reasons, step_reasons
-from weaver.masks.compose import MaskError, as_masks, partition_reasons
+from weaver.masks.compose import MaskError, as_masks
+from weaver.masks.pyramid import partition_reasons
 from weaver.values import is_number
 
 __all__ = ["amount_reasons", "eta_reasons", "full_masks", "steps_and_size", "string_reasons"]

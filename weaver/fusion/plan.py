@@ -35,7 +35,7 @@ from weaver.fusion.support import model_reasons
 from weaver.fusion.weights import negative_weights, phase_starts, region_weights, token_weights
 from weaver.latents import vae_scale_factor
 from weaver.layers import layer_size
-from weaver.masks.compose import mask_pyramid
+from weaver.masks.pyramid import downsampling_reasons, mask_pyramid
 from weaver_kernels import ContextKV
 
 __all__ = ["FusionPlan"]
@@ -109,6 +109,7 @@ class FusionPlan:
         steps: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        downsampling: str = "area",
         base_hash: str | None = None,
     ) -> FusionPlan:
         """Check everything, encode the prompts, project all contexts' keys and values, and weigh the masks.
@@ -130,6 +131,7 @@ class FusionPlan:
         features : the template's; None fuses from plain noise, without injection
         steps : of the fusion; the features' where there are some, else 50
         height, width : of the picture in pixels; the features' where there are some, else the model's own
+        downsampling : how masks are reduced to the tokens of each map, "area" or "nearest" (`mask_pyramid`)
         base_hash : the `attn2_hash` of the pipeline's U-Net where it is known, such as from before a cast to bfloat16,
             whose rounding gives another; None computes it
 
@@ -148,6 +150,7 @@ class FusionPlan:
             masks, [use.name for use in concepts], background.name if background else None, size, factor
         )
         prompts, encoded, text_reasons = encode_contexts(pipe, prompt, negative_prompt, concepts, background)
+        reasons += downsampling_reasons(downsampling)
         reasons += mask_reasons + use_reasons(pipe, uses, base_hash) + regional_reasons(unet, uses) + text_reasons
         raise_if(reasons, "Cannot build the fusion plan")
 
@@ -163,7 +166,9 @@ class FusionPlan:
             [bool(use.in_region) for use in uses],
         )
         weights, regions, of_regions = {}, {}, {change.size for change in regional.values()}
-        for hw, reduced in mask_pyramid(full, sorted(of_regions.union(sizes.values()))).items():
+        maps = sorted(of_regions.union(sizes.values()))
+        names = [use.name for use in concepts]
+        for hw, reduced in mask_pyramid(full, maps, downsampling=downsampling, names=names).items():
             for phase, start in enumerate(phases):
                 strengths = [use.strength_at(start) for use in uses]
                 own = [i for i, use in enumerate(uses) if use.negative_prompt is not None]
@@ -200,6 +205,18 @@ class FusionPlan:
     def variants(self) -> int:
         """The number V of variants, 1 but for what `stack_plans` made."""
         return self.index.shape[1]
+
+    @property
+    def live_contexts(self) -> dict[tuple[int, int], float]:
+        """How many contexts a token of the fused rows attends to on average, by the (h, w) of the map.
+
+        These are the contexts whose weight there is not 0, in the phase that has most of them.
+        """
+        found: dict[tuple[int, int], float] = {}
+        for (_, hw), weights in self.weights.items():
+            if hw in self.sizes.values():
+                found[hw] = max(found.get(hw, 0), (weights[FUSED] != 0).sum(1).float().mean().item())
+        return found
 
     def phase_at(self, progress: float) -> int:
         """Number of the phase at a part of the run, 0 (first step) to 1."""

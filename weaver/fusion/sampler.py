@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from weaver.background import KeptBackground
 from weaver.conditioning import unet_arguments
 from weaver.errors import WeaverError, raise_if
 from weaver.fusion.attach import attach_reasons, installed
@@ -182,9 +183,12 @@ class FusionSampler:
         plan: FusionPlan | None = None,
         *,
         generator: torch.Generator | None = None,
+        background: KeptBackground | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> torch.Tensor:
         """Draw one fusion from the noise z, of the plan or of the one before; as `sample_fusion` says.
+
+        `background` keeps the template's after every step.
 
         Raises `WeaverError` outside of the `with` block, and for a plan of another shape, which leaves the one before
         in its place.
@@ -208,6 +212,8 @@ class FusionSampler:
                 self._step()
             else:
                 self._graphs.run(kind, self._step, written=(self._z,))
+            if background is not None:
+                self._z = self._held("_z", background.put_into(self._z, step))
             if progress:
                 progress(step + 1, len(self._timesteps))
         return self._z if self._graphs is None else self._z.clone()

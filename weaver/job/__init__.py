@@ -1,7 +1,7 @@
 """A job: what one run needs, in a file and in memory. Import the specs from here, all else from the modules.
 
-`spec` what a job is, `parse`, `parse_concept` and `fields` from a mapping to it, `file` its file, `inputs` the files it
-reads, `resolve` the model's defaults and checks, `choose` its template.
+`spec` what a job is, `parse`, `parse_concept`, `parse_mask` and `fields` from a mapping to it, `file` its file,
+`inputs` the files it reads, `resolve` the model's defaults and checks, `choose` its template.
 """
 
 from weaver.job.spec import (
@@ -15,6 +15,7 @@ from weaver.job.spec import (
     MasksSpec,
     StyleSpec,
     TemplateSpec,
+    TextSpec,
     TrainSpec,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "SAME_MODEL",
     "StyleSpec",
     "TemplateSpec",
+    "TextSpec",
     "TrainSpec",
 ]

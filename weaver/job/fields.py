@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 from weaver.errors import told
 
-__all__ = ["BANK", "EMBEDDED", "LARGEST", "Fields", "resolve_path"]
+__all__ = ["BANK", "EMBEDDED", "LARGEST", "Fields", "is_hub_id", "resolve_path"]
 
 LARGEST = 2**32 - 1  # of a whole number; seeds are multiplied and added to, and must stay within 64 bits
 BANK = "bank:"  # prefix of concepts in the bank, `weaver.concepts.bank_folder`: "bank:rex"
 EMBEDDED = "embedded:"  # prefix of things that ship with the package: "embedded:tuxedo"
+
+_PATHLIKE = re.compile(r"^[.~]|^/|\\|^[A-Za-z]:")
+_HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$")
 
 
 class Fields:
@@ -110,6 +114,16 @@ class Fields:
             return self._refuse(name, what, None)
         return tuple(items)
 
+    def points(self, name: str, least: int, what: str) -> tuple[tuple[float, float], ...] | None:
+        """At least `least` pairs [x, y] of finite numbers; `what` names them in the complaint."""
+        if not self._given(name):
+            return None
+        value = self._values[name]
+        pairs = [[_as_number(x) for x in pair] if _is_list(pair) else [] for pair in value] if _is_list(value) else []
+        if len(pairs) < least or any(len(pair) != 2 or None in pair for pair in pairs):
+            return self._refuse(name, what, None)
+        return tuple(map(tuple, pairs))
+
     def window(self, name: str, default: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
         """A stretch [start, end] of the sampling steps, as fractions of all steps."""
         pair = self.numbers(name, 2, "[start, end] as fractions of the steps, such as [0, 0.8]")
@@ -193,6 +207,11 @@ class Fields:
         fault = "a folder, not a file" if path.is_dir() else f"not there (looked at {path})"
         self.complain(name, f"{value!r} is {fault}")
         return None
+
+
+def is_hub_id(value: str) -> bool:
+    """Whether a text can be a model's id on the Hub, and is no path."""
+    return not _PATHLIKE.search(value) and _HUB_ID.match(value) is not None
 
 
 def resolve_path(folder: Path, value: str) -> Path:

@@ -15,6 +15,7 @@ from weaver.errors import WeaverError
 from weaver.hashing import file_hash
 from weaver.job import BackgroundSpec, Job, JobError
 from weaver.job.fields import EMBEDDED
+from weaver.masks.given import is_shapes_file, read_shapes
 from weaver.pictures import open_picture, open_rgb
 from weaver.styles import check_style
 
@@ -107,7 +108,8 @@ def _files(job: Job, problems: list[str]) -> Iterator[tuple[str, Path, Callable[
             problems.append(f"{field}: {error}")
         mask = getattr(spec, "mask", None)
         if mask and mask.file:
-            yield f"{place}.mask.file", mask.file, partial(open_picture, mask.file)
+            read = read_shapes if is_shapes_file(mask.file) else open_picture
+            yield f"{place}.mask.file", mask.file, partial(read, mask.file)
 
 
 def _unknown(name: str) -> str | None:

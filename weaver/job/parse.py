@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from weaver.choices import FEATURES, MASK_SOURCES, OVERLAPS
+from weaver.choices import DOWNSAMPLINGS, FEATURES, KEPT_AND_CHANGED, MASK_SOURCES, OVERLAPS
 from weaver.job import (
     SAME_MODEL,
     BackgroundSpec,
@@ -17,15 +16,14 @@ from weaver.job import (
     StyleSpec,
     TemplateSpec,
 )
-from weaver.job.fields import Fields, resolve_path
+from weaver.job.fields import BANK, EMBEDDED, LARGEST, Fields, is_hub_id, resolve_path
 from weaver.job.parse_concept import parse_concept
+from weaver.job.parse_mask import parse_text
 from weaver.layers import SITES
 
 __all__ = ["job_from_mapping"]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-_PATHLIKE = re.compile(r"^[.~]|^/|\\|^[A-Za-z]:")
-_HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$")
 
 
 def job_from_mapping(mapping: object, *, folder: Path, source: str = "job") -> Job:
@@ -50,6 +48,7 @@ def job_from_mapping(mapping: object, *, folder: Path, source: str = "job") -> J
         size=_size(fields),
         device=fields.choice("device", DEVICES, "auto"),
         template=_template(fields.section("template")),
+        keep_background=bool(fields.truth("keep_background")),
         masks=_masks(fields.section("masks")),
         fusion=_fusion(fields.section("fusion")),
         concepts=tuple(parse_concept(entry, ConceptSpec) for entry in entries or ()),
@@ -78,7 +77,7 @@ def _model(fields: Fields, name: str, default: str | None, words: tuple[str, ...
         if not (folder / "model_index.json").is_file():
             fields.complain(name, f"{value!r} is a folder without model_index.json, so no diffusers pipeline")
         return str(folder)
-    if _PATHLIKE.search(value) or not _HUB_ID.match(value):
+    if not is_hub_id(value):
         fields.complain(name, f"{value!r} is no folder (looked at {folder}), no Hub id (owner/name) and not 'embedded'")
     return value
 
@@ -99,9 +98,14 @@ def _size(fields: Fields) -> tuple[int, int] | None:
 def _style(fields: Fields) -> StyleSpec:
     if not fields.has("file"):
         fields.complain("file", "is missing; name a LoRA")
-    spec = StyleSpec(file=fields.file("file"), weight=fields.number("weight", 1.0))
-    if isinstance(spec.file, str):
-        fields.complain("file", f"{spec.file!r} is no file, and no style ships with the package")
+    value = fields.text("file")
+    if value and value.startswith(BANK):
+        fields.complain("file", f"{value!r} is no file: the bank keeps concepts, and a style is a LoRA; name its file")
+    elif value and value.startswith(EMBEDDED):
+        fields.complain("file", f"{value!r} is no file, and no style ships with the package; name a LoRA's")
+    else:
+        value = fields.file("file")
+    spec = StyleSpec(file=value, weight=fields.number("weight", 1.0))
     fields.finish()
     return spec
 
@@ -128,11 +132,27 @@ def _template(fields: Fields) -> TemplateSpec:
 def _masks(fields: Fields) -> MasksSpec:
     spec = MasksSpec(
         source=fields.choice("source", MASK_SOURCES),
-        dilation=fields.whole("dilation"),
+        dilation=_extent(fields, "dilation", None),
         overlap=fields.choice("overlap", OVERLAPS, "priority"),
+        text=parse_text(fields.section("text")),
+        min_area=_extent(fields, "min_area", 0),
+        fill_holes=bool(fields.truth("fill_holes")),
+        feather=fields.whole("feather", 0),
+        downsampling=fields.choice("downsampling", DOWNSAMPLINGS, "area"),
     )
     fields.finish()
     return spec
+
+
+def _extent(fields: Fields, name: str, default: float | None) -> float | None:
+    """Whole pixels, or a part of an object below 1."""
+    value = fields.number(name, default, least=0, most=LARGEST)
+    if value is None or (value < 1 and value > 0):
+        return value
+    if value % 1:
+        fields.complain(name, f"must be whole pixels or a part of the object below 1, is {value:g}")
+        return default
+    return int(value)
 
 
 def _fusion(fields: Fields) -> FusionSpec:
@@ -153,6 +173,8 @@ def _fusion(fields: Fields) -> FusionSpec:
 
 def _check_whole(job: Job, fields: Fields) -> None:
     """What no field can tell by itself."""
+    if job.keep_background and job.background:
+        fields.complain(None, KEPT_AND_CHANGED)
     names: dict[str, str] = {}
     for place, spec in job.places():
         if spec.file is None and spec.train is None:

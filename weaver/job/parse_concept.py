@@ -11,8 +11,9 @@ from weaver.concepts.bank_folder import BankFolder
 from weaver.concepts.prompts import names_token
 from weaver.concepts.settings import CHOICES, TrainSettings
 from weaver.errors import WeaverError
-from weaver.job import BackgroundSpec, ConceptSpec, MaskSpec, TrainSpec
+from weaver.job import BackgroundSpec, ConceptSpec, TrainSpec
 from weaver.job.fields import BANK, EMBEDDED, Fields
+from weaver.job.parse_mask import parse_mask
 
 __all__ = ["parse_concept"]
 
@@ -49,7 +50,7 @@ def parse_concept(fields: Fields, kind: type[BackgroundSpec]) -> BackgroundSpec:
         parts=fields.choice("parts", PARTS, "whole"),
     )
     if kind is ConceptSpec:
-        values["mask"] = _mask(fields.section("mask"))
+        values["mask"] = parse_mask(fields.section("mask"))
     fields.finish()
     return kind(**values)
 
@@ -92,21 +93,3 @@ def _train(fields: Fields) -> TrainSpec:
     except WeaverError as error:
         fields.complain(None, str(error))
     return TrainSpec(images=images or (), token=token, caption=caption, settings=tuple(settings.items()))
-
-
-def _mask(fields: Fields) -> MaskSpec:
-    if not any(fields.has(name) for name in ("word", "file", "box")):
-        fields.finish()
-        return MaskSpec()
-    kind = fields.exactly_one(("word", "file", "box"))
-    box = fields.numbers("box", 4, "[left, top, right, bottom] in pixels or in parts of 1") if kind == "box" else None
-    if box and not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
-        fields.complain("box", f"must have 0 <= left < right and 0 <= top < bottom, is {list(box)}")
-    spec = MaskSpec(
-        word=fields.text("word") if kind == "word" else None,
-        file=fields.file("file") if kind == "file" else None,
-        label=fields.whole("label") if kind == "file" else None,
-        box=box,
-    )
-    fields.finish()
-    return spec

@@ -11,15 +11,25 @@ from weaver.concepts.bank import training_settings
 from weaver.concepts.concept import Concept
 from weaver.defaults import default_dilation, defaults_for, model_size
 from weaver.errors import WeaverError
-from weaver.job import SAME_MODEL, BackgroundSpec, Job, JobError
+from weaver.job import SAME_MODEL, BackgroundSpec, Job, JobError, TextSpec
 from weaver.job.inputs import shipped_name
 from weaver.layers import SITES
 from weaver.masks import MaskError
+from weaver.masks.grounded import DETECTOR, OUTLINER
 from weaver.models import ModelError, is_embedded
 from weaver.places import Places, best_source
 from weaver.template import file_size
 
-__all__ = ["TEMPLATE_MODEL", "check_model", "final_masks", "in_field", "mask_fields", "place_concepts", "resolve_job"]
+__all__ = [
+    "TEMPLATE_MODEL",
+    "check_model",
+    "final_masks",
+    "in_field",
+    "mask_fields",
+    "open_finder",
+    "place_concepts",
+    "resolve_job",
+]
 
 TEMPLATE_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"  # the paper's
 
@@ -56,6 +66,7 @@ def resolve_job(job: Job, pipe, prompts: list[str]) -> Job:
             job.masks,
             source=job.masks.source or best_source(pipe),
             dilation=_or(job.masks.dilation, default_dilation(size)),
+            text=_resolve_text(job.masks.text),
         ),
         fusion=replace(
             wishes,
@@ -90,8 +101,8 @@ def _embedded_only(job: Job) -> list[str]:
     ]
     if job.masks.source == "segmenter":
         reasons.append(
-            "masks.source: the segmenter knows the embedded model's world only; use 'attention', or give every "
-            "concept a mask file or box"
+            "masks.source: the segmenter knows the embedded model's world only; use 'attention' or 'text', or give "
+            "every concept a mask file or box"
         )
     return reasons
 
@@ -112,12 +123,20 @@ def place_concepts(job: Job, known: dict[str, Concept], pipe, source: str) -> Pl
         raise JobError(f"{source}: {error}") from error
     problems = [
         f"{label}: {reason}"
-        for label, word in zip(labels, places.words, strict=True)
-        for reason in replace(places, words=(word,)).word_reasons(pipe, job.inversion_prompt)
+        for label, wish in zip(labels, places.wishes, strict=True)
+        for reason in replace(places, wishes=(wish,)).word_reasons(pipe, job.inversion_prompt)
     ]
     if problems:
         raise JobError(f"{source}: " + "; ".join(problems))
     return places
+
+
+def open_finder(job: Job, places: Places, source: str, *, offline: bool = False) -> Places:
+    """The same places with the Grounding DINO and SAM loaded that the job names; `JobError` where they can't be."""
+    try:
+        return places.opened(**asdict(job.masks.text), device=job.device, offline=offline)
+    except WeaverError as error:
+        raise JobError(f"{source}: {error}") from error
 
 
 def mask_fields(job: Job) -> list[str]:
@@ -131,7 +150,7 @@ def final_masks(job: Job, places: Places) -> torch.Tensor:
     Raises `MaskError` naming the fields of masks that can't be used, or leave a concept or the background's nothing.
     """
     names = mask_fields(job)
-    final = places.compose(job.size, dilation=job.masks.dilation, overlap=job.masks.overlap, names=names)
+    final = places.compose(job.size, names=names, **job.masks.shaping)
     if job.background and not final[-1].any():
         raise MaskError(
             "background: the masks cover the whole picture and leave it nothing; make them or masks.dilation "
@@ -153,6 +172,12 @@ def _resolve_spec(spec: BackgroundSpec, prompt: str, pipe) -> BackgroundSpec:
     if train:
         train = replace(train, settings=tuple(asdict(training_settings(train, pipe)).items()))
     return replace(spec, prompt=prompt, train=train)
+
+
+def _resolve_text(spec: TextSpec) -> TextSpec:
+    if spec.backend != "transformers":
+        return spec
+    return replace(spec, detector=spec.detector or DETECTOR, segmenter=spec.segmenter or OUTLINER)
 
 
 def _or(value, default):

@@ -18,6 +18,7 @@ __all__ = [
     "SAME_MODEL",
     "StyleSpec",
     "TemplateSpec",
+    "TextSpec",
     "TrainSpec",
 ]
 
@@ -44,12 +45,28 @@ class TrainSpec:
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """Where one concept stands: the k-th object of a word, a picture file (one label of it, or all) or a box."""
+    """Where one concept stands: an object of a word, a file (one label of it, or all), a box, a polygon or points.
+
+    Which object of the word is meant is said by at most one of `order` (the k-th from the left), `rank` (the k-th by
+    confidence), `at` (a point on it) and `around` (a box). `points` are on the object and given to SAM. Coordinates are
+    in pixels of the template, or in parts of it where all lie in 0..1.
+    """
 
     word: str | None = None
+    order: int | None = None
+    rank: int | None = None
+    at: tuple[float, float] | None = None
+    around: tuple[float, float, float, float] | None = None
     file: Path | None = None
-    label: int | None = None
+    label: int | str | None = None
     box: tuple[float, float, float, float] | None = None
+    polygon: tuple[tuple[float, float], ...] | None = None
+    points: tuple[tuple[float, float], ...] | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether it is a mask by itself, for which nothing has to be found in the template."""
+        return any(value is not None for value in (self.file, self.box, self.polygon))
 
 
 @dataclass(frozen=True)
@@ -105,12 +122,42 @@ class TemplateSpec:
 
 
 @dataclass(frozen=True)
+class TextSpec:
+    """Grounding DINO and SAM, for the source "text" and for points: whose, which weights, and the thresholds (0..1).
+
+    `detector` and `segmenter` are folders, Hub ids or, of the original packages, checkpoint files; None is the default.
+    """
+
+    backend: str = "transformers"
+    detector: Path | str | None = None
+    segmenter: Path | str | None = None
+    box_threshold: float = 0.3
+    text_threshold: float = 0.25
+
+
+@dataclass(frozen=True)
 class MasksSpec:
-    """Where masks come from by default, how far they grow (pixels) and who owns an overlap."""
+    """Where masks come from by default, how they are composed (`weaver.masks.compose_masks`) and down-sampled."""
 
     source: str | None = None
-    dilation: int | None = None
+    dilation: float | None = None
     overlap: str = "priority"
+    text: TextSpec = TextSpec()
+    min_area: float = 0
+    fill_holes: bool = False
+    feather: int = 0
+    downsampling: str = "area"
+
+    @property
+    def shaping(self) -> dict:
+        """What of it `compose_masks` takes."""
+        return {
+            "dilation": self.dilation,
+            "overlap": self.overlap,
+            "min_area": self.min_area,
+            "fill_holes": self.fill_holes,
+            "feather": self.feather,
+        }
 
 
 @dataclass(frozen=True)
@@ -145,6 +192,7 @@ class Job:
     size: tuple[int, int] | None = None
     device: str = "auto"
     inversion_prompt: str | None = None
+    keep_background: bool = False
     template: TemplateSpec = field(default_factory=TemplateSpec)
     masks: MasksSpec = field(default_factory=MasksSpec)
     fusion: FusionSpec = field(default_factory=FusionSpec)

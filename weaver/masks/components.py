@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from weaver.masks.compose import MaskError, dilate
+from weaver.masks.compose import MaskError
+from weaver.masks.shapes import connected_components, dilate, drop_specks, fill_holes
 
-__all__ = ["assign_objects", "connected_components", "split_objects", "tidy"]
+__all__ = ["assign_objects", "objects_in", "split_objects", "tidy"]
 
 # Of the objects that are cut apart, the smallest has at least this part of the largest's area: an ear is no animal.
 _ALIKE = 0.25
@@ -33,6 +34,16 @@ def assign_objects(masks: torch.Tensor, words: Sequence[str], labels: Sequence[s
     return torch.stack([next(found[word]) for word in words])
 
 
+def objects_in(mask: torch.Tensor, count: int, what: str = "object") -> torch.Tensor:
+    """The objects of mask [h, w] from left to right, [K, h, w] with K `count` at least: its parts, where it has enough
+    that are alike in size, else as `split_objects` cuts them."""
+    parts = connected_components(tidy(mask))
+    if parts.max(initial=0) < count:
+        return split_objects(mask, count, what)
+    objects = [torch.from_numpy(parts == number) for number in range(1, parts.max() + 1)]
+    return torch.stack(sorted(objects, key=_middle))
+
+
 def split_objects(mask: torch.Tensor, count: int, what: str = "object") -> torch.Tensor:
     """Cut mask [h, w] into its `count` largest objects [count, h, w], ordered from left to right by their centres.
 
@@ -50,54 +61,24 @@ def split_objects(mask: torch.Tensor, count: int, what: str = "object") -> torch
         if not worn.any():
             alone = len(np.unique(connected_components(mask))) - 1
             raise MaskError(
-                f"{count} concepts are a {what!r}, but the mask of {what!r} holds {alone} objects that could be one: "
+                f"{count} {what!r} asked for, but the mask of {what!r} holds {alone} objects that could be one: "
                 "give these concepts a box or a mask file each"
             )
     order = np.argsort(-np.bincount(parts.ravel())[1:], kind="stable")[:count] + 1
     seeds = torch.stack([torch.from_numpy(parts == label) for label in order])
     objects = _grow_back(seeds, mask)
-    centres = [torch.nonzero(part)[:, 1].float().mean().item() for part in objects]
-    return objects[torch.tensor(sorted(range(count), key=centres.__getitem__))]
+    return torch.stack(sorted(objects, key=_middle))
 
 
 def tidy(mask: torch.Tensor) -> torch.Tensor:
     """Drop the specks of mask [h, w], parts much smaller than its largest, and fill its holes."""
-    parts = connected_components(mask)
-    areas = np.bincount(parts.ravel())[1:]
-    kept = np.isin(parts, 1 + np.flatnonzero(areas >= _ALIKE * areas.max(initial=1)))
-    outside = connected_components(np.pad(~kept, 1, constant_values=True))[1:-1, 1:-1]
-    return torch.from_numpy(outside != 1)  # part 1 holds the corner, and so the whole surroundings
+    areas = np.bincount(connected_components(mask).ravel())[1:]
+    return fill_holes(drop_specks(mask, _ALIKE * areas.max(initial=1)))
 
 
-def connected_components(mask: torch.Tensor | np.ndarray) -> np.ndarray:
-    """Number the 4-connected parts of mask [h, w] from 1, in reading order; 0 is outside. Returns [h, w] int64."""
-    mask = np.asarray(mask, dtype=bool)
-    parent = [0]
-    labels = np.zeros(mask.shape, dtype=np.int64)
-
-    def root(label: int) -> int:
-        while parent[label] != label:
-            parent[label] = parent[parent[label]]
-            label = parent[label]
-        return label
-
-    above: list[tuple[int, int, int]] = []
-    for y, row in enumerate(mask):
-        edges = np.flatnonzero(np.diff(row, prepend=False, append=False))
-        runs = []
-        for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-            touching = {root(label) for first, last, label in above if first < stop and start < last}
-            label = min(touching, default=len(parent))
-            if not touching:
-                parent.append(label)
-            for other in touching:
-                parent[other] = label
-            labels[y, start:stop] = label
-            runs.append((start, stop, label))
-        above = runs
-    roots = np.array([root(label) for label in range(len(parent))])
-    compact = np.searchsorted(np.unique(roots), roots)  # 0 is a root of its own, so it stays 0
-    return compact[labels]
+def _middle(part: torch.Tensor) -> float:
+    """The mean x of the pixels of a part [h, w]."""
+    return torch.nonzero(part)[:, 1].float().mean().item()
 
 
 def _grow_back(seeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

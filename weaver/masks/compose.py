@@ -8,21 +8,20 @@ mask named first, or a share each). The background is whatever the final masks l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from numbers import Real
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from weaver.choices import OVERLAPS
 from weaver.errors import WeaverError, told
+from weaver.masks.shapes import connected_components, dilate, drop_specks, fill_holes, soften
+from weaver.values import is_number
 
-__all__ = ["MaskError", "as_masks", "check_partition", "compose_masks", "dilate", "mask_pyramid", "partition_reasons"]
+__all__ = ["MaskError", "as_masks", "compose_masks", "composition_reasons"]
 
 # A concept that keeps less than this part of its own mask is as good as not in the picture.
 _KEPT = 0.01
-_SLACK = 1e-5  # of a sum of float32 weights
 
 
 class MaskError(WeaverError):
@@ -32,30 +31,38 @@ class MaskError(WeaverError):
 def compose_masks(
     dense: torch.Tensor | np.ndarray | Sequence,
     *,
-    dilation: int = 0,
+    dilation: float = 0,
     overlap: str = "priority",
+    min_area: float = 0,
+    fill_holes: bool = False,
+    feather: int = 0,
     names: Sequence[str] | None = None,
 ) -> torch.Tensor:
     """Turn dense masks into final ones that sum to one in every pixel.
 
+    All but the rule for dilated overlap is ours; the paper gives no figures.
+
     Parameters
     ----------
     dense : [N, h, w], bool, or float in 0..1 where 0.5 and more is inside; N may be 0.
-    dilation : radius in pixels of these masks of the disc that each mask grows by (ours; the paper gives no figure).
+    dilation : radius of the disc that each mask grows by: whole pixels of these masks, or below 1 the part of the
+        object's size (the root of its area), so that small objects grow less than large ones.
     overlap : where dense masks overlap, "priority" gives the pixel to the one that comes first, "share" an equal
         part to each.
+    min_area : parts of a dense mask that are smaller are dropped: whole pixels, or below 1 a part of the mask's area.
+    fill_holes : give each dense mask what it encloses, but for what another dense mask claims.
+    feather : width in pixels of the final masks' edges, half of it on either side; 0 and 1 leave them hard.
     names : what to call the concepts in errors.
 
     Returns [N + 1, h, w] float32 on the CPU, the background last.
     Raises `MaskError` for masks that are empty, not finite, outside 0..1, or that leave a concept nothing.
     """
-    if overlap not in OVERLAPS:
-        raise MaskError(f"overlap is {overlap!r}; expected one of {', '.join(OVERLAPS)}")
-    if not isinstance(dilation, Real) or not dilation >= 0 or dilation % 1:  # NaN is neither
-        raise MaskError(f"dilation is {dilation!r}; expected a whole number of pixels, 0 or more")
+    if reasons := composition_reasons(dilation, overlap, min_area, fill_holes, feather):
+        raise MaskError("; ".join(reasons))
     inside = _binary(dense, names)
     names = names or _numbered(len(inside))
-    grown = dilate(inside, int(dilation))
+    inside = _cleaned(inside, names, min_area, fill_holes)
+    grown = _grown(inside, dilation)
     contested = grown.sum(0) > 1
     claims = torch.where(contested, inside, grown)  # [N, h, w]: one claim, or dense masks where dilated ones overlap
     if overlap == "priority":
@@ -64,7 +71,23 @@ def compose_masks(
     final = claims / count.clamp(min=1)
     if reasons := _losses(inside, final, names):
         raise MaskError("masks leave a concept nothing: " + "; ".join(reasons))
-    return torch.cat([final, (count == 0)[None].to(final)])
+    final = torch.cat([final, (count == 0)[None].to(final)])
+    return soften(final, int(feather)) if feather else final
+
+
+def composition_reasons(dilation: float, overlap: str, min_area: float, fill_holes: bool, feather: int) -> list[str]:
+    """What is wrong with the settings of `compose_masks`; empty when nothing is."""
+    reasons = []
+    for name, value, of in (("dilation", dilation, "size"), ("min_area", min_area, "area")):
+        if not is_number(value) or value < 0 or (value > 1 and value % 1):
+            reasons.append(f"{name} is {told(value)}; expected whole pixels, 0 or more, or a part of the object's {of}")
+    if overlap not in OVERLAPS:
+        reasons.append(f"overlap is {told(overlap)}; expected one of {', '.join(OVERLAPS)}")
+    if not isinstance(fill_holes, bool):
+        reasons.append(f"fill_holes is {told(fill_holes)}; expected True or False")
+    if not is_number(feather) or feather < 0 or feather % 1:
+        reasons.append(f"feather is {told(feather)}; expected a whole number of pixels, 0 or more")
+    return reasons
 
 
 def as_masks(masks: torch.Tensor | np.ndarray | Sequence) -> torch.Tensor:
@@ -87,92 +110,6 @@ def as_masks(masks: torch.Tensor | np.ndarray | Sequence) -> torch.Tensor:
     return torch.stack(parts) if parts else torch.zeros(0, 1, 1)
 
 
-def dilate(masks: torch.Tensor, radius: int) -> torch.Tensor:
-    """Grow boolean masks [N, h, w] by a disc of `radius` pixels."""
-    if radius == 0 or not len(masks):
-        return masks
-    height, width = masks.shape[1:]
-    # counts[..., i] is how many cells of the row lie before i: a run holds one where its two ends differ.
-    counts = F.pad(F.pad(masks.int(), (radius,) * 4).cumsum(-1, dtype=torch.int32), (1, 0))
-    grown = torch.zeros_like(masks)
-    for dy in range(-radius, radius + 1):
-        half = math.isqrt(radius**2 - dy**2)  # of this row of the disc
-        rows = counts[:, radius + dy : radius + dy + height]
-        first, last = radius - half, radius + half + 1
-        grown |= rows[..., last : last + width] != rows[..., first : first + width]
-    return grown
-
-
-def mask_pyramid(masks: torch.Tensor, sizes: Iterable[tuple[int, int]]) -> dict[tuple[int, int], torch.Tensor]:
-    """Reduce masks [M, H, W] that sum to one to every (h, w) of `sizes`, summing to one in every token there.
-
-    Each token takes the mean of the area it covers, parts of pixels by their part, so any size will do. The mean is
-    linear, so it keeps the sum; the last mask takes up the rounding.
-
-    Returns ``{(h, w): [M, h, w] float32}`` on the CPU, since not every device has float64. Raises `MaskError` when the
-    masks do not sum to one.
-    """
-    masks = masks.cpu()
-    check_partition(masks)
-    reduced = {}
-    for height, width in sizes:
-        rows, columns = _area_matrix(masks.shape[1], height), _area_matrix(masks.shape[2], width)
-        small = (rows @ masks.double() @ columns.T).clamp(0, 1).float()
-        small[-1] = (1 - small[:-1].sum(0)).clamp(min=0)
-        reduced[height, width] = small
-    return reduced
-
-
-def check_partition(masks: torch.Tensor) -> None:
-    """Raise `MaskError` unless masks [M, h, w] lie in 0..1 and sum to one in every pixel."""
-    if masks.ndim != 3 or 0 in masks.shape:
-        raise MaskError(f"masks have shape {tuple(masks.shape)}, expected [masks, height, width] and none of them 0")
-    masks = masks.cpu()
-    total = masks.double().sum(0)
-    if not torch.isfinite(total).all() or masks.min() < 0 or (total - 1).abs().max() > _SLACK:
-        low, high = total.min().item(), total.max().item()
-        raise MaskError(f"masks must be 0 or more and sum to one; they sum to {low:.4g}..{high:.4g}: use compose_masks")
-
-
-def partition_reasons(masks: torch.Tensor, names: Sequence[str]) -> list[str]:
-    """Why masks of the concepts `names` can't be weights as they are; empty when they can.
-
-    Parameters
-    ----------
-    masks : [N, h, w], which leave the rest to the background, or [N + 1, h, w], which sum to one; 0..1, on the CPU
-    """
-    reasons = []
-    for name, mask in zip(names, masks, strict=False):
-        if not torch.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
-            reasons.append(f"the mask of {name} has values outside 0..1 ({mask.min():g} to {mask.max():g})")
-        elif not mask.any():
-            reasons.append(f"the mask of {name} is empty")
-    if reasons:
-        return reasons
-    own = masks[: len(names)]
-    crowded = own.double().sum(0) > 1 + _SLACK
-    for i, name in enumerate(names):
-        for j in range(i):
-            if count := int((crowded & (own[i] > 0) & (own[j] > 0)).sum()):
-                reasons.append(f"the masks of {names[j]} and {name} overlap in {count} pixels: use compose_masks")
-    if not reasons and len(masks) > len(names):
-        try:
-            check_partition(masks)
-        except MaskError as error:
-            reasons.append(str(error))
-    return reasons
-
-
-def _area_matrix(size: int, target: int) -> torch.Tensor:
-    """The part of every source cell in every target cell, [target, size] float64; rows sum to one."""
-    edges = torch.arange(target + 1, dtype=torch.float64) * (size / target)
-    cells = torch.arange(size, dtype=torch.float64)
-    low = torch.maximum(edges[:-1, None], cells[None])
-    high = torch.minimum(edges[1:, None], cells[None] + 1)
-    part = (high - low).clamp(min=0)
-    return part / part.sum(1, keepdim=True)
-
-
 def _binary(dense, names: Sequence[str] | None) -> torch.Tensor:
     masks = as_masks(dense)
     if masks.ndim != 3 or 0 in masks.shape[1:]:
@@ -188,6 +125,33 @@ def _binary(dense, names: Sequence[str] | None) -> torch.Tensor:
     if reasons:
         raise MaskError("unusable masks: " + "; ".join(reasons))
     return masks if masks.dtype == torch.bool else masks >= 0.5
+
+
+def _cleaned(inside: torch.Tensor, names: Sequence[str], min_area: float, fill: bool) -> torch.Tensor:
+    """Dense masks [N, h, w] bool without their specks, and with what they enclose."""
+    if min_area:
+        least = [min_area * int(mask.sum()) if min_area < 1 else min_area for mask in inside]
+        kept = [drop_specks(mask, amount) for mask, amount in zip(inside, least, strict=True)]
+        reasons = [
+            f"{name} has no part of {amount:g} pixels, its largest has "
+            f"{np.bincount(connected_components(mask).ravel())[1:].max()}; make min_area smaller"
+            for name, mask, left, amount in zip(names, inside, kept, least, strict=True)
+            if not left.any()
+        ]
+        if reasons:
+            raise MaskError("unusable masks: " + "; ".join(reasons))
+        inside = torch.stack(kept) if kept else inside
+    if fill:
+        free = ~inside.any(0)
+        inside = torch.stack([mask | (fill_holes(mask) & free) for mask in inside]) if len(inside) else inside
+    return inside
+
+
+def _grown(inside: torch.Tensor, dilation: float) -> torch.Tensor:
+    """Dense masks [N, h, w] bool, each grown by so many pixels or by so large a part of its own size."""
+    if dilation == 0 or dilation >= 1 or not len(inside):
+        return dilate(inside, int(dilation))
+    return torch.cat([dilate(mask[None], round(dilation * math.sqrt(mask.sum()))) for mask in inside])
 
 
 def _losses(inside: torch.Tensor, final: torch.Tensor, names: Sequence[str]) -> list[str]:

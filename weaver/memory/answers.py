@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from weaver.memory.scratch import channels_last
-from weaver_kernels.context_attention.live import live_context_attention
+from weaver_kernels import live_context_attention
 
 __all__ = ["ANSWERS"]
 

@@ -59,7 +59,7 @@ def template_peaks(
                 options = {"size": job.size, "steps": _STEPS, "guidance": job.template.guidance}
                 with ledger.peak() as found["template"]:
                     template_picture(maker.pipe, PROMPT, **options, graphs=graphs_on(ledger, graphs))
-            if any(spec.mask.file is None and spec.mask.box is None for spec in job.concepts):
+            if not all(spec.mask.known for spec in job.concepts):
                 with ledger.peak() as found["masks"]:
                     _find_words(job, model.pipe, ledger.device)
     return found
@@ -90,7 +90,9 @@ def _find_words(job: Job, pipe, device: str) -> None:
     if job.masks.source == "attention":
         with lent(*modules_of(pipe)):
             attention_maps(pipe, picture, PROMPT, words)
-    elif device == "cpu":  # the segmenter is small, and on the CPU wherever the model is
+    elif (
+        job.masks.source == "segmenter" and device == "cpu"
+    ):  # the segmenter is small, and on the CPU wherever the model is
         from weaver.embedded.segmenter import ANIMALS, Segmenter
 
         Segmenter().eval().segment(picture, [ANIMALS[0]] * len(words))

@@ -15,10 +15,11 @@ from weaver.choices import LAYOUTS
 from weaver.concepts.concept import Concept, ConceptError
 from weaver.concepts.concept_checks import OUTPUT_BIAS
 from weaver.concepts.decompose import Losses
+from weaver.concepts.formats.kohya_names import is_of_sdxl
 from weaver.concepts.formats.parsed import BASE_KEY
 from weaver.concepts.formats.save_custom_diffusion import custom_diffusion_weights
-from weaver.concepts.formats.save_lora import diffusers_lora, kohya_lora
-from weaver.concepts.formats.token_file import token_path, told_token, vectors_of_file
+from weaver.concepts.formats.save_lora import LoraFile, diffusers_lora, kohya_lora, lora_changes
+from weaver.concepts.formats.token_file import holds_token, token_path, told_token, vectors_of_file
 from weaver.errors import told
 from weaver.folder import all_or_nothing
 from weaver_kernels import LowRank
@@ -27,7 +28,6 @@ __all__ = ["RANK", "Converted", "convert"]
 
 RANK = 16
 _CUSTOM = "custom-diffusion"
-_LORAS = {"diffusers-lora": diffusers_lora, "kohya-lora": kohya_lora}
 Writer = Callable[[Path], object]
 
 
@@ -54,7 +54,7 @@ def convert(
     out : the file, ".safetensors"; of Custom Diffusion ".bin" too, the only kind that diffusers' own loader reads whole
     rank : of the factors that matrices become in a LoRA
     pipe : the base model, for "custom-diffusion"
-    replace : whether files that are there may be replaced
+    replace : whether files that are there may be replaced; a token's file that has the same vectors stays as it is
 
     Raises `ConceptError` for what has no place in the layout, and for an `out` that can't be.
     """
@@ -71,25 +71,26 @@ def convert(
     if reasons:
         raise ConceptError("; ".join(reasons))
     if to == "weaver":
-        writers, notes = {out: concept.save}, []
+        write, notes, beside = concept.save, [], {}
     else:
         write, notes = _weights(concept, to, out, rank, pipe)
-        writers = {out: write} | _token_file(concept, to, out)
-        notes += [f"{path}: the token {concept.token}, to be loaded as textual inversion" for path in [*writers][1:]]
+        beside = _token_file(concept, to, out)
+        notes += [f"{path}: the token {concept.token}, to be loaded as textual inversion" for path in beside]
+    writers = {out: write} | {path: save for path, save in beside.items() if not holds_token(path, concept)}
     there = [path for path in writers if path.exists()]
     if there and not replace:
         raise ConceptError(f"out: {there[0]} is there already; give --replace, or another --out")
     with all_or_nothing(out.parent) as scratch:
         for path, write in writers.items():
             write(scratch / path.name)
-    return Converted(list(writers), notes)
+    return Converted([out, *beside], notes)
 
 
 def _weights(concept: Concept, to: str, out: Path, rank: int, pipe) -> tuple[Writer, list[str]]:
     """What writes a concept's changes in another layout than our own, and what is to be known of that."""
     notes, base = [], {BASE_KEY: concept.base_hash} if concept.base_hash else {}
     if to != _CUSTOM:
-        file = _LORAS[to](concept, rank)
+        file = _lora(concept, to, rank)
         metadata = file.metadata | base | told_token(concept)
         write, notes = partial(save_file, file.tensors, metadata=metadata), _losses(concept, file.losses)
         alphas = {(name.split("_")[1], x.item()) for name, x in file.tensors.items() if name.endswith(".alpha")}
@@ -110,6 +111,16 @@ def _weights(concept: Concept, to: str, out: Path, rank: int, pipe) -> tuple[Wri
     if concept.token and not concept.embeddings:
         untold.append(f"words {concept.token!r} that prompts need")
     return write, [*notes, f"not told in this layout: {', '.join(untold)}"]
+
+
+def _lora(concept: Concept, to: str, rank: int) -> LoraFile:
+    """Raises `ConceptError` for a concept that has nothing that a LoRA has a place for."""
+    changes = lora_changes(concept)
+    if not changes:
+        raise ConceptError(f"concept {concept.name!r} changes no weights, it is a token alone: a LoRA has none")
+    if all(key.endswith(OUTPUT_BIAS) for key in changes):
+        raise ConceptError(f"concept {concept.name!r} changes biases alone: a LoRA has no place for them")
+    return kohya_lora(changes, rank, sdxl=is_of_sdxl(concept)) if to == "kohya-lora" else diffusers_lora(changes, rank)
 
 
 def _losses(concept: Concept, losses: Losses) -> list[str]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from math import sqrt
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -19,6 +20,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 
 from weaver.concepts.changes import ranks_of
 from weaver.concepts.concept_checks import parted
+from weaver.concepts.formats.bundled import bundled_tokens, is_bundled
 from weaver.concepts.formats.opening import OpenedFile
 from weaver.concepts.formats.parsed import ParsedFile
 from weaver.concepts.formats.refused import OTHER_BASE
@@ -35,8 +37,9 @@ _FACTOR = re.compile(r"^(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
 _NOTES = ("ss_base_model_version", "ss_sd_model_name", "ss_steps", "ss_learning_rate", "ss_network_alpha")
 _MOST_ALPHA = 1e6  # a thousand times what anybody trains with
 _PEFT_PREFIX, _PEFT_CONFIG = "base_model.model.", "adapter_config.json"
+_LARGEST_CONFIG = 1 << 20  # bytes; one that names every module of SDXL has 60 kB
 _PLAIN_NAME = re.compile(r"^[\w.]+$")  # what of a pattern is taken: anything more could take for ever to match
-_OLD_TEXT = re.compile(r"\.(?:to_(q|k|v|out)_lora|lora_linear_layer)\.(down|up)\.")  # diffusers', before PEFT
+_OLD_TEXT = re.compile(r"\.(?:to_(q|k|v|out)_lora|lora_linear_layer|lora)\.(down|up)\.")  # diffusers' without PEFT
 _OLD_PROJECTIONS = {"q": ".q_proj", "k": ".k_proj", "v": ".v_proj", "out": ".out_proj"}
 _TEXT_MODULES = ("text_model.", "encoder.layers.")  # which of the two depends on the version of transformers
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
@@ -55,16 +58,19 @@ def parse(opened: OpenedFile) -> ParsedFile | None:
 
     Alphas are tensors in kohya's files, in the metadata of diffusers' and in the `adapter_config.json` beside PEFT's,
     without which one of PEFT's is refused: nobody can tell its scale. A token is in the file beside it that `convert`
-    left there.
+    left there, or in the file itself where that is a bundle.
     """
     if not recognises(opened):
         return None
-    tensors = {key: value for key, value in opened.tensors.items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        key: value for key, value in opened.tensors.items() if isinstance(value, torch.Tensor) and not is_bundled(key)
+    }
     try:
         parsed = _parsed(tensors, _config(opened), opened.metadata)
     except Refusal as refusal:
         raise opened.error(str(refusal)) from refusal
-    return replace(parsed, **token_beside(opened)._asdict())
+    beside = token_beside(opened)
+    return replace(parsed, **beside._asdict() | {"embeddings": bundled_tokens(opened) | dict(beside.embeddings)})
 
 
 def _config(opened: OpenedFile) -> dict:
@@ -74,15 +80,21 @@ def _config(opened: OpenedFile) -> dict:
     if of_peft and not text and not beside.is_file():
         raise opened.error(f"a LoRA of PEFT's, whose scale is in its {_PEFT_CONFIG}: put that beside it")
     try:
-        if text:
-            config = json.loads(text)
-        else:
-            config = json.loads(beside.read_text(encoding="utf-8")) if of_peft else {}
+        content = text or (_content(beside) if of_peft else "{}")
+        if len(content) > _LARGEST_CONFIG:
+            raise ValueError(f"it has more than {_LARGEST_CONFIG} bytes")
+        config = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         raise opened.error(f"how it was made can't be read ({told(str(error))}): save it again") from error
     if not isinstance(config, dict):
         raise opened.error(f"how it was made is {told(config)}, expected settings by name: save it again")
     return config
+
+
+def _content(path: Path) -> bytes:
+    """The start of a file, one byte longer than it may be."""
+    with path.open("rb") as file:
+        return file.read(_LARGEST_CONFIG + 1)
 
 
 def _parsed(tensors: Mapping[str, torch.Tensor], config: Mapping, metadata: Mapping[str, str]) -> ParsedFile:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from math import hypot
 from pathlib import Path
 
 import torch
@@ -36,8 +35,9 @@ def summarise(path: str | os.PathLike) -> dict:
 
     Returns "format", "bytes", "sha256", "tokens" (vectors by token), "token_files" (those beside it that tokens were
     taken from, by token), "lacks" (what of a token is missing, None for nothing), "word" and "base" (None where the
-    file does not tell), "parts" (each with "name", "changes", "ranks", "share" of the Frobenius norm of all changes,
-    None for weights that take the place of a base model's, and whether a fusion has "used" for it) and "settings".
+    file does not tell), "parts" (each with "name", "changes", "ranks", "share" of the squared Frobenius norm of all
+    changes, so that shares add up to 1, None for weights that take the place of a base model's, and whether a fusion
+    has "used" for it) and "settings".
     """
     path = Path(path)
     file = read_concept_file(path)
@@ -65,14 +65,14 @@ def _parts(file: Concept | ParsedFile, weights: Mapping[str, torch.Tensor]) -> l
         groups.setdefault((kind, key not in file.outside or has_region(key)), []).append(change)
     if file.text_deltas:
         groups[_TEXT, True] = list(file.text_deltas.values())
-    norms = {group: norm_of(x for x in of if x is not None) for group, of in groups.items()}
-    total = hypot(*norms.values())
+    squares = {group: norm_of(x for x in of if x is not None) ** 2 for group, of in groups.items()}
+    total = sum(squares.values())
     return [
         {
             "name": kind,
             "changes": len(changes),
             "ranks": ranks_of(changes),
-            "share": round(norms[kind, used] / total, 4) if total and not weights else None,
+            "share": round(squares[kind, used] / total, 4) if total and not weights else None,
             "used": used,
         }
         for (kind, used), changes in groups.items()

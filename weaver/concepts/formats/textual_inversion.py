@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -15,22 +16,25 @@ __all__ = ["as_vectors", "parse", "recognises", "refuse_large"]
 _PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "emb_params": "text_encoder"}
 _MOST = 75  # positions between the start and the end of CLIP's text
 _WIDEST = 2048  # of a vector; SDXL's second text encoder has 1280
-_WEIGHTS = (".weight", ".bias", ".alpha")
+_BRACKETED = re.compile(r"<\S+>")
+_NO_TOKEN = re.compile(
+    r"(^|[._])(weight|bias|alpha|beta|gamma|scale|shift|mean|std|var|variance|min|max|latents?|embeds?|embeddings?)$"
+)
 
 
 def recognises(opened: OpenedFile) -> bool:
     """Whether a file is of any of the layouts, by names and shapes: it need not be loaded.
 
-    Raises `ConceptError` for vectors of a size that none of these models' has.
+    Raises `ConceptError` for vectors of a size that none of these models' has, and for names that are no tokens.
     """
     tree = opened.tensors
     automatic = tree.get("string_to_param")
     if isinstance(automatic, Mapping):
         tree = automatic
-    elif not tree.keys() & _PARTS.keys() and not (
-        tree and all(_is_token(str(key), value) for key, value in tree.items())
-    ):
-        return False
+    elif not tree.keys() & _PARTS.keys():
+        if not _are_tokens(tree):
+            return False
+        _check_tokens(opened, [str(key) for key in tree])
     for key, value in tree.items():
         refuse_large(opened, key, value)
     return True
@@ -50,6 +54,7 @@ def parse(opened: OpenedFile) -> ParsedFile | None:
     """Read any of the layouts; None for files of another kind.
 
     diffusers has ``{token: [C] or [V, C]}``. The others name no token: it is the file's name, as in their programs.
+    A file of vectors is one only by its names: one of any name that could be a token, or several in brackets.
     """
     tree = opened.tensors
     if isinstance(tree.get("string_to_param"), Mapping):
@@ -61,7 +66,7 @@ def parse(opened: OpenedFile) -> ParsedFile | None:
         if len(counts := {len(part) for part in vectors.values()}) > 1:
             raise opened.error(f"clip_l and clip_g have different numbers of vectors, {sorted(counts)}: save it again")
         return ParsedFile("textual inversion", embeddings={_token_of(opened): vectors})
-    if tree and all(_is_token(key, value) for key, value in tree.items()):
+    if _are_tokens(tree):
         embeddings = {key: {"text_encoder": as_vectors(opened, key, value)} for key, value in tree.items()}
         return ParsedFile("textual inversion of diffusers", embeddings=embeddings)
     return None
@@ -98,8 +103,22 @@ def _token_of(opened: OpenedFile, name: object = None) -> str:
     raise opened.error("its name is its token, and has white space in it: rename the file")
 
 
-def _is_token(key: str, value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim in (1, 2) and not key.endswith(_WEIGHTS)
+def _are_tokens(tree: Mapping) -> bool:
+    """Whether all are vectors, and none is named as a parameter or a statistic is."""
+    return bool(tree) and all(
+        isinstance(value, torch.Tensor) and value.ndim in (1, 2) and not _NO_TOKEN.search(str(key))
+        for key, value in tree.items()
+    )
+
+
+def _check_tokens(opened: OpenedFile, names: list[str]) -> None:
+    """Raise `ConceptError` for several vectors whose names tell nothing: no program writes tokens so."""
+    plain = [name for name in names if not _BRACKETED.fullmatch(name)]
+    if plain and len(names) > 1:
+        raise opened.error(
+            f"it has {len(names)} vectors or matrices, {told(plain[0])} among them, and a textual inversion has one "
+            "token: if these are tokens, save them one by one, or under names in brackets, such as '<toy>'"
+        )
 
 
 def _is_plain(value: object) -> bool:

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from weaver.concepts.concept import Concept
+from weaver.concepts.concept import Concept, ConceptError
 from weaver.concepts.formats import textual_inversion
 from weaver.concepts.formats.opening import OpenedFile, open_tensors
 from weaver.errors import told
 
-__all__ = ["TokenBeside", "told_token", "token_beside", "token_path", "vectors_of_file"]
+__all__ = ["TokenBeside", "holds_token", "told_token", "token_beside", "token_path", "vectors_of_file"]
 
 _TOKEN_KEY, _VECTORS_KEY = "concept_weaver_token", "concept_weaver_vectors"
 _PARTS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
@@ -67,13 +67,27 @@ def token_beside(opened: OpenedFile) -> TokenBeside:
     instead = "or tell as token the words that prompts are to have in its place"
     if not path.is_file():
         return TokenBeside({}, {}, f"the file of its token ({path.name}) is not beside it: put it there, {instead}")
-    beside = open_tensors(path)
-    parsed = textual_inversion.parse(beside.loaded()) if textual_inversion.recognises(beside) else None
-    vectors = parsed.embeddings.get(token) if parsed else None
+    vectors = _tokens_in(path).get(token)
     if vectors is None or _hash(vectors) != opened.metadata.get(_VECTORS_KEY):
         lacks = f"{path.name} beside it holds another token than it was saved with: put that there, {instead}"
         return TokenBeside({}, {}, lacks)
     return TokenBeside({token: vectors}, {token: path.name})
+
+
+def holds_token(path: Path, concept: Concept) -> bool:
+    """Whether a file that is there has a concept's token, with the same vectors, and nothing else."""
+    try:
+        found = _tokens_in(path)
+    except ConceptError:
+        return False
+    return list(found) == [concept.token] and _hash(found[concept.token]) == _hash(concept.embeddings)
+
+
+def _tokens_in(path: Path) -> Mapping[str, Mapping[str, torch.Tensor]]:
+    """The vectors of each token of a textual inversion; none of a file of another kind."""
+    opened = open_tensors(path)
+    parsed = textual_inversion.parse(opened.loaded()) if textual_inversion.recognises(opened) else None
+    return parsed.embeddings if parsed else {}
 
 
 def _hash(vectors: Mapping[str, torch.Tensor]) -> str:

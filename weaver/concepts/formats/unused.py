@@ -34,8 +34,8 @@ def unused_reason(concept: Concept) -> str | None:
         return None
     groups = (concept.deltas, concept.text_deltas, concept.outside)
     total = norm_of(change for group in groups for change in group.values())
-    share = norm_of(unused.values()) / total if total else 0.0
+    share = (norm_of(unused.values()) / total) ** 2 if total else 0.0
     return (
         f"{len(unused)} of its changes, {next(iter(unused))} among them, act on the whole picture at once and in no "
-        f"region, {share:.0%} of it by norm: they are kept and not used"
+        f"region, {share:.0%} of it by the squared norm: they are kept and not used"
     )

@@ -1,0 +1,95 @@
+"""The search: its budget, what it finds, and that it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+
+from weaver.cli import main
+from weaver.evaluation import sweep as module
+from weaver.evaluation.arms import ARMS, arm_of, default_settings
+from weaver.evaluation.suite import sweep_cases
+from weaver.evaluation.sweep import GRID, objective, search, sweep
+
+GRID_OF_TWO = {"x": (0.0, 1.0, 2.0, 4.0), "n": (0, 1, 2, 3)}
+
+
+def hill(values: dict) -> tuple[float, float]:
+    """Highest at x = 2.75, n = 2."""
+    return -((values["x"] - 2.75) ** 2) - (values["n"] - 2) ** 2, 0.0
+
+
+def test_a_search_climbs_and_refines():
+    tried = search({"x": 1.0, "n": 0}, GRID_OF_TWO, 40, hill)
+    best = max(tried, key=lambda one: one.score)
+    assert best.values["n"] == 2 and abs(best.values["x"] - 2.75) < 0.01
+    assert all(isinstance(one.values["n"], int) for one in tried)
+    assert tried[0].along is None and tried[0].values == {"x": 1.0, "n": 0}
+    looked = [tuple(one.values.values()) for one in tried]
+    assert len(set(looked)) == len(looked)
+    curve = [one.values["x"] for one in tried if one.along == "x"][:3]
+    assert curve == [0.0, 2.0, 4.0]  # the first round has all values of the grid
+
+
+@pytest.mark.parametrize("budget", [1, 4, 9])
+def test_no_arm_may_try_more_than_its_budget(budget):
+    assert len(search({"x": 1.0, "n": 0}, GRID_OF_TWO, budget, hill)) == budget
+
+
+def test_a_search_ends_where_nothing_is_left():
+    tried = search({"n": 3}, {"n": (0, 1, 2)}, 40, lambda values: (float(values["n"]), 0.0))
+    assert [one.values["n"] for one in tried] == [3, 0, 1, 2]
+
+
+def test_equal_scores_keep_what_was_tried_first():
+    tried = search({"x": 1.0, "n": 0}, GRID_OF_TWO, 12, lambda values: (0.5, 0.5))
+    assert max(tried, key=lambda one: one.score) is tried[0]
+
+
+def picture(right: bool, leaked: bool, psnr: float | None, own: float = 0.8) -> dict:
+    animal = {"kind": "animal", "right": right, "leaked": leaked, "own": own, "base": 0.2, "others": 0.3}
+    ground = {"kind": "background", "right": False, "leaked": None, "own": 0.1, "base": 0.9, "others": 0.9}
+    return {"concepts": [animal, ground], "background_psnr": psnr}
+
+
+def test_the_objective_is_as_written():
+    assert objective([picture(True, False, 25.0)]) == (1.0, 0.5)
+    assert objective([picture(True, True, None)]) == (0.0, 0.5)
+    assert objective([picture(True, False, 15.0), picture(False, False, 15.0)]) == (0.5 - 0.25, 0.5)
+    absent = picture(False, False, None)
+    absent["concepts"][0] |= dict.fromkeys(("own", "base", "others"))
+    assert objective([absent]) == (0.0, -2.0)
+
+
+def test_every_arm_can_be_swept_from_its_defaults():
+    for arm in ARMS:
+        begun = arm.settings(default_settings())
+        assert arm.swept and all(getattr(begun, name) is not None and name in GRID for name in arm.swept)
+
+
+def test_a_sweep_writes_what_it_tried_and_goes_on(tmp_path, monkeypatch):
+    case = next(case for case in sweep_cases() if case.prompt.layout == "touching")
+    arms = [arm_of("no-injection")]
+    options = {"budget": 2, "arms": arms, "cases": [case], "steps": 2}
+    record = sweep(tmp_path, **options)
+    assert json.loads((tmp_path / "sweep.json").read_text()) == record
+    found = record["arms"]["no-injection"]
+    assert len(found["tried"]) == 2 and found["tried"][0]["values"] == {
+        name: getattr(default_settings(), name) for name in arms[0].swept
+    }
+    assert found["chosen"] in [tried["values"] for tried in found["tried"]] and record["cases"] == [case.name]
+    monkeypatch.setattr(module, "measured", lambda *args: pytest.fail("drawn again"))
+    assert sweep(tmp_path, **options) == record
+    with pytest.raises(pytest.fail.Exception, match="drawn again"):
+        sweep(tmp_path, **options | {"budget": 3})
+
+
+def test_the_command_sweeps(tmp_path, capsys, monkeypatch):
+    case = next(case for case in sweep_cases() if case.prompt.layout == "touching")
+    monkeypatch.setattr("weaver.evaluation.sweep.sweep", partial(sweep, budget=1, cases=[case], steps=2))
+    assert main(["evaluate", "--sweep", "--out", str(tmp_path), "--arms", "dense-masks", "--processes", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 arms by 20 settings by 12 cases: about " in printed and "right - leaked" in printed
+    assert "(g) dense-masks" in printed and (tmp_path / "sweep.json").is_file()

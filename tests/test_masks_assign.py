@@ -1,0 +1,141 @@
+"""Which object is whose: every concept gets one of its own, or it is told what was found."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from weaver.masks.assign import Found, Wish, assign
+from weaver.masks.compose import MaskError
+
+SIZE = (20, 60)
+
+
+def found(word, left, score=None, *, top=4, right=None, bottom=14):
+    """A rectangle as an object."""
+    box = (left, top, left + 8 if right is None else right, bottom)
+    mask = torch.zeros(SIZE, dtype=torch.bool)
+    mask[box[1] : box[3], box[0] : box[2]] = True
+    return Found(word, mask, box, score)
+
+
+DOGS = [found("dog", 40, 0.9), found("dog", 2, 0.6), found("dog", 22, 0.7)]
+
+
+@pytest.mark.parametrize(
+    ("wish", "index"),
+    [
+        (Wish("dog"), 0),
+        (Wish("dog", order=1), 1),
+        (Wish("dog", order=3), 0),
+        (Wish("dog", rank=2), 2),
+        (Wish("dog", at=(3.5, 5.0)), 1),
+        (Wish("dog", around=(20, 0, 35, 20)), 2),
+    ],
+    ids=["the surest", "first from the left", "third", "second by score", "at a point", "around a box"],
+)
+def test_one_of_three(wish, index):
+    assert assign(DOGS, [wish]) == [index]
+
+
+def test_two_of_one_class_stand_from_left_to_right():
+    """The two surest, whatever the order in which they were found."""
+    for order in itertools.permutations(DOGS):
+        chosen = [order[i] for i in assign(order, [Wish("dog"), Wish("dog")])]
+        assert [item.box[0] for item in chosen] == [22, 40]
+
+
+def test_a_choice_goes_before_those_without_one():
+    assert assign(DOGS, [Wish("dog"), Wish("dog", rank=1)]) == [2, 0]
+
+
+def test_an_attribute_tells_two_dogs_apart():
+    """Each phrase was found on both; the surest for the one is all that there is for the other."""
+    both = [found("white dog", 2, 0.80), found("white dog", 40, 0.75), found("black dog", 3, 0.79, right=10)]
+    assert assign(both, [Wish("white dog"), Wish("black dog")]) == [1, 2]
+    assert assign(both, [Wish("black dog"), Wish("white dog")]) == [2, 1]
+
+
+def test_a_part_and_its_whole_are_one_object():
+    head, whole = found("dog", 4, 0.8, top=4, right=8, bottom=8), found("dog", 2, 0.7)
+    with pytest.raises(
+        MaskError, match=r"2 'dog' asked for, each an object of its own; found 'dog' 0.80 in box \[4, 4"
+    ):
+        assign([head, whole], [Wish("dog"), Wish("dog")])
+    assert assign([head, whole, found("dog", 30, 0.4)], [Wish("dog")] * 2) == [0, 2]
+
+
+def test_a_point_means_the_smallest_that_covers_it():
+    group = found("dog", 0, 0.9, right=50)
+    assert assign([group, *DOGS], [Wish("dog", at=(24, 8))]) == [3]
+
+
+def test_no_object_is_given_twice_in_random_scenes():
+    """Against every way to hand the objects out: as good as the best of them by score, and refused where none is."""
+    draw, outcomes = random.Random(0), [0, 0]
+    for _ in range(200):
+        items = [
+            found(word, 10 * place, round(draw.random(), 3))
+            for place in range(draw.randint(0, 5))
+            for word in draw.sample(["cat", "dog"], draw.randint(0, 2))
+        ]
+        wishes = [Wish(draw.choice(["cat", "dog"])) for _ in range(draw.randint(1, 4))]
+        ways = [
+            way
+            for way in itertools.permutations(range(len(items)), len(wishes))
+            if len({items[i].box for i in way}) == len(way)
+            and all(items[i].word == wish.word for i, wish in zip(way, wishes, strict=True))
+        ]
+        outcomes[bool(ways)] += 1
+        if not ways:
+            with pytest.raises(MaskError):
+                assign(items, wishes)
+            continue
+        chosen = assign(items, wishes)
+        assert tuple(chosen) in ways
+        best = max(sum(items[i].score for i in way) for way in ways)
+        assert sum(items[i].score for i in chosen) == pytest.approx(best, abs=1e-9)
+        for word in ("cat", "dog"):
+            lefts = [items[i].box[0] for i, wish in zip(chosen, wishes, strict=True) if wish.word == word]
+            assert lefts == sorted(lefts)
+    assert min(outcomes) > 20
+
+
+@pytest.mark.parametrize(
+    ("items", "wishes", "message"),
+    [
+        ([], [Wish("dog")], "1 'dog' asked for, each an object of its own; nothing was found: use another template"),
+        (DOGS[:1], [Wish("dog"), Wish("dog")], r"2 'dog' asked .*found 'dog' 0.90 in box \[40, 4, 48, 14\]"),
+        (DOGS, [Wish("cat"), Wish("dog")], "1 'cat' and 1 'dog' asked for"),
+        (
+            DOGS,
+            [Wish("dog", order=4)],
+            r"no 'dog' number 4 from the left; found 'dog' 0.90 .* 'dog' 0.70 .* 'dog' 0.60",
+        ),
+        (DOGS, [Wish("dog", at=(15.0, 8.0))], r"no 'dog' at \[15, 8\]; found"),
+        (DOGS, [Wish("dog", at=(-3.0, 800.0))], r"no 'dog' at \[-3, 800\]; found"),
+        (DOGS, [Wish("dog", around=(11, 0, 20, 20))], r"no 'dog' around \[11, 0, 20, 20\]; found"),
+        (DOGS, [Wish("dog", order=1), Wish("dog", at=(3, 5))], r"the 'dog' at \[3, 5\] is another concept's already"),
+        (DOGS[:1], [Wish("dog", order=1), Wish("dog")], "1 'dog' asked for besides those that were chosen"),
+        ([found("dog", 3)], [Wish("dog", rank=1)], "rank: nothing tells how sure a 'dog' is here; use order"),
+    ],
+    ids=[
+        "none",
+        "one of two",
+        "of one word",
+        "too far",
+        "nobody there",
+        "outside",
+        "no box",
+        "taken",
+        "rest",
+        "no score",
+    ],
+)
+def test_what_can_not_be_had_is_told_with_what_was_found(items, wishes, message):
+    with pytest.raises(MaskError, match=message) as caught:
+        assign(items, wishes)
+    assert "\n" not in str(caught.value)

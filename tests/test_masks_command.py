@@ -1,0 +1,161 @@
+"""`weaver masks`: the overlay before anything is drawn, layers to edit, and the edited layers taken back."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from jobs import SIDE
+from PIL import Image
+
+from weaver import cli, run
+from weaver.job import preview
+from weaver.job.preview import preview_masks, with_layers
+
+
+def write_job(job_folder, path, concepts=None, **changes):
+    """Two concepts on a picture; the dog stands where a box is."""
+    concepts = concepts or [
+        {"file": "tom.safetensors", "mask": {"file": "left.png"}},
+        {"file": "rex.safetensors", "mask": {"box": [0.5, 0.25, 1, 0.75]}},
+    ]
+    for concept in concepts:
+        concept["file"] = str(job_folder / concept["file"])
+        if "file" in concept["mask"]:
+            concept["mask"]["file"] = str(job_folder / concept["mask"]["file"])
+    job = {"model": str(job_folder / "model"), "prompt": "a cat and a dog, mountain background", "concepts": concepts}
+    path.write_text(json.dumps(job | {"template": {"image": str(job_folder / "template.png")}} | changes))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _loaded(pipe, monkeypatch):
+    """The model of the job's folder, which is read once."""
+    monkeypatch.setattr(preview, "load_model", lambda *args, **options: pipe)
+
+
+@pytest.fixture
+def job_file(job_folder, tmp_path):
+    return write_job(job_folder, tmp_path / "job.yaml", masks={"dilation": 2})
+
+
+def weaver(capsys, *arguments):
+    code = cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_preview_is_the_overlay_and_the_template(job_file, job_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = weaver(capsys, "masks", job_file, "--preview")
+    assert code == 0 and files(tmp_path / "outputs" / "job-masks") == ["masks.png", "template.png"]
+    assert min(Image.open(tmp_path / "outputs/job-masks/masks.png").size) >= 512
+    template = Image.open(tmp_path / "outputs/job-masks/template.png")
+    assert template.tobytes() == Image.open(job_folder / "template.png").tobytes()
+    lines = [line.split() for line in out.splitlines()]
+    grown = 100 * preview_masks(cli_job(job_file)).final.mean((1, 2))
+    assert [line[:2] for line in lines[:2]] == [["tom", f"{grown[0]:.1f}%"], ["rex", f"{grown[1]:.1f}%"]]
+    assert [line[-1] for line in lines[:2]] == ["file", "box"]
+
+
+def cli_job(path):
+    from weaver.job.file import read_job
+
+    return read_job(path)[0]
+
+
+def test_layers_are_the_masks_and_come_back_as_edited(job_file, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    code, told, _ = weaver(capsys, "masks", job_file, "--edit", "--out", out)
+    assert code == 0 and f"`weaver run {job_file} --masks {out}`" in told
+    assert files(out) == ["layers/rex.png", "layers/tom.png", "masks.png", "template.png"]
+    layer = np.array(Image.open(out / "layers" / "rex.png"))
+    assert layer.shape == (SIDE, SIDE, 4)
+    expected = np.zeros((SIDE, SIDE), bool)
+    expected[8:24, 16:] = True
+    assert np.array_equal(layer[..., 3] == 255, expected) and set(np.unique(layer[..., 3])) == {0, 255}
+
+    layer[:16, :, 3] = 0  # what an eraser does
+    Image.fromarray(layer).save(out / "layers" / "rex.png")
+    expected[:16] = False
+    edited = with_layers(cli_job(job_file), out)
+    assert torch.equal(preview_masks(edited).dense[1].bool(), torch.from_numpy(expected))
+    code, told, _ = weaver(capsys, "masks", job_file, "--masks", out)
+    assert code == 0 and told.splitlines()[1].endswith("of the picture, file")
+    jobs = []
+    monkeypatch.setattr(
+        run, "run_job", lambda job, folder, **options: jobs.append(job) or run.Run(folder, None, (), REPORT)
+    )
+    assert weaver(capsys, "run", job_file, "--masks", out, "--out", tmp_path / "run")[0] == 0
+    assert jobs == [edited] and edited.template.image == out / "template.png"
+
+
+REPORT = {"concepts": {}, "total_seconds": 1}
+
+
+def test_edited_layers_are_not_written_over_unasked(job_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert weaver(capsys, "masks", job_file, "--edit", "--out", out)[0] == 0
+    Image.new("RGBA", (SIDE, SIDE), "red").save(out / "layers" / "rex.png")
+    edited = (out / "layers" / "rex.png").read_bytes()
+    code, _, err = weaver(capsys, "masks", job_file, "--edit", "--out", out)
+    assert code == 2 and err.endswith(f"tom.png is there already: --replace writes it anew, --masks {out} takes it\n")
+    assert weaver(capsys, "masks", job_file, "--out", out)[0] == 0
+    assert (out / "layers" / "rex.png").read_bytes() == edited
+    assert weaver(capsys, "masks", job_file, "--edit", "--replace", "--out", out)[0] == 0
+    assert (out / "layers" / "rex.png").read_bytes() != edited
+
+
+def test_a_layer_with_nothing_left_is_an_empty_mask(job_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert weaver(capsys, "masks", job_file, "--edit", "--out", out)[0] == 0
+    Image.new("RGBA", (SIDE, SIDE), (255, 255, 255, 0)).save(out / "layers" / "tom.png")
+    code, _, err = weaver(capsys, "masks", job_file, "--masks", out)
+    assert code == 2 and "concepts[0].mask: " in err and err.endswith("tom.png: the mask is empty\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--edit", "--masks", "{out}"], "--edit: the layers in {out} are edited already"),
+        (["--replace"], "--replace: replaces layers, which --edit writes"),
+        (
+            ["--masks", "{out}"],
+            "{out}/template.png, {out}/layers/tom.png, {out}/layers/rex.png not there; `weaver masks",
+        ),
+        (["--out", "{job}"], "{job} is a file, not a folder"),
+    ],
+    ids=["edit and masks", "replace alone", "no layers", "out is a file"],
+)
+def test_wrong_arguments_are_one_line_and_write_nothing(job_file, tmp_path, capsys, arguments, message):
+    names = {"out": tmp_path / "out", "job": job_file}
+    code, out, err = weaver(capsys, "masks", job_file, *(argument.format(**names) for argument in arguments))
+    assert code == 2 and message.format(**names) in err and err.count("\n") == 1
+    assert files(tmp_path) == ["job.yaml"]
+
+
+def test_results_do_not_replace_what_the_job_reads(job_folder, tmp_path, capsys):
+    concepts = [{"file": "tom.safetensors", "mask": {"file": "left.png"}}]
+    job = write_job(job_folder, tmp_path / "job.yaml", concepts, prompt="a cat", template={"image": "template.png"})
+    Image.open(job_folder / "template.png").save(tmp_path / "template.png")
+    code, _, err = weaver(capsys, "masks", job, "--out", tmp_path)
+    assert code == 2 and "template.image: " in err and "would be overwritten by a result" in err
+
+
+def test_what_is_not_found_is_told_with_its_field(job_folder, tmp_path, capsys):
+    job = write_job(
+        job_folder,
+        tmp_path / "job.yaml",
+        [{"file": "tom.safetensors", "mask": {"order": 50}}],
+        prompt="a cat",
+        masks={"source": "attention"},
+    )
+    code, _, err = weaver(capsys, "masks", job)
+    assert code == 2 and "concepts[0].mask: 50 'cat' asked for, but the mask of 'cat' holds" in err
+    assert files(tmp_path) == ["job.yaml"]

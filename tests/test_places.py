@@ -1,0 +1,135 @@
+"""Where concepts stand: objects chosen among several of one word, through every source that finds words."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from jobs import SIDE, job_of
+from PIL import Image
+from tiny_detectors import make_grounding_dino, make_sam
+
+from weaver import places as places_module
+from weaver.errors import WeaverError
+from weaver.job import MaskSpec
+from weaver.masks import MaskError, TextMasks, segmenter_masks
+from weaver.masks.grounded import GroundingDino, Sam
+from weaver.masks.text import Detection
+from weaver.pipeline import weave
+from weaver.places import Places
+from weaver.run import run_job
+
+PICTURE = Image.new("RGB", (32, 32), "orange")
+
+
+class Two:
+    """A segmenter that sees two cats and, above them, a third that touches none."""
+
+    def segment(self, image, words, prompt=None):
+        sure = np.zeros((len(words), 32, 32), dtype=np.float32)
+        sure[:, 16:30, 2:12] = sure[:, 16:30, 20:30] = sure[:, 2:12, 10:20] = 0.9
+        return sure
+
+
+@pytest.fixture
+def segmenter(monkeypatch):
+    def masks(image, words, prompt):
+        return segmenter_masks(image, words, prompt, segmenter=Two())
+
+    monkeypatch.setattr(places_module, "segmenter_masks", masks)
+
+
+def found(*specs, source="segmenter"):
+    """The column of the middle of every mask."""
+    words, labels = ["cat"] * len(specs), [f"mask {number}" for number in range(len(specs))]
+    places = Places.build(specs, words, labels, source=source, size=(32, 32)).find(None, PICTURE, "cats")
+    assert places.wishes == (None,) * len(specs)
+    return [int(torch.nonzero(mask)[:, 1].float().mean()) for mask in places.given]
+
+
+def test_a_segmenter_s_objects_are_chosen(segmenter):
+    assert found(MaskSpec()) == [15]  # all of them, where nothing tells which
+    assert found(MaskSpec(order=2)) == [14] and found(MaskSpec(order=3)) == [24]
+    assert found(MaskSpec(at=(0.75, 0.75)), MaskSpec(at=(5, 20))) == [24, 6]
+    assert found(MaskSpec(around=(0.3, 0, 0.7, 0.4)), MaskSpec(order=1), MaskSpec(word="Cat")) == [14, 6, 24]
+    with pytest.raises(MaskError, match="rank: nothing tells how sure a 'cat' is here"):
+        found(MaskSpec(rank=1))
+    with pytest.raises(MaskError, match=r"no 'cat' at \[0, 0\]; found 'cat' in box \[2, 16, 12, 30\]"):
+        found(MaskSpec(at=(0, 0)))
+
+
+def test_outlines_need_nothing_to_be_found():
+    places = Places.build(
+        [MaskSpec(polygon=((0, 0), (1, 0), (0, 1)))], ["cat"], ["it"], source="attention", size=(32, 32)
+    )
+    assert places.sources == ("polygon",) and places.find(None, PICTURE, "cats") is places
+    assert places.given[0][0, :31].all() and not places.given[0][31].any()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Grounding DINO and SAM, and the folder that they lie in."""
+    folder = tmp_path_factory.mktemp("detectors")
+    dino, sam = GroundingDino(*make_grounding_dino(folder)), Sam(*make_sam())
+    for name, part in (("dino", dino), ("sam", sam)):
+        part.model.save_pretrained(folder / name)
+        part.processor.save_pretrained(folder / name)
+    return folder, dino, sam
+
+
+class TwoDogs:
+    """A detector that sees a dog on the left and, surer of it, one on the right."""
+
+    model = torch.nn.Identity()
+
+    def detect(self, image, phrase, box_threshold, text_threshold):
+        return [Detection((2.0, 4.0, 14.0, 28.0), 0.6, "dog"), Detection((18.0, 4.0, 30.0, 28.0), 0.9, "dog")]
+
+
+class Boxes:
+    """An outliner whose objects fill their boxes."""
+
+    model = torch.nn.Identity()
+
+    def of_boxes(self, image, boxes):
+        masks = torch.zeros(len(boxes), image.height, image.width, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
+            mask[int(top) : int(bottom), int(left) : int(right)] = True
+        return masks
+
+
+def test_two_concepts_of_one_class_get_a_dog_each(tiny_pipe, concepts):
+    finder = TextMasks(Boxes(), TwoDogs())
+    arguments = {"template": PICTURE, "steps": 1, "dilation": 0, "mask_source": finder}
+    prompt, dog = "a dog and a cat", MaskSpec(word="dog")
+    woven = weave(tiny_pipe, prompt, concepts[:2], places=[dog, dog], **arguments)
+    assert [mask.nonzero()[:, 1].min().item() for mask in woven.masks[:2]] == [2, 18]
+    assert woven.settings["masks"]["sources"] == ["text: dog", "text: dog"]
+    woven = weave(tiny_pipe, prompt, concepts[:2], places=[MaskSpec(word="dog", rank=1), dog], **arguments)
+    assert [mask.nonzero()[:, 1].min().item() for mask in woven.masks[:2]] == [18, 2]
+
+
+def test_a_job_s_masks_from_text_and_points(models, job_folder, tmp_path):
+    """The models are recorded, and a manifest takes no others."""
+    folder, _, sam = models
+    text = {"detector": str(folder / "dino"), "segmenter": str(folder / "sam"), "box_threshold": 0.0}
+    concepts = [
+        {"file": "tom.safetensors", "mask": {"word": "dog"}},
+        {"file": "rex.safetensors", "mask": {"box": [0, 0, 0.5, 1]}},
+    ]
+    options = {"steps": 1, "template": {"image": "template.png"}, "concepts": concepts}
+    job = job_of(job_folder, masks={"source": "text", "text": text, "dilation": 0}, **options)
+    done = run_job(job, tmp_path / "text")
+    assert done.result.settings["masks"]["sources"] == ["text: dog", "box"]
+    manifest = json.loads((tmp_path / "text" / "manifest.json").read_text())
+    assert len(manifest["record"]["weights"]["masks.text"]) == 64
+    manifest["record"]["weights"]["masks.text"] = "0" * 64
+    with pytest.raises(WeaverError, match=r"masks\.text: its weights are not those that the manifest was written with"):
+        run_job(job, tmp_path / "again", manifest=manifest)
+    concepts[0]["mask"] = {"points": [[0.25, 0.75], [0.5, 0.5]]}
+    done = run_job(job_of(job_folder, masks={"text": text, "dilation": 0}, **options), tmp_path / "points")
+    template = Image.open(job_folder / "template.png").convert("RGB")
+    expected = sam.of_points(template, [(SIDE / 4, SIDE * 3 / 4), (SIDE / 2, SIDE / 2)])
+    assert torch.equal(done.result.masks[0].bool(), expected)

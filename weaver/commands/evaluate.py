@@ -1,0 +1,116 @@
+"""`weaver evaluate`: the suite of prompts drawn by every arm, measured, and a report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weaver.errors import WeaverError
+from weaver.folder import check_folder
+
+if TYPE_CHECKING:
+    from weaver.evaluation.arms import Arm
+
+__all__ = ["add_parser"]
+
+_DESCRIPTION = (
+    "Draw the suite's prompts on the embedded model by every arm, measure the pictures, and write results.json, "
+    "results.csv and report.html. Interrupted, the same command goes on where it was."
+)
+_SHOWN = {"identity": "right identity", "leakage": "leakage"}
+_RESULTS = ("results.json", "results.csv", "report.html", "sweep.json")
+
+
+def add_parser(commands, epilog: str) -> None:
+    """Add the command to the subparsers `commands`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="does it fuse: prompts, arms and measures on the embedded model, and a report",
+        description=_DESCRIPTION,
+        epilog=epilog,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of results and pictures")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--quick", action="store_true", help="one picture of each group, in about two minutes")
+    kind.add_argument(
+        "--sweep", action="store_true", help="search each arm's settings on other prompts and seeds: sweep.json"
+    )
+    parser.add_argument("--arms", metavar="NAMES", help="some of the arms only, with commas between (all)")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many work at once (one a core)")
+    parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
+    parser.set_defaults(
+        command=_evaluate, offline=False, ended="the same command goes on after the last finished picture"
+    )
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    with args.stages.step("starting"):
+        from weaver.apart import cores
+        from weaver.evaluation.arms import ARMS, arm_of
+
+        processes = args.processes
+        if processes is not None and processes < 1:
+            raise WeaverError(f"--processes: is {processes}, expected 1 or more")
+        chosen = ARMS if args.arms is None else [arm_of(name.strip()) for name in args.arms.split(",")]
+        check_folder(args.out, map(Path, _RESULTS))
+        processes = processes or cores()
+    return (_sweep if args.sweep else _table)(args, chosen, processes)
+
+
+def _table(args: argparse.Namespace, chosen: Sequence[Arm], processes: int) -> int:
+    from weaver.evaluation.arms import FULL, default_settings
+    from weaver.evaluation.drawing import STEPS
+    from weaver.evaluation.report import write_report
+    from weaver.evaluation.results import Results, aims, summarise, write_results
+    from weaver.evaluation.runner import expected_minutes, run_cases
+    from weaver.evaluation.suite import cases, quick_cases
+
+    full = default_settings()
+    arms = {arm.name: arm.settings(full) for arm in chosen}
+    of = quick_cases() if args.quick else cases()
+    minutes = expected_minutes(len(of), list(arms.values()), processes)
+    print(f"{len(of)} cases by {len(arms)} arms: about {_time(minutes)} with {_cores(processes)}", flush=True)
+    records = run_cases(args.out, of, arms, processes=processes, steps=STEPS, stages=args.stages)
+    with args.stages.step("writing the report"):
+        results = Results(tuple(of), tuple(records), arms, STEPS)
+        told = summarise(results)
+        write_results(args.out, results, told, quick=args.quick)
+        report = write_report(args.out, results, told, quick=args.quick)
+    for arm in chosen:
+        found = told["table"][arm.name]
+        shares = "   ".join(f"{label} {found[key].value:6.1%}" for key, label in _SHOWN.items())
+        print(f"({arm.letter}) {arm.name:16} {shares}")
+    if FULL in arms:
+        missed = [aim.what for aim in aims(results, told) if aim.met is False]
+        print(f"aims that the full method misses: {'; '.join(missed) or 'none'}")
+    print(f"{report} shows it all")
+    return 0
+
+
+def _sweep(args: argparse.Namespace, chosen: Sequence[Arm], processes: int) -> int:
+    from weaver.evaluation.arms import default_settings
+    from weaver.evaluation.runner import expected_minutes
+    from weaver.evaluation.suite import sweep_cases
+    from weaver.evaluation.sweep import BUDGET, OBJECTIVE, sweep
+
+    count, full = len(sweep_cases()), default_settings()
+    minutes = expected_minutes(count, [arm.settings(full) for arm in chosen], processes, times=BUDGET)
+    about = f"about {_time(minutes)} with {_cores(processes)}"
+    print(f"{len(chosen)} arms by {BUDGET} settings by {count} cases: {about}; largest {OBJECTIVE}", flush=True)
+    found = sweep(args.out, arms=chosen, processes=processes, stages=args.stages)
+    for arm in chosen:
+        best = found["arms"][arm.name]
+        values = "  ".join(f"{name} {value:g}" for name, value in best["chosen"].items())
+        print(f"({arm.letter}) {arm.name:16} {best['score'][0]:6.3f}   {values}")
+    print(f"{args.out / 'sweep.json'} has all that was tried")
+    return 0
+
+
+def _time(minutes: float) -> str:
+    return f"{minutes:.0f} minutes" if minutes >= 2 else f"{60 * minutes:.0f} seconds"
+
+
+def _cores(processes: int) -> str:
+    return "one quiet core" if processes == 1 else f"{processes} quiet cores"

@@ -1,0 +1,149 @@
+"""The ways to draw that are compared: the full method, what it is without each of its parts, and its rivals."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+
+from weaver.defaults import default_dilation, embedded_defaults
+from weaver.embedded.world import IMAGE_SIZE
+from weaver.errors import WeaverError
+
+__all__ = ["ARMS", "FULL", "Arm", "Settings", "arm_of", "default_settings"]
+
+KINDS = ("merged", "prompt", "mixed", "fused")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that one picture is drawn with besides its prompt, seed and concepts.
+
+    Parameters
+    ----------
+    kind : "merged", all concepts' weights in one model; "prompt", the base model; "mixed", a pass of the U-Net for
+        each concept; "fused", one pass
+    merge : of "merged": "averaged" or "closed-form"
+    guidance, suppression, eta : omega, lambda and DDIM's eta (`weaver.defaults`)
+    resnet_window, attention_window : parts of the steps in which features are injected
+    dilation : pixels that masks grow by
+    injected : whether the template's features are injected at all
+    shared_prompt : every concept reads one prompt with all tokens, in the place of its own
+    parts : "whole" or "cross-attention", see `weaver.ConceptUse`
+
+    What a kind does not use is None, so that equal settings are equal pictures.
+    """
+
+    kind: str
+    guidance: float
+    merge: str | None = None
+    suppression: float | None = None
+    eta: float | None = None
+    resnet_window: float | None = None
+    attention_window: float | None = None
+    dilation: int | None = None
+    injected: bool | None = None
+    shared_prompt: bool | None = None
+    parts: str | None = None
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the picture is to keep a template's composition."""
+        return self.kind in ("mixed", "fused")
+
+    def as_mapping(self) -> dict:
+        """Plain values, without what is not used."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to draw.
+
+    Parameters
+    ----------
+    name : of the arm, and of its pictures
+    letter : in tables
+    what : one line for a reader
+    changes : what it changes of the full method's `Settings`, "kind" among it
+    """
+
+    name: str
+    letter: str
+    what: str
+    changes: dict = field(default_factory=dict)
+
+    def settings(self, full: Settings) -> Settings:
+        """This arm's settings beside those of the full method."""
+        return _fitting(replace(full, **self.changes))
+
+    @property
+    def swept(self) -> tuple[str, ...]:
+        """Which settings can be chosen for it, see `weaver.evaluation.sweep`."""
+        taken = self.settings(default_settings()).as_mapping()
+        return tuple(name for name in _SWEPT if name in taken and name not in self.changes)
+
+
+_SWEPT = ("guidance", "suppression", "resnet_window", "attention_window", "dilation")
+_WITHOUT_TEMPLATE = ("suppression", "eta", "resnet_window", "attention_window", "dilation", "injected")
+_OF_FUSION = ("suppression", "shared_prompt", "parts")
+
+FULL = "full"
+ARMS: tuple[Arm, ...] = (
+    Arm("averaged", "a1", "plain prompt, all concepts' changes averaged in one model", {"kind": "merged"}),
+    Arm(
+        "closed-form",
+        "a2",
+        "plain prompt, keys and values merged by Custom Diffusion's closed form, other changes averaged",
+        {"kind": "merged", "merge": "closed-form"},
+    ),
+    Arm("prompt-only", "b", "plain prompt, no concept at all: what identity is found by chance", {"kind": "prompt"}),
+    Arm("score-mix", "c", "a U-Net pass for each concept, their outputs mixed by the masks", {"kind": "mixed"}),
+    Arm("no-injection", "d", "the full method without the template's features", {"injected": False}),
+    Arm("no-suppression", "e", "the full method with lambda 0", {"suppression": 0.0}),
+    Arm(
+        "shared-prompt", "f", "the full method, all contexts under one prompt with all tokens", {"shared_prompt": True}
+    ),
+    Arm("dense-masks", "g", "the full method with masks that are not dilated", {"dilation": 0}),
+    Arm(FULL, "h", "the full method: each concept whole in its region, injection, dilated masks, its own prompt"),
+    Arm(
+        "cross-attention",
+        "i",
+        "the full method with the cross-attention alone of concepts that were learned whole",
+        {"parts": "cross-attention"},
+    ),
+)
+
+
+def default_settings() -> Settings:
+    """The full method with the embedded model's committed defaults."""
+    known = embedded_defaults()
+    return Settings(
+        kind="fused",
+        guidance=known.guidance,
+        suppression=known.suppression,
+        eta=known.eta,
+        resnet_window=known.sites.resnet_window,
+        attention_window=known.sites.attention_window,
+        dilation=default_dilation((IMAGE_SIZE, IMAGE_SIZE)),
+        injected=True,
+        shared_prompt=False,
+        parts="whole",
+    )
+
+
+def arm_of(name: str) -> Arm:
+    """The arm called `name`; a `WeaverError` names those there are."""
+    for arm in ARMS:
+        if arm.name == name:
+            return arm
+    raise WeaverError(f"there is no arm {name!r}: choose of {', '.join(arm.name for arm in ARMS)}")
+
+
+def _fitting(settings: Settings) -> Settings:
+    """Without what this kind does not use."""
+    unused = () if settings.kind == "fused" else _OF_FUSION
+    if not settings.has_template:
+        unused += _WITHOUT_TEMPLATE
+    if not settings.injected:
+        unused += ("resnet_window", "attention_window")
+    merge = (settings.merge or "averaged") if settings.kind == "merged" else None
+    return replace(settings, **dict.fromkeys(unused), merge=merge)

@@ -1,0 +1,52 @@
+"""Figures with their intervals as one SVG, arm under arm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from weaver.evaluation.bootstrap import Interval
+
+__all__ = ["dots"]
+
+_LABEL, _PANEL, _ROW, _GAP, _HEAD = 190, 250, 24, 34, 40
+_INK, _PALE, _LINE, _FULL = "#20242a", "#687078", "#d9dcd6", "#b3402a"
+
+
+def dots(names: Sequence[str], panels: Sequence[tuple[str, Sequence[Interval]]], *, marked: str) -> str:
+    """A panel a metric from 0 to 100 %, a dot an arm with the line of its interval.
+
+    Parameters
+    ----------
+    names : of the arms, from top to bottom
+    panels : (title, one interval an arm), shares of 1
+    marked : the name that is drawn in colour
+    """
+    width = _LABEL + len(panels) * (_PANEL + _GAP)
+    height = _HEAD + len(names) * _ROW + 26
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" font-family="inherit" font-size="13">']
+    for row, name in enumerate(names):
+        colour, weight = (_FULL, "bold") if name == marked else (_INK, "normal")
+        y = _HEAD + row * _ROW + 16
+        parts.append(f'<text x="0" y="{y}" fill="{colour}" font-weight="{weight}">{escape(name)}</text>')
+    for number, (title, intervals) in enumerate(panels):
+        left = _LABEL + number * (_PANEL + _GAP)
+        parts.append(f'<text x="{left}" y="18" fill="{_INK}" font-weight="bold">{escape(title)}</text>')
+        for percent in (0, 25, 50, 75, 100):
+            x = left + _PANEL * percent / 100
+            bottom = _HEAD + len(names) * _ROW
+            parts.append(f'<line x1="{x}" x2="{x}" y1="{_HEAD - 8}" y2="{bottom}" stroke="{_LINE}"/>')
+            parts.append(
+                f'<text x="{x}" y="{bottom + 18}" fill="{_PALE}" font-size="11" text-anchor="middle">{percent} %</text>'
+            )
+        for row, (name, found) in enumerate(zip(names, intervals, strict=True)):
+            if found.value != found.value:
+                continue
+            y, colour = _HEAD + row * _ROW + 12, _FULL if name == marked else _INK
+            low, high, x = (left + _PANEL * share for share in (found.low, found.high, found.value))
+            title = f"{found.value:.1%} ({found.low:.1%} to {found.high:.1%})"
+            parts.append(
+                f'<g><title>{title}</title><line x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}" '
+                f'stroke="{colour}" stroke-width="2"/><circle cx="{x:.1f}" cy="{y}" r="4.5" fill="{colour}"/></g>'
+            )
+    return "".join([*parts, "</svg>"])

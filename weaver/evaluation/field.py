@@ -1,0 +1,174 @@
+"""The field's own measures, for pictures of any model: CLIP and DINO alignment, and Detect-and-Compare.
+
+By the protocol of CustomConcept101 (arXiv 2212.04488) they are of the whole picture, and so comparable with published
+tables. Inside masks (`inside`) they say more of several concepts, and are comparable with nothing but themselves.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from weaver.errors import WeaverError
+from weaver.models import choose_device
+
+__all__ = ["CLIP", "DINO", "FieldModels", "detect_and_compare", "image_alignment", "inside", "text_alignment"]
+
+CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
+"""The protocol's models."""
+_TEXT_SCALE = 2.5  # of CLIPScore (arXiv 2104.08718), which CustomConcept101 reports
+_GREY = (128, 128, 128)
+
+
+@dataclass(frozen=True, eq=False)
+class FieldModels:
+    """The networks that features are taken from; made by `load`, or of any classes of the same kind.
+
+    Parameters
+    ----------
+    clip, clip_processor : a `transformers.CLIPModel` with its processor
+    dino, dino_processor : a `transformers.ViTModel` (DINO) or `Dinov2Model` with its image processor
+    """
+
+    clip: torch.nn.Module
+    clip_processor: object
+    dino: torch.nn.Module
+    dino_processor: object
+
+    @classmethod
+    def load(cls, clip: str = CLIP, dino: str = DINO, *, device: str = "auto", offline: bool = False) -> FieldModels:
+        """Load both by Hub ids or folders; raises `WeaverError` naming the one that can't be had."""
+        from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
+
+        device, found = choose_device(device), []
+        for name, kinds in ((clip, (CLIPModel, CLIPProcessor)), (dino, (AutoModel, AutoImageProcessor))):
+            for kind in kinds:
+                try:
+                    part = kind.from_pretrained(name, local_files_only=offline)
+                except (OSError, ValueError) as error:
+                    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                    raise WeaverError(
+                        f"{name!r} can't be loaded as {kind.__name__} ({line}): is its name right?"
+                    ) from (error)
+                found.append(part.to(device).eval() if isinstance(part, torch.nn.Module) else part)
+        return cls(*found)
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> torch.Tensor:
+        """CLIP's unit features of prompts [n, D]; longer ones are cut to what it reads."""
+        read = self.clip_processor.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+        features = self.clip.get_text_features(**read.to(self.clip.device))
+        return F.normalize(_pooled(features).float(), dim=-1).cpu()
+
+    @torch.no_grad()
+    def pictures(self, pictures: Sequence[Image.Image], kind: str) -> torch.Tensor:
+        """Unit features of pictures [n, D]: "clip", or "dino", the last layer's class token."""
+        if kind not in ("clip", "dino"):
+            raise WeaverError(f"features are of {kind!r}, expected clip or dino")
+        if not pictures:
+            raise WeaverError("there is no picture to take features of")
+        of_clip = kind == "clip"
+        processor = self.clip_processor.image_processor if of_clip else self.dino_processor
+        model = self.clip if of_clip else self.dino
+        pixels = processor([image.convert("RGB") for image in pictures], return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(model.device, model.dtype)
+        features = (
+            _pooled(model.get_image_features(pixel_values=pixels))
+            if of_clip
+            else model(pixel_values=pixels).last_hidden_state[:, 0]
+        )
+        return F.normalize(features.float(), dim=-1).cpu()
+
+
+def text_alignment(models: FieldModels, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, float]:
+    """How far pictures show their prompts, one each, without any token (CLIP-T).
+
+    Returns ``cosine``, the mean that the paper's table has, and ``score``, 2.5 max(cosine, 0), as CustomConcept101
+    reports it.
+    """
+    if len(pictures) != len(prompts):
+        raise WeaverError(f"{len(pictures)} pictures for {len(prompts)} prompts: give one each")
+    cosines = (models.pictures(pictures, "clip") * models.texts(prompts)).sum(-1)
+    return {"cosine": cosines.mean().item(), "score": (_TEXT_SCALE * cosines.clamp(min=0)).mean().item()}
+
+
+def image_alignment(
+    models: FieldModels, pictures: Sequence[Image.Image], references: Sequence[Image.Image], kind: str = "clip"
+) -> float:
+    """How far pictures look like a concept's own: the mean cosine of every pair (CLIP-I, or DINO-I by `kind`).
+
+    `pictures` are whole ones, to compare with published tables, or their parts `inside` masks.
+    """
+    return (models.pictures(pictures, kind) @ models.pictures(references, kind).T).mean().item()
+
+
+def inside(image: Image.Image, mask: np.ndarray) -> Image.Image:
+    """The part of a picture inside mask [height, width] (0.5 and more) on grey, a square about its bounding box.
+
+    Raises `WeaverError` for an empty mask, and for one of another size.
+    """
+    mask = np.asarray(mask, np.float32) >= 0.5
+    if mask.shape != (image.height, image.width):
+        raise WeaverError(f"the mask is {mask.shape}, the picture {(image.height, image.width)}: give both one size")
+    if not mask.any():
+        raise WeaverError("the mask is empty: there is nothing inside")
+    alone = Image.new("RGB", image.size, _GREY)
+    alone.paste(image.convert("RGB"), mask=Image.fromarray(mask))
+    ys, xs = np.nonzero(mask)
+    part = alone.crop((int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1))
+    square = Image.new("RGB", (max(part.size),) * 2, _GREY)
+    square.paste(part, ((square.width - part.width) // 2, (square.height - part.height) // 2))
+    return square
+
+
+def detect_and_compare(
+    models: FieldModels,
+    detected: Sequence[Image.Image],
+    references: Sequence[Sequence[Image.Image]],
+    kind: str = "dino",
+) -> float:
+    """Detect-and-Compare of several subjects in one picture (MuDI, arXiv 2404.04243): 1 is right, mixing takes it down.
+
+    `1 - |S_DC - S_GT|_F^2`, where S_DC [n, n] are the similarities of each detected subject to each reference set, and
+    S_GT those of the reference sets to each other. Ours, where the description leaves it open: similarities are means
+    over pairs, of a set to itself over pairs of different pictures; subjects go to the references that suit them best
+    together; one that was not detected is like nothing, and of more than n the worst are left out.
+
+    Parameters
+    ----------
+    detected : the subjects found in the picture, such as their parts `inside` masks
+    references : n sets of pictures, of the same kind as `detected`
+    kind : "dino" or "clip"
+    """
+    if not references:
+        raise WeaverError("there are no references to compare with: give one set of pictures a subject")
+    own = [models.pictures(of_one, kind) for of_one in references]
+    truth = torch.stack([torch.stack([_similarity(a, b) for b in own]) for a in own])
+    found = torch.zeros(len(detected), len(own))
+    if detected:
+        features = models.pictures(detected, kind)
+        found = torch.stack([(features @ of_one.T).mean(1) for of_one in own], 1)  # [detected, n]
+    rows = torch.cat([found, torch.zeros(max(0, len(own) - len(detected)), len(own))])
+    best = max(itertools.permutations(range(len(rows)), len(own)), key=lambda order: sum(
+        rows[row, subject].item() for subject, row in enumerate(order)))  # fmt: skip
+    return 1 - (rows[list(best)] - truth).square().sum().item()
+
+
+def _similarity(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Mean cosine of all pairs; of a set with itself of the pairs of different pictures, 1 where there is one."""
+    products = first @ second.T
+    if first is not second:
+        return products.mean()
+    count = len(first)
+    return products.new_ones(()) if count == 1 else (products.sum() - products.trace()) / (count * (count - 1))
+
+
+def _pooled(features) -> torch.Tensor:
+    """CLIP's projected features, which newer releases of transformers return within an object."""
+    return features if isinstance(features, torch.Tensor) else features.pooler_output

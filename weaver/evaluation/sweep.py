@@ -1,0 +1,202 @@
+"""Which lambda, omega, windows and dilation are best for each arm? By a search of one budget for all, on other prompts.
+
+The objective was written down before anything was swept: over all animals of the sweep's pictures
+
+    J = share with the right identity - share that leaks - max(0, 20 dB - background PSNR) / 20 dB
+
+where the last part is left out of arms without a template. Of settings with an equal J the one with the larger mean
+margin (own similarity minus the next of base and others) is taken, and of those the one that was tried first: the
+committed defaults.
+
+Every arm may try the same number of settings. Its search goes along one setting at a time, from the defaults: first
+over all values of `GRID`, then between those beside the best, in turn, until the budget is spent. An arm with fewer
+settings looks at each more closely.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from weaver.apart import call_apart
+from weaver.embedded import concept_hashes, model_hash
+from weaver.evaluation.arms import ARMS, Arm, default_settings
+from weaver.evaluation.drawing import STEPS
+from weaver.evaluation.runner import alone, drawer_for, identity, measured, one_thread
+from weaver.evaluation.suite import Case, sweep_cases
+from weaver.folder import whole_file
+from weaver.progress import Stages
+from weaver.version import __version__
+
+__all__ = ["BUDGET", "GRID", "OBJECTIVE", "Tried", "objective", "search", "sweep"]
+
+BUDGET = 20
+OBJECTIVE = "right - leaked - max(0, 20 dB - background PSNR) / 20 dB; then the margin"
+GRID: dict[str, tuple] = {
+    "suppression": (0.0, 0.1, 0.2, 0.4, 0.8),
+    "guidance": (1.5, 2.0, 3.0, 4.0, 6.0),
+    "resnet_window": (0.0, 0.3, 0.5, 0.8),
+    "attention_window": (0.3, 0.5, 0.8, 1.0),
+    "dilation": (0, 1, 2, 3),
+}
+_LEAST_PSNR = 20.0
+Score = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One setting that a search looked at.
+
+    Parameters
+    ----------
+    values : of what was swept
+    along : the setting that was varied; None for the start
+    score : (J, mean margin)
+    """
+
+    values: Mapping[str, float]
+    along: str | None
+    score: Score
+
+
+def objective(found: Sequence[Mapping]) -> Score:
+    """(J, mean margin) of pictures by their measures, as the module's description has it."""
+    animals = [c for pictured in found for c in pictured["concepts"] if c["kind"] == "animal"]
+    margins = [c["own"] - max(c["base"], c["others"]) for c in animals if c["own"] is not None]
+    psnrs = [pictured["background_psnr"] for pictured in found if pictured["background_psnr"] is not None]
+    lacking = max(0.0, _LEAST_PSNR - float(np.mean(psnrs))) / _LEAST_PSNR if psnrs else 0.0
+    right, leaked = (float(np.mean([c[key] for c in animals])) for key in ("right", "leaked"))
+    return round(right - leaked - lacking, 6), round(float(np.mean(margins or [-2.0])), 6)
+
+
+def search(
+    start: Mapping[str, float], grid: Mapping[str, Sequence[float]], budget: int, look: Callable[[dict], Score]
+) -> list[Tried]:
+    """Look at up to `budget` settings along one of them at a time; the first is `start`.
+
+    Parameters
+    ----------
+    start : a value for each setting of `grid`
+    grid : for each setting the values of the first round; those of whole numbers stay whole
+    look : gives the score of a setting, larger is better
+
+    Returns what was looked at, in order; each once. It is over early where nothing is left between two values.
+    """
+    tried = [Tried(dict(start), None, look(dict(start)))]
+    best, known = tried[0], {_key(start)}
+    axes = {name: sorted({*grid[name], start[name]}) for name in grid}
+    first = news = True
+    while news:
+        news = False
+        for name in grid:
+            axes[name] = axes[name] if first else _refined(axes[name], best.values[name])
+            for values in [{**best.values, name: value} for value in axes[name]]:
+                if _key(values) in known:
+                    continue
+                if len(tried) == budget:
+                    return tried
+                known.add(_key(values))
+                tried.append(Tried(values, name, look(values)))
+                news = True
+            best = max(tried, key=lambda one: one.score)  # the first of equal ones
+        first = False
+    return tried
+
+
+def sweep(
+    folder: Path,
+    *,
+    budget: int = BUDGET,
+    arms: Sequence[Arm] = ARMS,
+    cases: Sequence[Case] | None = None,
+    processes: int = 1,
+    steps: int = STEPS,
+    stages: Stages | None = None,
+) -> dict:
+    """Search every arm's settings and write `sweep.json`: what was tried, in order, and what was chosen.
+
+    Parameters
+    ----------
+    folder : keeps what was measured, too: interrupted, the same call goes on where it was
+    budget : how many settings an arm may try
+    processes : how many arms are searched at once, each on one core
+
+    Returns what was written.
+    """
+    stages, cases = stages or Stages(bars=False), list(sweep_cases() if cases is None else cases)
+    jobs, done = [(folder / "tried" / f"{arm.name}.json", arm, cases, budget, steps) for arm in arms], [0] * len(arms)
+    with alone(folder), stages.bar("sweeping", budget * len(arms), left=True) as move:
+        moves = [partial(_count, done, number, move, budget * len(arms)) for number in range(len(arms))]
+        if min(processes, len(arms)) > 1:
+            found = call_apart(_search_arm, jobs, moves, min(processes, len(arms)))
+        else:
+            found = [_search_arm(*job, moved) for job, moved in zip(jobs, moves, strict=True)]
+    names = sorted({n for c in cases for n in (*c.prompt.concepts, c.prompt.background) if n})
+    record = {"version": __version__, "model": model_hash(), "concepts": concept_hashes(names)}
+    record |= {"objective": OBJECTIVE, "budget": budget, "steps": steps, "cases": [c.name for c in cases]}
+    record["arms"] = {arm.name: _told(tried) for arm, tried in zip(arms, found, strict=True)}
+    with whole_file(folder / "sweep.json") as unfinished:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def _search_arm(file: Path, arm: Arm, cases: Sequence[Case], budget: int, steps: int, move) -> list[Tried]:
+    """One arm's search; templates are made once, and every score is kept in `file`."""
+    with one_thread():
+        begun, drawers = arm.settings(default_settings()), [drawer_for(case, steps=steps) for case in cases]
+        kept = _kept(file)
+        looked = 0
+
+        def look(values: dict) -> Score:
+            nonlocal looked
+            settings = replace(begun, **values)
+            wanted = hashlib.sha256(
+                "".join(identity(c, {arm.name: settings}, steps) for c in cases).encode()
+            ).hexdigest()
+            if wanted not in kept:
+                kept[wanted] = list(objective([asdict(measured(d, settings, d.draw(settings))) for d in drawers]))
+                with whole_file(file) as unfinished:
+                    unfinished.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            looked += 1
+            move(looked, budget)
+            return tuple(kept[wanted])
+
+        start = {name: getattr(begun, name) for name in arm.swept}
+        return search(start, {name: GRID[name] for name in start}, budget, look)
+
+
+def _kept(file: Path) -> dict[str, list[float]]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _count(done: list[int], number: int, move: Callable, total: int, count: int, _: int) -> None:
+    done[number] = count
+    move(sum(done), total)
+
+
+def _told(tried: Sequence[Tried]) -> dict:
+    best = max(tried, key=lambda one: one.score)
+    entries = [{"values": dict(t.values), "along": t.along, "score": list(t.score)} for t in tried]
+    return {"chosen": dict(best.values), "score": list(best.score), "tried": entries}
+
+
+def _refined(values: Sequence[float], best: float) -> list[float]:
+    """The values, and between the best and each of those beside it the middle; whole numbers stay as they are."""
+    at = values.index(best)
+    if all(isinstance(value, int) for value in values):
+        return list(values)
+    beside = [i for i in (at - 1, at) if 0 <= i < len(values) - 1]
+    return sorted({*values, *((values[i] + values[i + 1]) / 2 for i in beside)})
+
+
+def _key(values: Mapping[str, float]) -> tuple:
+    return tuple(sorted(values.items()))

@@ -1,0 +1,114 @@
+"""A job's masks without its picture: to look at, to edit as layers, and to take back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from weaver.concepts.bank import bind_concepts, read_concepts, resolve_prompts
+from weaver.job import SAME_MODEL, Job, JobError, MaskSpec, TemplateSpec
+from weaver.job.choose import choose_template
+from weaver.job.inputs import read_inputs
+from weaver.job.resolve import check_model, final_masks, in_field, open_finder, place_concepts, resolve_job
+from weaver.masks.overlay import concept_colour, draw_masks
+from weaver.models import choose_device, load_model, threads_for
+from weaver.progress import Stages
+from weaver.styles import styled
+
+__all__ = ["LAYERS", "TEMPLATE", "Preview", "layer_files", "preview_masks", "with_layers"]
+
+TEMPLATE, LAYERS = "template.png", "layers"  # in a folder of masks that are edited
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """A job's template and masks.
+
+    Parameters
+    ----------
+    names : of the N concepts, and of the background's where it is one
+    template : the picture in which masks were found
+    sources : one a concept, where its mask comes from
+    dense : [N, height, width] float32, as found or given
+    final : [N + 1, height, width] float32, as they will be used; the background last
+    """
+
+    names: tuple[str, ...]
+    template: Image.Image
+    sources: tuple[str, ...]
+    dense: torch.Tensor
+    final: torch.Tensor
+
+    def overlay(self) -> Image.Image:
+        """The final masks drawn over the template, with names."""
+        return draw_masks(self.template, self.final, self.names)
+
+    def layers(self) -> list[Image.Image]:
+        """One RGBA picture a concept, of the template's size: its dense mask in its colour, transparent elsewhere."""
+        return [_layer(mask, concept_colour(number)) for number, mask in enumerate(self.dense)]
+
+
+def preview_masks(job: Job, *, source: str = "job", offline: bool = False, stages: Stages | None = None) -> Preview:
+    """Make or read a job's template and find its masks, as a run does before it trains or draws anything.
+
+    Parameters
+    ----------
+    source : the job's file, or what else to call it in errors
+    offline : take models from the local cache only
+    stages : shows progress; None shows nothing
+
+    Raises `WeaverError`, one line.
+    """
+    stages = stages or Stages(bars=False)
+    read_inputs(job, source)
+    read = read_concepts(job, source)
+    prompts = resolve_prompts(job, read, source)
+    device = in_field("device", source, choose_device, job.device)
+    with stages.step("loading the model"):
+        pipe = maker = in_field("model", source, load_model, job.model, offline=offline, device=device)
+    with threads_for(pipe):
+        job = resolve_job(job, pipe, prompts)
+        check_model(job, pipe, source)
+        places = place_concepts(job, bind_concepts(job, read, pipe, source, "warn"), pipe, source)
+        if places.needs_finder:
+            with stages.step("loading Grounding DINO and SAM"):
+                places = open_finder(job, places, source, offline=offline)
+        if job.template.model not in (None, SAME_MODEL):
+            with stages.step("loading the template's model"):
+                options = {"offline": offline, "device": device, "fuses": False}
+                maker = in_field("template.model", source, load_model, job.template.model, **options)
+        with styled(pipe, job.styles, source):
+            job, template, places = choose_template(job, pipe, maker, places, stages, source)
+    names = tuple(spec.name for spec in job.everyone)
+    return Preview(names, template, places.sources, places.dense(job.size), final_masks(job, places))
+
+
+def layer_files(names: Sequence[str]) -> list[Path]:
+    """The layers of concepts with these names, relative to the folder of masks."""
+    return [Path(LAYERS) / f"{name}.png" for name in names]
+
+
+def with_layers(job: Job, folder: Path) -> Job:
+    """The same job on the template and with the masks of a folder in which `weaver masks --edit` wrote its layers.
+
+    Raises `JobError` naming the files that are not there.
+    """
+    files = [folder / file for file in layer_files([spec.name for spec in job.concepts])]
+    template = folder / TEMPLATE
+    if missing := [str(file) for file in (template, *files) if not file.is_file()]:
+        raise JobError(f"--masks: {', '.join(missing)} not there; `weaver masks JOB --edit --out {folder}` writes them")
+    concepts = tuple(
+        replace(spec, mask=MaskSpec(file=file.resolve())) for spec, file in zip(job.concepts, files, strict=True)
+    )
+    return replace(job, template=TemplateSpec(image=template.resolve()), concepts=concepts)
+
+
+def _layer(mask: torch.Tensor, colour: tuple[int, int, int]) -> Image.Image:
+    inside = Image.fromarray((mask >= 0.5).to(torch.uint8).mul(255).numpy())
+    layer = Image.new("RGBA", inside.size, (*colour, 0))
+    layer.putalpha(inside)
+    return layer
