@@ -94,6 +94,7 @@ train-embedded: $(READY_TRAIN)
 	@$(PY) -m weaver.embedded.training all $(ARGS)
 	@$(PY) -m benchmarks.embedded_sites --record
 	@$(PY) -m benchmarks.embedded_seeds --record
+	@$(PY) -m benchmarks.embedded_lora --record
 	@$(PY) -m weaver demo --out outputs/demo
 	@$(PY) -m benchmarks.embedded_demo outputs/demo
 

@@ -15,7 +15,7 @@ the base model's. Forms:
 Prints the means over all animals of the similarity to the concept's own pictures inside its mask (`own`), to its base
 class and to the nearest other concept; in how many pictures every animal is nearest to its own; and in how many masks
 the animal is nearest to the picture's other concept (`leaks`). Results go to ``outputs/lora``: a folder a form and
-seed, ``embedded_lora.json`` and ``lora.png``, a row a form.
+seed, ``embedded_lora.json`` and ``lora.png``, a row a form; ``--record`` keeps them, and ``docs/whole_loras.png``.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from weaver.run import run_job
 from weaver_kernels import routed_lora_reference
 
 WHOLE, CROSS, MASKED, MERGED = "whole, by region", "cross-attention, by region", "every token, masked", "all merged"
+PICTURE = Path(__file__).parents[1] / "docs" / "whole_loras.png"
 FORMS = (WHOLE, CROSS, MASKED, MERGED)
 
 
@@ -124,6 +125,11 @@ def figures(form: str, drawn: Sequence[Drawn], pairs: Sequence[Sequence[str]]) -
     }
 
 
+def for_docs(sheet: Image.Image) -> Image.Image:
+    """The sheet at 96 pixels a picture, in 256 colours: a README's picture need not weigh a megabyte."""
+    return sheet.resize((sheet.width * 96 // 160, sheet.height * 96 // 160), Image.Resampling.LANCZOS).quantize(256)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
@@ -152,7 +158,10 @@ def main() -> None:
     told = {"model": model_hash(), "concepts": concept_hashes(animals), "seeds": args.seeds, "rows": table}
     for place in [args.out] + [RESULTS] * args.record:
         (place / "embedded_lora.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    grid([[one.image for one in drawn] for drawn in found.values()], 160).save(args.out / "lora.png")
+    sheet = grid([[one.image for one in drawn] for drawn in found.values()], 160)
+    sheet.save(args.out / "lora.png")
+    if args.record:
+        for_docs(sheet).save(PICTURE, optimize=True)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ def test_everything_derived_is_of_this_model():
         assert record["sha256"] == hashlib.sha256((root / name).read_bytes()).hexdigest(), f"{name} was changed"
 
 
-@pytest.mark.parametrize("figures", ["embedded_sites.json", "embedded_seeds.json", "embedded_demo.json"])
+@pytest.mark.parametrize(
+    "figures", ["embedded_sites.json", "embedded_seeds.json", "embedded_lora.json", "embedded_demo.json"]
+)
 def test_recorded_figures_are_of_this_model_and_these_concepts(figures):
     root = DERIVED_FILE.parents[2]
     record = json.loads((root / "benchmarks" / "results" / figures).read_text(encoding="utf-8"))
