@@ -24,7 +24,8 @@ import torch
 from benchmarks import report, rows
 from benchmarks.floors import Rates, attention_work, empty_kernel_seconds, floor, measure_rates
 from benchmarks.harness import Candidate, Measured, measure, tell
-from benchmarks.machine import choose_device, device_name, versions
+from benchmarks.machine import device_name, versions
+from benchmarks.options import add_operation_options, chosen, make_parser, results_folder
 from benchmarks.providers import PROVIDERS, SLOW_TO_COMPILE
 from benchmarks.shapes import MASKS, MODELS, Geometry, blob_masks, make_plan, make_texts
 from benchmarks.timing import buffer_sets
@@ -37,7 +38,6 @@ from weaver_kernels.tuning import KernelConfig, kernel_config, source_hash
 OP = "context_attention"
 CONCEPTS = (1, 2, 3, 5, 8)
 OF_TARGETS = (1, 3, 8)  # measured first
-RESULTS, QUICK_RESULTS = Path("benchmarks/results"), Path("outputs/benchmarks")
 
 
 class Group(NamedTuple):
@@ -137,10 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells of each call whose memory it counts
     start, longest = time.monotonic(), 0.0
-    device = choose_device(args.device)
-    dtype = getattr(torch, args.dtype) if args.dtype else torch.float16 if device.type == "cuda" else torch.float32
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device, dtype = chosen(args)
     known = {"device": device_name(device), "versions": versions(device)}
     path = args.out / f"{OP}.csv"
     print(f"{known['device']}; {known['versions']}; {dtype}", flush=True)
@@ -178,26 +175,19 @@ def _print(found: Measured) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="SD 2.1, N = 1, 3, 8, hard masks, what compiles at once")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="float16 on a GPU, else float32")
-    parser.add_argument("--models", nargs="+", choices=MODELS)
-    parser.add_argument("--concepts", nargs="+", type=int)
+    parser = make_parser(__doc__)
+    quick = "SD 2.1, N = 1, 3, 8, hard masks, what compiles at once"
+    add_operation_options(parser, quick=quick, models=MODELS, providers=PROVIDERS)
     parser.add_argument("--masks", nargs="+", choices=MASKS)
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
-    parser.add_argument("--rounds", type=int, help="samples of each provider")
-    parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--minutes", type=float, help="begin no part that would end later")
     parser.add_argument("--missing", action="store_true", help="only what these versions have no row of here")
-    parser.add_argument("--out", type=Path, help=f"folder of results ({RESULTS}; {QUICK_RESULTS} for --quick)")
     args = parser.parse_args(argv)
     args.models = args.models or (["sd21"] if args.quick else list(MODELS))
     args.concepts = args.concepts or (OF_TARGETS if args.quick else CONCEPTS)
     args.masks = args.masks or (MASKS[:1] if args.quick else MASKS)
     args.providers = args.providers or [name for name in PROVIDERS if not (args.quick and name in SLOW_TO_COMPILE)]
     args.rounds = args.rounds or (5 if args.quick else 15)
-    args.out = args.out or (QUICK_RESULTS if args.quick else RESULTS)
+    args.out = results_folder(args)
     return args
 
 

@@ -24,10 +24,10 @@ from benchmarks.draws import CLOCKS, Refused
 from benchmarks.floors import measure_rates
 from benchmarks.machine import choose_device, device_name, versions
 from benchmarks.models import MODELS, load
+from benchmarks.options import QUICK_RESULTS, RESULTS, results_folder
 from benchmarks.process import parts_of_a_step, process
 from benchmarks.whole import FIELDS, KEY, AtBest, changes, steps, timed_row, variants
 
-RESULTS, QUICK_RESULTS = Path("benchmarks/results"), Path("outputs/benchmarks")
 N = 3
 PARTS = ("steps", "variants", "changes", "process", "parts")
 PAPER = {
@@ -122,7 +122,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.steps = args.steps or (4 if args.quick else 50 if on_gpu else 10)
     args.process_steps = args.process_steps or (4 if args.quick else 50)
     args.rounds = args.rounds or (1 if args.quick else 15)
-    args.out = args.out or (QUICK_RESULTS if args.quick else RESULTS)
+    args.out = results_folder(args)
     return args
 
 

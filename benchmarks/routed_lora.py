@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,8 @@ from benchmarks.floors import Rates, Work, floor, measure_rates
 from benchmarks.harness import Candidate, measure, tell
 from benchmarks.lora_providers import LORA_PROVIDERS, Linear
 from benchmarks.lora_report import added, forward_ms
-from benchmarks.machine import choose_device, device_name, versions
+from benchmarks.machine import device_name, versions
+from benchmarks.options import add_operation_options, chosen, make_parser, results_folder
 from benchmarks.shapes import MODELS, blob_masks
 from benchmarks.timing import buffer_sets
 from weaver_kernels import AdapterStack, ContextPlan, LowRank, routed_lora_reference
@@ -38,7 +38,6 @@ from weaver_kernels.unets import Layer, linears
 
 OP = "routed_lora"
 CONCEPTS, RANK = (1, 2, 4, 8), 16
-RESULTS, QUICK_RESULTS = Path("benchmarks/results"), Path("outputs/benchmarks")
 
 
 def make_layer(size: Layer, masks: torch.Tensor, dtype: torch.dtype, device: torch.device) -> Linear:
@@ -119,10 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 when all was right, 1 when a provider was not; rows of the others are recorded then."""
     args = _parse(argv)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells of each call whose memory it counts
-    start, device = time.monotonic(), choose_device(args.device)
-    dtype = getattr(torch, args.dtype) if args.dtype else torch.float16 if device.type == "cuda" else torch.float32
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    start = time.monotonic()
+    device, dtype = chosen(args)
     known = {"device": device_name(device), "versions": versions(device)}
     print(f"{known['device']}; {known['versions']}; {dtype}", flush=True)
     rates, path, wrong = measure_rates(device, dtype, args.quick), args.out / f"{OP}.csv", 0
@@ -150,21 +147,15 @@ def _print(found: Sequence[Mapping], providers: Sequence[str], concepts: Sequenc
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="SD 1.5, N = 1, 8, few samples")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="float16 on a GPU, else float32")
-    parser.add_argument("--models", nargs="+", choices=MODELS)
-    parser.add_argument("--concepts", nargs="+", type=int)
-    parser.add_argument("--providers", nargs="+", choices=LORA_PROVIDERS, default=list(LORA_PROVIDERS))
-    parser.add_argument("--rounds", type=int, help="samples of each provider")
-    parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--out", type=Path, help=f"folder of results ({RESULTS}; {QUICK_RESULTS} for --quick)")
+    parser = make_parser(__doc__)
+    quick = "SD 1.5, N = 1, 8, few samples"
+    add_operation_options(parser, quick=quick, models=MODELS, providers=LORA_PROVIDERS)
     args = parser.parse_args(argv)
     args.models = args.models or (["sd15"] if args.quick else list(MODELS))
     args.concepts = args.concepts or (CONCEPTS[::3] if args.quick else CONCEPTS)
     args.rounds = args.rounds or (3 if args.quick else 9)
-    args.out = args.out or (QUICK_RESULTS if args.quick else RESULTS)
+    args.providers = args.providers or list(LORA_PROVIDERS)
+    args.out = results_folder(args)
     return args
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ import torch
 from conftest import make_pipeline
 from PIL import Image
 
-from weaver.concepts.bank import resolve_prompts, train_bank, training_settings, worker_count
+from weaver.concepts import bank
+from weaver.concepts.bank import drop_checkpoints, resolve_prompts, train_bank, training_settings, worker_count
 from weaver.concepts.settings import TrainSettings
+from weaver.concepts.train import train_concept
 from weaver.embedded import load_pipeline
 from weaver.errors import WeaverError
 from weaver.job import JobError
@@ -85,6 +88,30 @@ def test_an_interrupt_ends_every_training_and_leaves_nothing(job, tmp_path, monk
         pipe = load_model(job.model, device="cpu")
         train_bank(replace(job, concepts=tuple(long)), pipe, Interrupted(), processes=2)
     assert multiprocessing.active_children() == [] and list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_training_goes_on_from_its_checkpoint(job, tmp_path, monkeypatch):
+    class Interrupted(Watched):
+        def bar(self, label, total=None, **options):
+            def move(done, whole):
+                if done == 5:  # two class pictures and three steps
+                    raise KeyboardInterrupt
+
+            return nullcontext(move)
+
+    monkeypatch.setattr(bank, "train_concept", partial(train_concept, checkpoint_every=1))
+    cat, pipe = job.concepts[0], load_model(job.model, device="cpu")
+    longer = tuple((dict(cat.train.settings) | {"steps": 4}).items())
+    alone = replace(job, concepts=(replace(cat, train=replace(cat.train, settings=longer)),))
+    with pytest.raises(KeyboardInterrupt):
+        train_bank(alone, pipe, Interrupted(), checkpoints=tmp_path)
+    assert (tmp_path / "cat.checkpoint").is_file()
+    found = train_bank(alone, pipe, stages := Watched(), checkpoints=tmp_path)["cat"]
+    assert stages.moves["training cat"][-1] == (6, 6) and (5, 6) not in stages.moves["training cat"]
+    whole = train_bank(alone, pipe, Watched())["cat"]
+    assert all(torch.equal(delta, found.deltas[path]) for path, delta in whole.deltas.items())
+    drop_checkpoints(alone, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("processes", [1, 2])

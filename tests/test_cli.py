@@ -21,6 +21,8 @@ from weaver.memory.ledger import Peak
 from weaver.memory.plans import MemoryPlan
 from weaver.version import __version__
 
+RESUMED = "no results were written; the same command goes on from its trainings' checkpoints, if there are any"
+
 
 def run_cli(capsys, *arguments) -> tuple[int, str, str]:
     code = cli.main([str(argument) for argument in arguments])
@@ -138,7 +140,7 @@ def test_a_manifest_is_run_beside_what_it_made(capsys, monkeypatch, tmp_path, jo
     ("error", "code", "message"),
     [
         (WeaverError("this is\nwrong"), 2, "weaver: this is wrong\n"),
-        (KeyboardInterrupt(), 130, "weaver: interrupted; nothing was written\n"),
+        (KeyboardInterrupt(), 130, f"weaver: interrupted; {RESUMED}\n"),
         (OSError("disk full"), 1, "weaver: unexpected OSError: disk full (--traceback shows where)\n"),
     ],
     ids=["bad input", "interrupted", "unexpected"],
@@ -165,7 +167,7 @@ def test_a_signal_to_end_is_an_exception_for_the_run(capsys, monkeypatch, job_fi
     monkeypatch.setattr(run, "run_job", ended)
     before = signal.signal(number, signal.SIG_DFL)  # `nohup` has the tests ignore one of them
     try:
-        assert run_cli(capsys, "run", job_file) == (code, "", "weaver: terminated; nothing was written\n")
+        assert run_cli(capsys, "run", job_file) == (code, "", f"weaver: terminated; {RESUMED}\n")
         assert cleaned == [signal.SIG_DFL] and signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, before)

@@ -1,10 +1,13 @@
 """A folder of pictures becomes a training set."""
 
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from weaver.concepts.images import TrainingSet, load_class_images, load_images
+from weaver.concepts.picture_folder import PassedOverWarning
 from weaver.errors import WeaverError
 from weaver.pictures import PictureError
 
@@ -88,10 +91,28 @@ def test_pictures_and_captions_that_cant_be_used_are_told_together(tmp_path):
 def test_folders_without_pictures(tmp_path):
     with pytest.raises(WeaverError, match=r"no pictures in this folder \(\.png"):
         load_images(tmp_path, "<v1>", "cat")
+    (tmp_path / "a.HEIC").write_bytes(b"no picture that is read")
+    with pytest.raises(WeaverError, match=r"no pictures in this folder .*; save a\.HEIC as PNG or JPEG"):
+        load_images(tmp_path, "<v1>", "cat")
     with pytest.raises(WeaverError, match="no such folder of pictures"):
         load_images(tmp_path / "none", "<v1>", "cat")
     with pytest.raises(WeaverError, match="no pictures to learn from"):
         load_images([], "<v1>", "cat")
+
+
+def test_what_is_passed_over_is_told(tmp_path):
+    for number in range(7):
+        save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a {token} {word}")
+    save(tmp_path / "3.mask.png")
+    (tmp_path / "notes.md").write_text("meant for nobody")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_images(tmp_path, "<v1>", "cat")
+    for number in range(7):
+        (tmp_path / f"photo-{number}.avif").write_bytes(b"no picture that is read")
+    with pytest.warns(PassedOverWarning, match=r"photo-0.avif, .*, photo-4.avif and 2 more: save as PNG or JPEG$"):
+        load_images([tmp_path], "<v1>", "cat")
 
 
 def test_captions_need_the_token(tmp_path):

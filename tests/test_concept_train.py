@@ -310,7 +310,10 @@ def test_impossible_settings(changes, message):
         ({"token": "<rex> dog"}, "token '<rex> dog' is empty or has white space in it; write one such as '<v1>'"),
         ({"token": "<>"}, "token '<>' is empty"),
         ({"token": "cat", "captions": ["a cat cat"] * 2}, "token 'cat' stands in the class word 'cat'; .* '<cat>'"),
-        ({"images": pictures(2, size=(32, 3))}, "a picture has 3 x 32 pixels, too few to learn from; .* 4 and more"),
+        (
+            {"images": pictures(2, size=(32, 3))},
+            r"cannot train .*picture 1 has 3 x 32 pixels \(as 1 more\), too few to learn from; .* 4 and more",
+        ),
     ],
 )
 def test_unusable_input(tiny_pipe, arguments, message):

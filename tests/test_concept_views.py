@@ -12,7 +12,8 @@ from test_concept_train import ALONE, NAMES, equal, pictures
 
 from weaver.concepts import objective
 from weaver.concepts.examples import prepare
-from weaver.concepts.images import TrainingSet, load_images, picture_files
+from weaver.concepts.images import TrainingSet, load_images
+from weaver.concepts.picture_folder import picture_files
 from weaver.concepts.train import train_concept
 from weaver.concepts.views import with_views
 from weaver.errors import WeaverError
@@ -34,10 +35,10 @@ def test_masks_lie_beside_their_pictures(tmp_path):
     data = load_images(tmp_path, "<v1>", "cat")
     assert data.masks[0] is None and data.masks[1].tobytes() == left_half().tobytes()
     left_half((16, 32)).save(tmp_path / "1.mask.png")
-    with pytest.raises(WeaverError, match=r"mask 1 is \(16, 32\), its picture \(32, 32\)"):
+    with pytest.raises(WeaverError, match=r"1\.png: its mask has 16 x 32 pixels, its picture 32 x 32"):
         load_images(tmp_path, "<v1>", "cat")
     Image.new("L", (32, 32)).save(tmp_path / "1.mask.png")
-    with pytest.raises(WeaverError, match="mask 1 is empty"):
+    with pytest.raises(WeaverError, match=r"1\.png: its mask is empty"):
         load_images(tmp_path, "<v1>", "cat")
 
 
@@ -123,5 +124,9 @@ def test_a_mask_outside_of_what_is_cut_out_is_told(tiny_pipe):
     mask = Image.new("L", (256, 64), 0)
     mask.paste(255, (0, 0, 60, 64))
     data = TrainingSet((Image.new("RGB", (256, 64), "red"),), ("a <v1> cat",), (mask,))
-    with pytest.raises(WeaverError, match=r"picture 1: nothing of its mask is left .* 32 x 32 pixels: cut the picture"):
+    message = "nothing of its mask is left .* 32 x 32 pixels: cut the picture"
+    with pytest.raises(WeaverError, match=f"^picture 1: {message}"):
         prepare(tiny_pipe, data, "<v1>")
+    assert with_views(replace(data, masks=(), names=("rex/a.png",)), "<v1>", (32, 32), 1).names == ("rex/a.png",) * 2
+    with pytest.raises(WeaverError, match=f"^rex/a.png: {message}"):
+        prepare(tiny_pipe, replace(data, names=("rex/a.png",)), "<v1>")

@@ -8,11 +8,15 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from conftest import make_concept, make_pipeline
 from jobs import TRAINED, job_of, picture
+from peft import LoraConfig, get_peft_model
 
 from weaver import run
+from weaver.concepts.formats.convert import convert
 from weaver.errors import WeaverError
 from weaver.hashing import file_hash
+from weaver.job import JobError
 from weaver.job.file import read_job
 from weaver.job.inputs import read_inputs
 from weaver.manifest import changed_versions, check_inputs
@@ -82,6 +86,30 @@ def test_weights_hash_alike_in_any_precision_and_tell_every_part(job_folder, pip
     with torch.no_grad():
         half.vae.decoder.conv_out.bias += 1
     assert weights_hash(half) != found
+
+
+def test_what_lies_beside_a_concepts_file_and_is_read_is_an_input(pipe, job_folder, tmp_path):
+    made = convert(make_concept(pipe, 1, "dog"), "diffusers-lora", tmp_path / "rex.safetensors")
+    convert(make_concept(pipe, 2, "dog"), "kohya-lora", tmp_path / "other.safetensors")
+    concepts = [{"file": str(made.files[0]), "word": "dog"}]
+    job = job_of(job_folder, concepts=concepts, prompt="a dog, mountain")
+    inputs = read_inputs(job)
+    fields = ["concepts[0].file", "concepts[0].file:<v1>.safetensors"]
+    assert [file.field for file in inputs] == fields and [file.path for file in inputs] == made.files
+    manifest = {"inputs": {file.field: file.sha256 for file in inputs}}
+    check_inputs(manifest, read_inputs(job), "job.yaml")
+    made.files[1].write_bytes(made.files[1].read_bytes().replace(b'"format":"pt"', b'"format":"xt"'))
+    with pytest.raises(JobError, match=r"concepts\[0\].file:<v1>.safetensors: <v1>.safetensors is not what it was"):
+        check_inputs(manifest, read_inputs(job), "job.yaml")
+
+
+def test_the_settings_of_pefts_files_are_inputs(pipe, job_folder, tmp_path):
+    unet = get_peft_model(make_pipeline(dtype=torch.float32).unet, LoraConfig(r=2, target_modules=["attn2.to_k"]))
+    unet.save_pretrained(tmp_path)
+    file = str(tmp_path / "adapter_model.safetensors")
+    job = job_of(job_folder, concepts=[{"file": file, "word": "dog"}], styles=[{"file": file}], prompt="a dog")
+    names = {"concepts[0].file", "styles[0].file"}
+    assert {file.field for file in read_inputs(job)} == names | {f"{name}:adapter_config.json" for name in names}
 
 
 def test_a_caption_and_its_picture_are_both_inputs(job_folder, tmp_path):

@@ -277,4 +277,6 @@ def test_what_was_trained_is_kept_where_the_rest_fails(job_folder, tmp_path, mon
     kept = Concept.load(out / "concepts" / "tom.safetensors")
     assert all(torch.equal(delta, expected.deltas[name].to(delta)) for name, delta in kept.deltas.items())
     assert {path.name for path in out.iterdir()} == {"fused.png", "concepts"}
+    made = [folder / "concepts" / "tom.checkpoint.class" for folder in (out, tmp_path / "whole")]  # pictures of cats
+    assert [folder.is_dir() for folder in made] == [True, False]
     assert (out / "fused.png").read_bytes() == b"of a run before"

@@ -23,17 +23,17 @@ from weaver_kernels import LowRank
 def folder(tiny_pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     tiny_pipe.save_pretrained(folder / "model")
-    for name in ("pictures", "class"):
+    for number, name in enumerate(("pictures", "class")):
         (folder / name).mkdir()
         for seed in range(2):
-            picture(seed).save(folder / name / f"{seed}.png")
+            picture(2 * number + seed).save(folder / name / f"{seed}.png")
     return folder
 
 
-def train(folder, *options):
-    pictures = str(folder / "pictures")
+def train(folder, *options, more=()):
+    pictures = [str(folder / "pictures"), *map(str, more)]
     few = ["--steps", "2", "--prior-images", "2", "--prior-steps", "1"]
-    return main(["train", pictures, "--word", "cat", "--model", str(folder / "model"), *few, *options])
+    return main(["train", *pictures, "--word", "cat", "--model", str(folder / "model"), *few, *options])
 
 
 def test_a_concept_from_a_folder_of_pictures(folder, tmp_path, capsys):
@@ -80,6 +80,32 @@ def test_a_lora_with_class_pictures_of_ones_own(folder, tmp_path):
     assert concept.settings["prior"] == "given" and concept.base_hash
     assert train(folder, "--out", str(out), "--method", "lora", "--rank", "3", "--prior-batch", "0", "--replace") == 0
     assert {len(delta.down) for delta in Concept.load(out).deltas.values()} == {3}
+
+
+def test_class_pictures_that_are_the_concepts_own_are_told(folder, tmp_path, capsys):
+    others = shutil.copytree(folder / "class", tmp_path / "class")
+    shutil.copy(folder / "pictures" / "1.png", others / "2.png")
+    assert train(folder, "--out", str(tmp_path / "tom.safetensors"), "--class-images", str(others)) == 2
+    told = capsys.readouterr().err
+    assert f"weaver: --class-images: {others / '2.png'} is a picture of the concept itself: " in told
+
+
+def test_folders_and_pictures_together_and_what_of_them_is_not_used(folder, tmp_path, capsys):
+    more = tmp_path / "more"
+    more.mkdir()
+    picture(5).save(more / "5.png")
+    (more / "holiday.heic").write_bytes(b"no picture that is read")
+    for name in ("holiday.txt", "5.txt", "6.txt", "6.mask.png"):  # of which the third and fourth have no picture
+        (more / name).write_text("a <v1> cat")
+    out = tmp_path / "tom.safetensors"
+    sources = more, folder / "class" / "0.png"
+    assert train(folder, "--out", str(out), "--prior-batch", "0", more=sources) == 0
+    assert Concept.load(out).settings["pictures"] == 4
+    told = capsys.readouterr().err
+    assert (
+        f"weaver: {more}: not used are holiday.heic: save as PNG or JPEG; 6.mask.png, 6.txt: beside no picture of that "
+        "name\n"
+    ) in told
 
 
 def test_captions_beside_class_pictures_are_learned_from(folder, tmp_path):

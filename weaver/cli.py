@@ -39,6 +39,7 @@ __all__ = ["main"]
 
 _EPILOG = "exit codes: 0 done; 2 bad input, told in one line; 1 unexpected error; 130 interrupted, 143 terminated"
 _COMMANDS = "demo | run | masks | train | estimate | inspect | bank | cache | evaluate"
+_RESUMED = "no results were written; the same command goes on from its trainings' checkpoints, if there are any"
 _ENDING_SIGNALS = ("SIGTERM", "SIGHUP")
 
 
@@ -133,14 +134,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--concepts", metavar="N|NAMES", help="how many animals, or which: tuxedo-cat,pug")
     demo.add_argument("--background", metavar="NAME", help="which background concept, or 'none'")
     _common(demo, "outputs/demo", cache="features")
-    demo.set_defaults(command=_demo, on_unused="warn")
+    demo.set_defaults(command=_demo, on_unused="warn", ended=_RESUMED)
 
     run = commands.add_parser("run", help="run a job file, or a manifest again", epilog=_EPILOG)
     run.add_argument("job", type=Path, help="job.yaml, or the manifest.json of an earlier run")
     add_masks_option(run)
     add_on_unused(run)
     _common(run, None, cache="latents")
-    run.set_defaults(command=_run)
+    run.set_defaults(command=_run, ended=_RESUMED)
     add_masks_parser(commands, _EPILOG)
     add_estimate_parser(commands, _EPILOG)
     add_train_parser(commands, _EPILOG)

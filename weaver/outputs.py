@@ -22,8 +22,9 @@ from weaver.pipeline import WeaveResult
 from weaver.sheet import Card, contact_sheet
 from weaver.version import __version__
 
-__all__ = ["STAGES", "TrainedKeptWarning", "make_report", "result_files", "trained_kept", "write_outputs"]
+__all__ = ["CONCEPTS", "STAGES", "TrainedKeptWarning", "make_report", "result_files", "trained_kept", "write_outputs"]
 
+CONCEPTS = Path("concepts")  # of those that a run trained, in its folder
 STAGES = ("bank", "template", "inversion", "masks", "fusion")
 _FILES = ("template.png", "masks.png", "fused.png", "sheet.png", "manifest.json", "report.json")
 _CARD_PICTURES = 9  # more do not fit on the sheet
@@ -114,7 +115,7 @@ def trained_kept(folder: Path, job: Job, concepts: Sequence[Concept]) -> Iterato
 
 
 def _concept_file(spec: BackgroundSpec) -> Path:
-    return Path("concepts") / f"{spec.name}.safetensors"
+    return CONCEPTS / f"{spec.name}.safetensors"
 
 
 def _sheet(job: Job, result: WeaveResult, concepts: Sequence[Concept], overlay: Image.Image) -> Image.Image:
@@ -148,7 +149,7 @@ def _card_pictures(spec: BackgroundSpec) -> list[Image.Image]:
     name = shipped_name(spec)
     if name is not None:
         from weaver import embedded
-        from weaver.concepts.images import picture_files
+        from weaver.concepts.picture_folder import picture_files
 
         return [open_rgb(path) for path in picture_files(embedded.concept_images(name))[:_CARD_PICTURES]]
     return [open_rgb(path) for path in training_pictures(spec)[:_CARD_PICTURES]]

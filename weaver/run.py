@@ -11,7 +11,14 @@ from pathlib import Path
 import torch
 
 from weaver.cache import Cache
-from weaver.concepts.bank import bind_concepts, read_concepts, resolve_prompts, train_bank, worker_count
+from weaver.concepts.bank import (
+    bind_concepts,
+    drop_checkpoints,
+    read_concepts,
+    resolve_prompts,
+    train_bank,
+    worker_count,
+)
 from weaver.concepts.concept import Concept
 from weaver.errors import raise_if
 from weaver.folder import check_folder, clashes
@@ -26,7 +33,7 @@ from weaver.manifest import check_inputs, check_weights, picture_record
 from weaver.memory.plans import MemoryPlan
 from weaver.memory.resting import modules_of, resting
 from weaver.models import choose_device, load_model, threads_for, weights_hash
-from weaver.outputs import make_report, result_files, trained_kept, write_outputs
+from weaver.outputs import CONCEPTS, make_report, result_files, trained_kept, write_outputs
 from weaver.pipeline import WeaveResult, weave
 from weaver.places import Places
 from weaver.progress import Stages
@@ -77,7 +84,8 @@ def run_job(
     manifest : of the run that this one repeats, as `read_job` gives it: files and models must be the same
 
     Raises `WeaverError`, one line, before any sampling where that can be known; then nothing is written. Where it fails
-    later, or is stopped, the concepts that were trained are kept, and a warning says where.
+    later, or is stopped, the concepts that were trained are kept, and a warning says where; of one that was not done
+    there is a checkpoint beside them, from which the same job in the same folder goes on.
     """
     stages, folder = stages or Stages(bars=False), Path(folder)
     check_folder(folder, result_files(job))
@@ -129,7 +137,13 @@ def run_job(
         del maker  # its memory is free for what follows
         with stages.stage("bank"):
             known |= train_bank(
-                job, pipe, stages, processes=processes, at_once=memory and memory.at_once, source=source
+                job,
+                pipe,
+                stages,
+                processes=processes,
+                at_once=memory and memory.at_once,
+                checkpoints=folder / CONCEPTS,
+                source=source,
             )
         concepts = [known[spec.name] for spec in job.everyone]
         with trained_kept(folder, job, concepts):
@@ -138,6 +152,7 @@ def run_job(
             record = picture_record(job, pipe, concepts, result.settings, inputs, weights)
             report = make_report(job, result, stages.seconds)
             write_outputs(folder, job, result, concepts, record, report, inputs, stages.elapsed)
+        drop_checkpoints(job, folder / CONCEPTS)
     return Run(folder, result, tuple(concepts), report)
 
 

@@ -24,14 +24,15 @@ __all__ = ["check_style", "style_numbers", "styled"]
 _FILE = "style.safetensors"
 
 
-def check_style(path: Path) -> None:
-    """Raise `WeaverError` unless a file is a LoRA, and PEFT is there to load it."""
+def check_style(path: Path) -> ParsedFile:
+    """Read a LoRA; raises `WeaverError` where a file is none, and where PEFT is not there to load it."""
     file = read_concept_file(path)
     kind = "concept file" if isinstance(file, Concept) else file.format
     if not kind.endswith("LoRA"):
         raise WeaverError(f"{path.name} is a {kind}, and a style is a LoRA: list it under concepts")
     if find_spec("peft") is None:
         raise WeaverError("a style is loaded by the package peft, which is not installed: pip install peft")
+    return file
 
 
 def style_numbers(path: Path) -> int:

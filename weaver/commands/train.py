@@ -30,7 +30,7 @@ def add_parser(commands, epilog: str) -> None:
         description=_DESCRIPTION,
         epilog=epilog,
     )
-    parser.add_argument("images", type=Path, nargs="+", help="a folder of pictures, or pictures")
+    parser.add_argument("images", type=Path, nargs="+", help="pictures, or folders of them")
     parser.add_argument("--word", required=True, help="its class, such as dog")
     parser.add_argument("--token", default="<v1>", help="what prompts will call it (<v1>)")
     parser.add_argument(
@@ -86,11 +86,15 @@ def _train(args: argparse.Namespace) -> int:
     validation = None
     if args.validate:
         validation = Validation(args.validate, out.with_suffix(".validation"), args.validate_every)
-    folder = len(args.images) == 1 and args.images[0].is_dir()
-    pictures = load_images(args.images[0] if folder else args.images, args.token, args.word)
+    pictures = load_images(args.images, args.token, args.word)
     given = None
     if args.class_images:
         given = load_class_images(args.class_images, args.token, args.word)
+        if own := given.shared_with(pictures):
+            raise WeaverError(
+                f"--class-images: {own[0]} is a picture of the concept itself: these are to show others of its class, "
+                "leave it out"
+            )
     with args.stages.step("loading the model"):
         with model_source(args.model, offline=args.offline, fuses=False) as (_, config, _):
             if config["_class_name"] not in _PIPELINES:

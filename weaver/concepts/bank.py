@@ -6,11 +6,13 @@ import io
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from weaver.apart import call_apart, cores
+from weaver.concepts.checkpoints import Checkpoint
 from weaver.concepts.concept import Concept
 from weaver.concepts.formats.reading import ConceptReading
 from weaver.concepts.formats.unused import tell_unused
@@ -28,6 +30,7 @@ from weaver.progress import Stages
 
 __all__ = [
     "bind_concepts",
+    "drop_checkpoints",
     "prior_and_scenes",
     "read_concept",
     "read_concepts",
@@ -47,6 +50,7 @@ class _Task:
     spec: BackgroundSpec
     model: str
     at_once: int | None
+    checkpoint: Path | None
 
 
 def read_concept(spec: BackgroundSpec) -> ConceptReading:
@@ -145,6 +149,7 @@ def train_bank(
     *,
     processes: int | None = None,
     at_once: int | None = None,
+    checkpoints: Path | None = None,
     source: str = "job",
 ) -> dict[str, Concept]:
     """Train every concept of a job that is to be trained; name -> concept.
@@ -154,10 +159,16 @@ def train_bank(
     pipe : the base model, for training in this process; it is left as it was
     processes : how many train at once, see `worker_count`
     at_once : how many pictures are made or encoded in one pass; None is `train_concept`'s own
+    checkpoints : a folder of a file for each, `NAME.checkpoint`, from which an interrupted training goes on; they stay
+        until `drop_checkpoints`. None writes none
 
     Raises `JobError`, led by `source` and the concept's field, when a training fails; all others end with it.
     """
-    tasks = [_Task(source, place, spec, job.model, at_once) for place, spec in job.places() if spec.train]
+    tasks = [
+        _Task(source, place, spec, job.model, at_once, checkpoints and _checkpoint(checkpoints, spec))
+        for place, spec in job.places()
+        if spec.train
+    ]
     processes = min(worker_count(pipe, processes), len(tasks))
     with ExitStack() as open_bars:
         moves = [open_bars.enter_context(stages.bar(f"training {task.spec.name}", left=True)) for task in tasks]
@@ -167,6 +178,17 @@ def train_bank(
         else:
             trained = [_train(task, pipe, move) for task, move in zip(tasks, moves, strict=True)]
     return {task.spec.name: concept for task, concept in zip(tasks, trained, strict=True)}
+
+
+def drop_checkpoints(job: Job, checkpoints: Path) -> None:
+    """Throw away what `train_bank` left in a folder: the concepts are saved."""
+    for spec in job.everyone:
+        if spec.train:
+            Checkpoint.remove(_checkpoint(checkpoints, spec))
+
+
+def _checkpoint(folder: Path, spec: BackgroundSpec) -> Path:
+    return folder / f"{spec.name}.checkpoint"
 
 
 def training_settings(wishes: TrainSpec, pipe) -> TrainSettings:
@@ -202,6 +224,8 @@ def _train(task: _Task, pipe, move: Callable[[int, int], None]) -> Concept:
             prior=prior,
             woven=woven,
             settings=settings,
+            checkpoint=task.checkpoint,
+            keep_checkpoint=True,
             at_once=task.at_once,
             progress=move,
         )

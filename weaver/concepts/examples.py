@@ -65,7 +65,7 @@ def prepare(
     masks = [mask and fit(mask, size, Image.Resampling.BOX) for mask in data.all_masks()]
     if gone := [number for number, mask in enumerate(masks) if mask and not mask.getbbox()]:
         raise WeaverError(
-            f"picture {gone[0] + 1}: nothing of its mask is left where it is cut about its centre to "
+            f"{data.called(gone[0])}: nothing of its mask is left where it is cut about its centre to "
             f"{size[1]} x {size[0]} pixels: cut the picture so that the concept stands in the middle"
         )
     captions = list(data.captions)

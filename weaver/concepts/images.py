@@ -11,14 +11,13 @@ from typing import TypeVar
 from PIL import Image
 
 from weaver.concepts.framing import Framing
+from weaver.concepts.picture_folder import caption_file, mask_file, picture_files, picture_paths, tell_passed_over
 from weaver.concepts.prompts import names_token
 from weaver.errors import WeaverError
 from weaver.pictures import PictureError, open_rgb
 
-__all__ = ["TrainingSet", "caption_of", "load_class_images", "load_images", "mask_file", "mask_of", "picture_files"]
+__all__ = ["TrainingSet", "caption_of", "load_class_images", "load_images", "mask_of"]
 
-_MASK = ".mask.png"
-_KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _NAMED = 5  # files that can't be used, of which an error tells what is wrong
 T = TypeVar("T")
 
@@ -29,13 +28,15 @@ class TrainingSet:
 
     `masks` say where the concept is in each (mode L, the picture's size, 255 inside); None, or no masks at all, where
     it is all of it. What lies outside is left out of the loss. `framings` say what part of a photograph each picture
-    is, which SDXL is told; None, or none at all, where it is a whole one.
+    is, which SDXL is told; None, or none at all, where it is a whole one. `names` are what errors call the pictures,
+    their files; their numbers where there are none.
     """
 
     images: tuple[Image.Image, ...]
     captions: tuple[str, ...]
     masks: tuple[Image.Image | None, ...] = ()
     framings: tuple[Framing | None, ...] = ()
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -48,11 +49,23 @@ class TrainingSet:
             raise WeaverError(
                 f"{len(self.images)} pictures and {len(self.framings)} framings; give one framing each, or None"
             )
+        if self.names and len(self.names) != len(self.images):
+            raise WeaverError(f"{len(self.images)} pictures and {len(self.names)} names; give one name each")
         for number, (image, mask) in enumerate(zip(self.images, self.all_masks(), strict=True)):
             if mask is not None and mask.size != image.size:
-                raise WeaverError(f"mask {number} is {mask.size}, its picture {image.size}: give masks of their size")
+                sizes = f"{mask.width} x {mask.height} pixels, its picture {image.width} x {image.height}"
+                raise WeaverError(f"{self.called(number)}: its mask has {sizes}: give masks of their size")
             if mask is not None and mask.getbbox() is None:
-                raise WeaverError(f"mask {number} is empty: the concept must be somewhere in its picture")
+                raise WeaverError(f"{self.called(number)}: its mask is empty: the concept must be somewhere in it")
+
+    def called(self, number: int) -> str:
+        """What errors call a picture: its file, or its number from 1."""
+        return self.names[number] if self.names else f"picture {number + 1}"
+
+    def shared_with(self, other: TrainingSet) -> list[str]:
+        """Those of the pictures, as errors call them, that another set has too, to the pixel."""
+        there = {(image.size, image.tobytes()) for image in other.images}
+        return [self.called(n) for n, image in enumerate(self.images) if (image.size, image.tobytes()) in there]
 
     def all_masks(self) -> tuple[Image.Image | None, ...]:
         """One a picture, None where there is none."""
@@ -75,19 +88,20 @@ def load_images(
 
     Parameters
     ----------
-    source : a folder (its pictures in the order of their names; other files are passed over) or picture files.
+    source : a folder (its pictures in the order of their names), or picture files and folders. A warning tells of files
+        in folders that were meant to be used and are not.
     token, word : the concept's modifier token and class word.
     template : None for "a {token} {word}".
 
     Raises `WeaverError` for a folder without pictures and for captions without the token, `PictureError` where nothing
     is wrong but that files can't be read; both tell of five files, and how many more there are.
     """
-    paths = picture_files(Path(source)) if isinstance(source, str | os.PathLike) else [Path(path) for path in source]
+    paths = _paths(source)
     found = _of_each(
         paths, lambda path: (caption_of(path, token, word, template=template), mask_of(path), open_rgb(path))
     )
     captions, masks, images = (tuple(one[i] for one in found) for i in range(3))
-    return TrainingSet(images, captions, masks if any(masks) else ())
+    return TrainingSet(images, captions, masks if any(masks) else (), names=tuple(map(str, paths)))
 
 
 def load_class_images(folder: str | os.PathLike, token: str, word: str) -> TrainingSet:
@@ -98,13 +112,23 @@ def load_class_images(folder: str | os.PathLike, token: str, word: str) -> Train
 
     Raises as `load_images` does, and `WeaverError` for captions that are empty or have the token.
     """
-    found = _of_each(picture_files(Path(folder)), lambda path: (_class_caption(path, token, word), open_rgb(path)))
-    return TrainingSet(tuple(image for _, image in found), tuple(caption for caption, _ in found))
+    paths = _paths(folder)
+    found = _of_each(paths, lambda path: (_class_caption(path, token, word), open_rgb(path)))
+    captions, images = (tuple(one[i] for one in found) for i in range(2))
+    return TrainingSet(images, captions, names=tuple(map(str, paths)))
+
+
+def _paths(source: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
+    """Those of a folder, or of several sources; what is not used of them is told."""
+    alone = isinstance(source, str | os.PathLike)
+    sources = [Path(source)] if alone else [Path(path) for path in source]
+    found = picture_files(sources[0]) if alone else picture_paths(sources)
+    tell_passed_over(sources)
+    return found
 
 
 def _class_caption(picture: Path, token: str, word: str) -> str:
-    beside = picture.with_suffix(".txt")
-    if not beside.is_file():
+    if (beside := caption_file(picture)) is None:
         return f"a {word}"
     text = _read_caption(beside)
     if not text:
@@ -132,12 +156,6 @@ def _of_each(paths: Sequence[Path], read: Callable[[Path], T]) -> list[T]:
     return found
 
 
-def mask_file(picture: Path) -> Path | None:
-    """The mask that lies beside a picture, if one does."""
-    beside = picture.with_suffix(_MASK)
-    return beside if beside.is_file() else None
-
-
 def mask_of(picture: Path) -> Image.Image | None:
     """Where the concept is in a picture: its mask's grey levels, or None without one. Raises as `open_picture` does."""
     beside = mask_file(picture)
@@ -146,11 +164,11 @@ def mask_of(picture: Path) -> Image.Image | None:
 
 def caption_of(picture: Path, token: str, word: str, *, template: str | None = None) -> str:
     """The caption of one picture file, which is not opened; everything else as in `load_images`."""
-    beside = picture.with_suffix(".txt")
-    text = _read_caption(beside) if beside.is_file() else template or "a {token} {word}"
+    beside = caption_file(picture)
+    text = _read_caption(beside) if beside else template or "a {token} {word}"
     caption = text.replace("{token}", token).replace("{word}", word)
     if not names_token(caption, token):
-        origin = f"{beside}: " if beside.is_file() else ""
+        origin = f"{beside}: " if beside else ""
         raise WeaverError(f"{origin}caption {text!r} lacks the token {token!r}: write {{token}} where it goes")
     return caption
 
@@ -160,17 +178,3 @@ def _read_caption(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise WeaverError(f"{path}: not a readable caption in UTF-8 ({error})") from error
-
-
-def picture_files(folder: Path) -> list[Path]:
-    """The pictures of a folder in the order of their names; `WeaverError` if there are none."""
-    if not folder.is_dir():
-        raise WeaverError(f"{folder}: no such folder of pictures")
-    paths = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in _KINDS and path.name[0] != "." and not path.name.endswith(_MASK)
-    )
-    if not paths:
-        raise WeaverError(f"{folder}: no pictures in this folder ({', '.join(_KINDS)})")
-    return paths

@@ -36,7 +36,7 @@ from weaver.concepts.views import with_views
 from weaver.concepts.woven import WovenSet, prepare_woven
 from weaver.conditioning import added_reasons, text_encoders
 from weaver.defaults import model_size
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, raise_if
 from weaver.version import __version__
 
 __all__ = ["train_concept"]
@@ -192,17 +192,17 @@ def _check(pipe, images: TrainingSet, prior: TrainingSet | None, token: str, wor
     elif names_token(f"a {word}", token):
         reasons.append(f"token {token!r} stands in the class word {word!r}; take one that is no word, as '<{token}>'")
     least = min(model_size(pipe)) // _LEAST_SIDE
-    if small := [image.size for image in images.images if min(image.size) < least]:
-        width, height = small[0]
-        reasons.append(f"a picture has {width} x {height} pixels, too few to learn from; take some of {least} and more")
+    if small := [number for number, image in enumerate(images.images) if min(image.size) < least]:
+        width, height = images.images[small[0]].size
+        found = f"{width} x {height} pixels" + (f" (as {len(small) - 1} more)" if small[1:] else "")
+        reasons.append(f"{images.called(small[0])} has {found}, too few to learn from; take some of {least} and more")
     kind = getattr(pipe.scheduler.config, "prediction_type", None)
     if kind not in ("epsilon", "v_prediction") or not hasattr(pipe.scheduler, "alphas_cumprod"):
         reasons.append(f"the scheduler predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
     reasons += added_reasons(pipe)
     if prior is not None and (named := [caption for caption in prior.captions if names_token(caption, token)]):
         reasons.append(f"prior caption {named[0]!r} holds the token {token!r}; prior pictures show others: take '<v1>'")
-    if reasons:
-        raise WeaverError("cannot train a concept: " + "; ".join(reasons))
+    raise_if(reasons, f"cannot train {token} {word}")
 
 
 def _versions() -> dict[str, str]:

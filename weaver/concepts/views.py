@@ -47,7 +47,8 @@ def with_views(data: TrainingSet, token: str, size: tuple[int, int], count: int,
         entries = [entry] + [_showing(entry, token, rng) for _ in range(count)]
         for whole, part in zip(found, zip(*entries, strict=True), strict=True):
             whole += part
-    return TrainingSet(*map(tuple, found))
+    names = tuple(name for name in data.names for _ in range(count + 1))
+    return TrainingSet(*map(tuple, found), names=names)
 
 
 def _showing(entry: tuple, token: str, rng: random.Random) -> tuple:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from weaver.concepts.concept import Concept
 from weaver.concepts.formats import read_concept_file
-from weaver.concepts.images import caption_of, mask_file, mask_of, picture_files
+from weaver.concepts.formats.parsed import ParsedFile
+from weaver.concepts.images import caption_of, mask_of
+from weaver.concepts.picture_folder import caption_file, mask_file, picture_paths, tell_passed_over
 from weaver.errors import WeaverError
 from weaver.hashing import file_hash
 from weaver.job import BackgroundSpec, Job, JobError
@@ -32,19 +34,25 @@ class InputFile:
 
 
 def read_inputs(job: Job, source: str = "job") -> tuple[InputFile, ...]:
-    """Open every picture, caption and concept file of a job.
+    """Open every picture, caption and concept file of a job, and what lies beside these and is read with them.
 
-    Raises `JobError`, one line led by `source` with each unreadable file behind its field.
+    A warning tells of files in folders of pictures that are not used. Raises `JobError`, one line led by `source` with
+    each unreadable file behind its field.
     """
     problems, inputs = [], []
+    tokens = {f"{place}.file": spec.token for place, spec in job.places()}
     for field, path, check in _files(job, problems):
         try:
-            check()
+            found = check()
             inputs.append(InputFile(field, path, file_hash(path)))
+            if isinstance(found, ParsedFile):
+                beside = map(path.with_name, found.files_beside(tokens.get(field)))
+                inputs += [InputFile(f"{field}:{file.name}", file, file_hash(file)) for file in beside]
         except WeaverError as error:
             problems.append(f"{field}: {error}")
     if problems:
         raise JobError(f"{source}: " + "; ".join(problems))
+    tell_passed_over(training_folders(job).values())
     return tuple(inputs)
 
 
@@ -57,7 +65,7 @@ def training_pictures(spec: BackgroundSpec) -> list[Path]:
         from weaver import embedded
 
         images = (embedded.concept_images(images.removeprefix(EMBEDDED)),)
-    return [path for source in images for path in (picture_files(source) if source.is_dir() else [source])]
+    return picture_paths(images)
 
 
 def training_folders(job: Job) -> dict[str, Path]:
@@ -99,10 +107,9 @@ def _files(job: Job, problems: list[str]) -> Iterator[tuple[str, Path, Callable[
         try:
             for number, path in enumerate(training_pictures(spec)):
                 yield f"{field}[{number}]", path, partial(open_rgb, path)
-                caption = path.with_suffix(".txt")
                 if mask := mask_file(path):
                     yield f"{field}[{number}].mask.png", mask, partial(mask_of, path)
-                if caption.is_file():
+                if caption := caption_file(path):
                     yield f"{field}[{number}].txt", caption, partial(caption_of, path, spec.train.token, spec.word)
         except WeaverError as error:
             problems.append(f"{field}: {error}")

@@ -66,15 +66,19 @@ def parse(opened: OpenedFile) -> ParsedFile | None:
         key: value for key, value in opened.tensors.items() if isinstance(value, torch.Tensor) and not is_bundled(key)
     }
     try:
-        parsed = _parsed(tensors, _config(opened), opened.metadata)
+        config, config_file = _config(opened)
+        parsed = replace(_parsed(tensors, config, opened.metadata), config_file=config_file)
     except Refusal as refusal:
         raise opened.error(str(refusal)) from refusal
     beside = token_beside(opened)
     return replace(parsed, **beside._asdict() | {"embeddings": bundled_tokens(opened) | dict(beside.embeddings)})
 
 
-def _config(opened: OpenedFile) -> dict:
-    """How a LoRA was made, of all its parts ("unet.r", ...) or of its one ("r"); empty where nothing tells."""
+def _config(opened: OpenedFile) -> tuple[dict, str]:
+    """How a LoRA was made, of all its parts ("unet.r", ...) or of its one ("r"); empty where nothing tells.
+
+    And the name of the file beside it that told, if one did.
+    """
     beside, text = opened.path.with_name(_PEFT_CONFIG), opened.metadata.get("lora_adapter_metadata")
     of_peft = any(key.startswith(_PEFT_PREFIX) for key in opened.tensors)
     if of_peft and not text and not beside.is_file():
@@ -88,7 +92,7 @@ def _config(opened: OpenedFile) -> dict:
         raise opened.error(f"how it was made can't be read ({told(str(error))}): save it again") from error
     if not isinstance(config, dict):
         raise opened.error(f"how it was made is {told(config)}, expected settings by name: save it again")
-    return config
+    return config, beside.name if of_peft and not text else ""
 
 
 def _content(path: Path) -> bytes:

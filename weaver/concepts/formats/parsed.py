@@ -34,6 +34,7 @@ class ParsedFile:
     deltas, text_deltas, outside : what is added to weights, as in `Concept`.
     embeddings : ``{token: {"text_encoder": [V, C], ...}}``, of every token in the file, or in files beside it.
     token_files : ``{token: name}``, the files beside it that tokens were taken from.
+    config_file : the file beside it that its settings were read from (PEFT's), empty for none.
     settings : what the file tells of its training; plain JSON values.
     unchanged : ``{"unet.<parameter>": tensor}``, whole parameters that no concept can change: they must be the base
         model's.
@@ -49,10 +50,16 @@ class ParsedFile:
     outside: Mapping[str, Delta] = field(default_factory=dict)
     embeddings: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     token_files: Mapping[str, str] = field(default_factory=dict)
+    config_file: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
     unchanged: Mapping[str, torch.Tensor] = field(default_factory=dict)
     base_hash: str = ""
     lacks: str = ""
+
+    def files_beside(self, token: str | None = None) -> list[str]:
+        """The names of the other files that the concept of this token is read from; None is the only token."""
+        token = next(iter(self.embeddings)) if token is None and len(self.embeddings) == 1 else token
+        return [name for name in (self.token_files.get(token), self.config_file) if name]
 
     @property
     def needs_base(self) -> bool:
