@@ -1,4 +1,4 @@
-# make demo | test | style | sprites | train-embedded | compile-check | fuzz | stress | test-gpu | tune | gpu | bench
+# make demo | test | test-original-masks | style | sprites | train-embedded | compile-check | fuzz | stress | test-gpu | tune | gpu | bench
 #      bench-whole
 # make <target> PYTHON=python3   uses that interpreter as it is
 #
@@ -6,22 +6,27 @@
 # With PYTHON nothing is installed, and the package runs from this folder.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style sprites train-embedded compile-check fuzz stress test-gpu tune gpu bench bench-whole
+.PHONY: help demo test test-original-masks style sprites train-embedded compile-check fuzz stress test-gpu tune gpu bench bench-whole
 SHELL := /bin/sh
 ARGS ?=
 VENV := .venv
+MASKS_VENV := .venv-original-masks
 SETUP_FILES := setup.py pyproject.toml constraints.txt
 
 ifeq ($(strip $(PYTHON)),)
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 READY_TRAIN := $(VENV)/.ready-train
+MASKS_PY := $(MASKS_VENV)/bin/python
+READY_MASKS := $(MASKS_VENV)/.ready
 # Tests in two processes, each with files of its own; an interpreter from elsewhere may lack the plugin.
 TWO := -n 2 --dist loadfile
 else
 PY := $(PYTHON)
 READY :=
 READY_TRAIN :=
+MASKS_PY := $(PYTHON)
+READY_MASKS :=
 TWO :=
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
@@ -32,6 +37,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 help:
 	@echo "make demo             all five stages on the embedded model; pictures in outputs/demo/ (ARGS=--quick: shipped concepts)"
 	@echo "make test             the tests                                                        (ARGS='-k masks')"
+	@echo "make test-original-masks   Grounding DINO and SAM by their authors' packages, in an environment of 6 GB of its own"
 	@echo "make style            ruff"
 	@echo "make sprites          render the drawings of the embedded world again (needs npm)"
 	@echo "make train-embedded   train the embedded model on, and all derived from it            (ARGS=--help)"
@@ -50,6 +56,9 @@ demo: $(READY)
 
 test: $(READY)
 	@$(PY) -m pytest $(TWO) $(ARGS)
+
+test-original-masks: $(READY_MASKS)
+	@PYTHONPATH="$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" $(MASKS_PY) -m pytest tests/test_masks_original.py $(ARGS)
 
 style: $(READY)
 	@$(PY) -m ruff check .
@@ -113,4 +122,12 @@ $(VENV)/.ready: $(SETUP_FILES)
 
 $(VENV)/.ready-train: $(VENV)/.ready
 	@$(PIP) install -c constraints.txt -e '.[test,train]'
+	@touch $@
+
+# torch and torchvision come together, so that they fit; the project itself runs from this folder.
+$(MASKS_VENV)/.ready: setup.py
+	@python3 -m venv --clear $(MASKS_VENV)
+	@$(MASKS_VENV)/bin/python -m pip --disable-pip-version-check -q install torch torchvision
+	@$(MASKS_VENV)/bin/python -m pip --disable-pip-version-check -q install '.[test,masks]'
+	@$(MASKS_VENV)/bin/python -m pip --disable-pip-version-check -q uninstall -y concept-weaver
 	@touch $@

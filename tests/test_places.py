@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
-from jobs import SIDE, job_of
+from jobs import job_of
 from PIL import Image
 from tiny_detectors import make_grounding_dino, make_sam
 
@@ -58,6 +59,15 @@ def test_a_segmenter_s_objects_are_chosen(segmenter):
         found(MaskSpec(rank=1))
     with pytest.raises(MaskError, match=r"no 'cat' at \[0, 0\]; found 'cat' in box \[2, 16, 12, 30\]"):
         found(MaskSpec(at=(0, 0)))
+
+
+def test_a_rank_needs_scores():
+    places = Places.build([MaskSpec(rank=1)], ["cat"], ["it"], source="segmenter", size=(32, 32))
+    reason = (
+        "rank 1: the segmenter does not tell how sure it is of a 'cat'; use order, at or around, or masks.source: text"
+    )
+    assert places.word_reasons(None, "cats") == [reason]
+    assert dataclasses.replace(places, source="text").word_reasons(None, "cats") == []
 
 
 def test_outlines_need_nothing_to_be_found():
@@ -111,25 +121,30 @@ def test_two_concepts_of_one_class_get_a_dog_each(tiny_pipe, concepts):
     assert [mask.nonzero()[:, 1].min().item() for mask in woven.masks[:2]] == [18, 2]
 
 
-def test_a_job_s_masks_from_text_and_points(models, job_folder, tmp_path):
+def test_points_are_given_to_sam_without_a_detector(models):
+    spec, picture = MaskSpec(points=((0.25, 0.75), (0.5, 0.5))), Image.effect_noise((32, 32), 80)
+    places = Places.build([spec], [None], ["it"], source="attention", size=(32, 32))
+    assert places.needs_finder and places.words == (None,) and places.sources == ("points",)
+    opened = places.opened(segmenter=models[0] / "sam")
+    assert opened.finder.detector is None
+    found = opened.find(None, picture, "a cat")
+    assert torch.equal(found.given[0], models[2].of_points(picture.convert("RGB"), [(8.0, 24.0), (16.0, 16.0)]))
+    assert found.finder is None and not found.needs_finder
+
+
+def test_a_job_s_masks_from_text(models, job_folder, tmp_path):
     """The models are recorded, and a manifest takes no others."""
-    folder, _, sam = models
+    folder = models[0]
     text = {"detector": str(folder / "dino"), "segmenter": str(folder / "sam"), "box_threshold": 0.0}
-    concepts = [
-        {"file": "tom.safetensors", "mask": {"word": "dog"}},
-        {"file": "rex.safetensors", "mask": {"box": [0, 0, 0.5, 1]}},
-    ]
-    options = {"steps": 1, "template": {"image": "template.png"}, "concepts": concepts}
-    job = job_of(job_folder, masks={"source": "text", "text": text, "dilation": 0}, **options)
+    concepts = [{"file": "tom.safetensors", "mask": {"word": "dog"}}]
+    masks = {"source": "text", "text": text, "dilation": 0}
+    job = job_of(
+        job_folder, prompt="a cat", masks=masks, steps=1, template={"image": "template.png"}, concepts=concepts
+    )
     done = run_job(job, tmp_path / "text")
-    assert done.result.settings["masks"]["sources"] == ["text: dog", "box"]
+    assert done.result.settings["masks"]["sources"] == ["text: dog"]
     manifest = json.loads((tmp_path / "text" / "manifest.json").read_text())
     assert len(manifest["record"]["weights"]["masks.text"]) == 64
     manifest["record"]["weights"]["masks.text"] = "0" * 64
     with pytest.raises(WeaverError, match=r"masks\.text: its weights are not those that the manifest was written with"):
         run_job(job, tmp_path / "again", manifest=manifest)
-    concepts[0]["mask"] = {"points": [[0.25, 0.75], [0.5, 0.5]]}
-    done = run_job(job_of(job_folder, masks={"text": text, "dilation": 0}, **options), tmp_path / "points")
-    template = Image.open(job_folder / "template.png").convert("RGB")
-    expected = sam.of_points(template, [(SIDE / 4, SIDE * 3 / 4), (SIDE / 2, SIDE / 2)])
-    assert torch.equal(done.result.masks[0].bool(), expected)

@@ -20,10 +20,26 @@ def make_tokenizer(folder):
     return BertTokenizer(vocab=str(file))
 
 
+def make_text_encoder(folder):
+    """A folder with a tiny BERT and its tokenizer, as a text encoder is read from."""
+    from transformers import BertModel
+
+    make_tokenizer(folder).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(_bert()).save_pretrained(folder)
+    return folder
+
+
+def _bert():
+    from transformers import BertConfig
+
+    return BertConfig(vocab_size=1100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+
+
 def make_grounding_dino(folder, seed: int = 0):
     """(model, processor): random boxes, of which about every score occurs; pictures are seen at 128 x 128."""
     from transformers import (
-        BertConfig,
         GroundingDinoConfig,
         GroundingDinoForObjectDetection,
         GroundingDinoImageProcessorPil,
@@ -31,7 +47,6 @@ def make_grounding_dino(folder, seed: int = 0):
         SwinConfig,
     )
 
-    text = BertConfig(vocab_size=1100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     vision = SwinConfig(
         image_size=64,
         embed_dim=8,
@@ -42,7 +57,7 @@ def make_grounding_dino(folder, seed: int = 0):
     )
     config = GroundingDinoConfig(
         backbone_config=vision,
-        text_config=text,
+        text_config=_bert(),
         d_model=32,
         encoder_layers=1,
         decoder_layers=2,

@@ -155,11 +155,16 @@ class Places:
     def word_reasons(self, pipe, prompt: str) -> list[str]:
         """Which words can't be found in any template that `prompt` describes; empty when all may be."""
         words = list(dict.fromkeys(word for word in self.words if word))
-        if self.source == "segmenter":
-            return segmenter_reasons(words)
         if self.source == "text":
             return [reason for word in words for reason in phrase_reasons(word)]
-        reasons = []
+        reasons = [
+            f"rank {wish.rank}: the {self.source} does not tell how sure it is of a {wish.word!r}; use order, at or "
+            "around, or masks.source: text"
+            for wish in self.wishes
+            if wish and wish.rank is not None
+        ]
+        if self.source == "segmenter":
+            return reasons + segmenter_reasons(words)
         for word in words:
             try:
                 word_positions(pipe, prompt, [word])

@@ -42,4 +42,9 @@ def open_text_masks(
         options = {"device": device, "offline": offline}
         finder = GroundingDino.load(detector or DETECTOR, **options) if words else None
         return TextMasks(Sam.load(segmenter or OUTLINER, **options), finder, box_threshold, text_threshold)
+    if backend == "original":
+        from weaver.masks.original import OriginalGroundingDino, OriginalSam
+
+        finder = OriginalGroundingDino.load(detector, device=device) if words else None
+        return TextMasks(OriginalSam.load(segmenter, device=device), finder, box_threshold, text_threshold)
     raise WeaverError(f"masks.text.backend: is {told(backend)}, expected one of {', '.join(TEXT_BACKENDS)}")
