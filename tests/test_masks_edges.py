@@ -1,0 +1,73 @@
+"""Maps that follow a picture's edges, and the figures of the sources of masks."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.mask_sources import live_contexts, measure, table, true_masks
+from weaver.embedded.training.segmenter import held_out_scenes
+from weaver.masks import MaskError
+from weaver.masks.edges import follow_edges
+
+
+def noise(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def test_it_is_the_guided_filter():
+    """He et al., equations 14 to 16, written out window by window."""
+    height, width, radius, softness = 7, 9, 2, 0.01
+    picture, maps = noise(height, width), torch.rand(2, height, width, dtype=torch.float64)
+    colours = np.asarray(picture) / 255
+    windows = [
+        (slice(max(0, y - radius), y + radius + 1), slice(max(0, x - radius), x + radius + 1))
+        for y in range(height)
+        for x in range(width)
+    ]
+    expected, count = np.zeros((2, height, width)), np.zeros((height, width))
+    for window in windows:
+        seen = colours[window].reshape(-1, 3)
+        away = seen - seen.mean(0)
+        for k, part in enumerate(maps.numpy()[:, *window].reshape(2, -1)):
+            slope = np.linalg.solve(away.T @ away / len(seen) + softness * np.eye(3), away.T @ part / len(seen))
+            expected[k][window] += (colours[window] - seen.mean(0)) @ slope + part.mean()
+        count[window] += 1
+    filtered = follow_edges(maps, picture, radius, softness)
+    np.testing.assert_allclose(filtered, expected / count, atol=1e-10)
+
+
+def test_a_coarse_map_is_parted_where_the_picture_is():
+    pixels = np.full((32, 48, 3), 40, np.uint8)
+    pixels[:, 21:] = 220
+    ramp = torch.linspace(-1, 1, 48).add(0.125).mul(3).sigmoid().expand(1, 32, 48)  # its middle lies 3 pixels off
+    filtered = follow_edges(ramp, Image.fromarray(pixels), 8)[0]
+    assert filtered[:, 20].max() < 0.4 and filtered[:, 21].min() > 0.6
+    assert ramp[0, 0, 21] - ramp[0, 0, 20] < 0.04
+
+
+def test_even_maps_and_even_pictures():
+    torch.testing.assert_close(
+        follow_edges(torch.full((1, 12, 9), 0.3), noise(12, 9), 3), torch.full((1, 12, 9), 0.3).double()
+    )
+    impulse = torch.zeros(1, 21, 21)
+    impulse[0, 10, 10] = 1
+    spread = follow_edges(impulse, Image.new("RGB", (21, 21), "orange"), 2)
+    assert spread[0, 10, 10] == pytest.approx(1 / 25) and spread[0, 5].max() == 0
+
+
+def test_figures_of_sources():
+    scenes = held_out_scenes(6, seed=3)
+    perfect = measure(lambda scene, words: true_masks(scene)[1], scenes)
+    assert perfect["iou"] == perfect["right_object"] == 1 and perfect["words"] >= 6
+    swapped = measure(lambda scene, words: ~true_masks(scene)[1], scenes)
+    assert swapped["iou"] == swapped["right_object"] == 0
+
+    def blind(scene, words):
+        raise MaskError("nothing found")
+
+    assert measure(blind, scenes)["iou"] == 0
+    lines = table({"truth": perfect, "its complement": swapped}).splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| truth | 1.000 |") and lines[3].endswith("| 0% |")
+    hard, soft = (live_contexts(scenes, (16, 16), name) for name in ("nearest", "area"))
+    assert 1 <= hard < soft < 3
