@@ -1,12 +1,13 @@
-# make demo | test | test-original-masks | style | sprites | train-embedded | compile-check | fuzz | stress | test-gpu | tune | gpu | bench
-#      bench-whole
+# make demo | test | test-original-masks | style | sprites | train-embedded | compile-check | fuzz | stress | test-gpu
+#      tune | gpu | bench | bench-whole | evaluate
 # make <target> PYTHON=python3   uses that interpreter as it is
 #
 # Without PYTHON the targets set up .venv once and reuse it until setup.py or constraints.txt change.
 # With PYTHON nothing is installed, and the package runs from this folder.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-original-masks style sprites train-embedded compile-check fuzz stress test-gpu tune gpu bench bench-whole
+.PHONY: help demo test test-original-masks style sprites train-embedded compile-check fuzz stress test-gpu tune gpu bench
+.PHONY: bench-whole evaluate
 SHELL := /bin/sh
 ARGS ?=
 VENV := .venv
@@ -49,6 +50,7 @@ help:
 	@echo "make gpu OUT=DIR      tests, tuning, benchmarks, profile and sanitizer on a GPU, 8 min (ARGS=--dry-run: without one)"
 	@echo "make bench            time context_attention against its rivals on this device        (ARGS=--quick: two minutes)"
 	@echo "make bench-whole      time the whole process, and fused steps beside their rivals      (ARGS=--quick: half a minute)"
+	@echo "make evaluate         does it fuse: suite, table and report in outputs/evaluate/       (ARGS=--record: into the README)"
 	@echo "Add PYTHON=<interpreter> to use one that already has the dependencies; nothing is installed then."
 
 demo: $(READY)
@@ -91,6 +93,9 @@ bench: $(READY)
 
 bench-whole: $(READY)
 	@$(PY) -m benchmarks.end_to_end $(ARGS)
+
+evaluate: $(READY)
+	@$(PY) -m benchmarks.embedded_evaluation $(ARGS)
 
 DRAWINGS := noto@1.2.9 noto-v1@1.2.5 twemoji@1.2.5 fxemoji@1.2.2 streamline-emojis@1.2.4 emojione@1.2.3 fluent-emoji-flat@1.2.6
 DRAWINGS += boxicons@1.2.0 griddy-icons@1.2.0 hugeicons@1.2.35 icon-park-outline@1.2.4 lucide@1.2.137 lucide-lab@1.2.3

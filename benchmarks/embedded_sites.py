@@ -26,6 +26,7 @@ from weaver.defaults import embedded_defaults
 from weaver.embedded import CONCEPTS, concept_hashes, concept_path, load_pipeline, model_hash
 from weaver.embedded.identity import score
 from weaver.embedded.world import draw_scene
+from weaver.evaluation.measures import psnr_outside
 from weaver.fusion.plan import FusionPlan
 from weaver.fusion.sampler import sample_fusion
 from weaver.latents import decode_latents, tensor_to_images
@@ -75,10 +76,6 @@ def arms() -> list[Arm]:
     return [Arm(table) for table in [*tables, EMBEDDED]] + others
 
 
-def _psnr(picture: np.ndarray, other: np.ndarray, mask: np.ndarray) -> float:
-    return float(-10 * np.log10(((picture[mask] - other[mask]) ** 2).mean()))
-
-
 @torch.no_grad()
 def measure(pipe, arm: Arm, templates: list, steps: int) -> tuple[dict, list[Image.Image]]:
     """The figures of one arm over all templates, and its pictures."""
@@ -98,7 +95,7 @@ def measure(pipe, arm: Arm, templates: list, steps: int) -> tuple[dict, list[Ima
             margins.append(margin)
         outside = masks[-1].numpy() > 0.5
         reference = tensor_to_images(decode_latents(pipe.vae, inversion.z_0))[0]
-        kept.append(_psnr(np.asarray(image) / 255.0, np.asarray(reference) / 255.0, outside))
+        kept.append(psnr_outside(image, reference, ~outside))
     figures = {"own": np.mean(won), "margin": np.mean(margins), "background_psnr": np.mean(kept)}
     return {key: round(float(value), 3) for key, value in figures.items()}, pictures
 

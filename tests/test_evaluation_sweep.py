@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from weaver.cli import main
 from weaver.evaluation import sweep as module
 from weaver.evaluation.arms import ARMS, arm_of, default_settings
+from weaver.evaluation.charts import _FULL as COLOUR
 from weaver.evaluation.suite import sweep_cases
-from weaver.evaluation.sweep import GRID, objective, search, sweep
+from weaver.evaluation.sweep import GRID, objective, page_of, search, sweep
 
 GRID_OF_TWO = {"x": (0.0, 1.0, 2.0, 4.0), "n": (0, 1, 2, 3)}
 
@@ -84,6 +86,20 @@ def test_a_sweep_writes_what_it_tried_and_goes_on(tmp_path, monkeypatch):
     assert sweep(tmp_path, **options) == record
     with pytest.raises(pytest.fail.Exception, match="drawn again"):
         sweep(tmp_path, **options | {"budget": 3})
+
+
+def test_curves_show_what_was_tried_along_each_setting():
+    tried = search({"x": 1.0, "n": 0}, GRID_OF_TWO, 9, hill)
+    best = max(tried, key=lambda one: one.score)
+    entries = [{"values": dict(t.values), "along": t.along, "score": list(t.score)} for t in tried]
+    arm = {"chosen": dict(best.values), "score": list(best.score), "tried": entries}
+    record = {"cases": ["a", "b"], "budget": 9, "objective": "a > b", "arms": {"full": arm}}
+    page = page_of(record)
+    assert "(h) full" in page and "a &gt; b" in page and page.count("<polyline") == 2
+    points = {(name, t.values[name]) for name in ("x", "n") for t in tried if t.along in (name, None)}
+    told = set(re.findall(r"<title>(\w) ([\d.]+): ", page))
+    assert {(name, float(value)) for name, value in told} == points
+    assert page.count(f'fill="{COLOUR}"') == 4  # dot and label of the value that was chosen, in both
 
 
 def test_the_command_sweeps(tmp_path, capsys, monkeypatch):

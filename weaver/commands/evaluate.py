@@ -20,7 +20,7 @@ _DESCRIPTION = (
     "results.csv and report.html. Interrupted, the same command goes on where it was."
 )
 _SHOWN = {"identity": "right identity", "leakage": "leakage"}
-_RESULTS = ("results.json", "results.csv", "report.html", "sweep.json")
+_RESULTS = ("results.json", "results.csv", "report.html", "sweep.json", "sweep.html")
 
 
 def add_parser(commands, epilog: str) -> None:
@@ -40,9 +40,7 @@ def add_parser(commands, epilog: str) -> None:
     parser.add_argument("--arms", metavar="NAMES", help="some of the arms only, with commas between (all)")
     parser.add_argument("--processes", type=int, metavar="N", help="how many work at once (one a core)")
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
-    parser.set_defaults(
-        command=_evaluate, offline=False, ended="the same command goes on after the last finished picture"
-    )
+    parser.set_defaults(command=_evaluate, offline=False, ended="the same command goes on where it was")
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -104,7 +102,7 @@ def _sweep(args: argparse.Namespace, chosen: Sequence[Arm], processes: int) -> i
         best = found["arms"][arm.name]
         values = "  ".join(f"{name} {value:g}" for name, value in best["chosen"].items())
         print(f"({arm.letter}) {arm.name:16} {best['score'][0]:6.3f}   {values}")
-    print(f"{args.out / 'sweep.json'} has all that was tried")
+    print(f"{args.out / 'sweep.html'} shows the curves, sweep.json has all that was tried")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Figures with their intervals as one SVG, arm under arm."""
+"""Drawings of figures as SVG: with their intervals, arm under arm; and of a sweep, setting by setting."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from html import escape
 
 from weaver.evaluation.bootstrap import Interval
 
-__all__ = ["dots"]
+__all__ = ["curves", "dots"]
 
 _LABEL, _PANEL, _ROW, _GAP, _HEAD = 190, 250, 24, 34, 40
 _INK, _PALE, _LINE, _FULL = "#20242a", "#687078", "#d9dcd6", "#b3402a"
@@ -49,4 +49,40 @@ def dots(names: Sequence[str], panels: Sequence[tuple[str, Sequence[Interval]]],
                 f'<g><title>{title}</title><line x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}" '
                 f'stroke="{colour}" stroke-width="2"/><circle cx="{x:.1f}" cy="{y}" r="4.5" fill="{colour}"/></g>'
             )
+    return "".join([*parts, "</svg>"])
+
+
+def curves(panels: Sequence[tuple[str, Sequence[tuple[float, float]], float]]) -> str:
+    """A panel a setting: the objective over its values, the others as they were when it was looked at.
+
+    Parameters
+    ----------
+    panels : (setting, its (value, objective), the value that was chosen); the objectives share one axis
+    """
+    size, gap, foot = 150, 46, 34
+    scores = [score for _, points, _ in panels for _, score in points]
+    low, high = min(scores), max(scores)
+    span = (high - low) or 1.0
+    width = len(panels) * (size + gap) + 10
+    parts = [f'<svg viewBox="0 0 {width} {size + _HEAD + foot}" width="{width}" role="img" font-size="12">']
+    for number, (name, points, chosen) in enumerate(panels):
+        left, points = 40 + number * (size + gap), sorted(points)
+        first, last = points[0][0], points[-1][0]
+        place = {
+            value: (left + size * (value - first) / ((last - first) or 1), _HEAD + size * (high - score) / span)
+            for value, score in points
+        }
+        parts.append(f'<text x="{left}" y="18" fill="{_INK}" font-weight="bold">{escape(name)}</text>')
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place.values())
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{_PALE}" stroke-width="1.5"/>')
+        for value, (x, y) in place.items():
+            colour = _FULL if value == chosen else _INK
+            told = f"{escape(name)} {value:g}: {dict(points)[value]:.3f}"
+            parts.append(
+                f'<g><title>{told}</title><circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
+                f'<text x="{x:.1f}" y="{size + _HEAD + 20}" fill="{colour}" font-size="10" text-anchor="middle">'
+                f"{value:g}</text></g>"
+            )
+    for score, y in ((high, _HEAD + 4), (low, _HEAD + size + 4)):
+        parts.append(f'<text x="0" y="{y}" fill="{_PALE}" font-size="10">{score:.2f}</text>')
     return "".join([*parts, "</svg>"])

@@ -20,13 +20,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from weaver.apart import call_apart
 from weaver.embedded import concept_hashes, model_hash
-from weaver.evaluation.arms import ARMS, Arm, default_settings
+from weaver.evaluation.arms import ARMS, Arm, arm_of, default_settings
+from weaver.evaluation.charts import curves
 from weaver.evaluation.drawing import STEPS
 from weaver.evaluation.runner import alone, drawer_for, identity, measured, one_thread
 from weaver.evaluation.suite import Case, sweep_cases
@@ -34,7 +36,7 @@ from weaver.folder import whole_file
 from weaver.progress import Stages
 from weaver.version import __version__
 
-__all__ = ["BUDGET", "GRID", "OBJECTIVE", "Tried", "objective", "search", "sweep"]
+__all__ = ["BUDGET", "GRID", "OBJECTIVE", "Tried", "objective", "page_of", "search", "sweep"]
 
 BUDGET = 20
 OBJECTIVE = "right - leaked - max(0, 20 dB - background PSNR) / 20 dB; then the margin"
@@ -119,7 +121,7 @@ def sweep(
     steps: int = STEPS,
     stages: Stages | None = None,
 ) -> dict:
-    """Search every arm's settings and write `sweep.json`: what was tried, in order, and what was chosen.
+    """Search every arm's settings; write what was tried and chosen, `sweep.json`, and its curves, `sweep.html`.
 
     Parameters
     ----------
@@ -143,7 +145,28 @@ def sweep(
     record["arms"] = {arm.name: _told(tried) for arm, tried in zip(arms, found, strict=True)}
     with whole_file(folder / "sweep.json") as unfinished:
         unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with whole_file(folder / "sweep.html") as unfinished:
+        unfinished.write_text(page_of(record), encoding="utf-8")
     return record
+
+
+def page_of(record: Mapping) -> str:
+    """A page with the curves of every arm, from what `sweep` returns: along each setting, the others at their best."""
+    style = "margin: 28px 32px; background: #fafaf8; color: #20242a; font: 15px/1.5 system-ui, sans-serif"
+    parts = [
+        f'<!doctype html><html lang=en><meta charset=utf-8><title>Concept Weaver: sweep</title><body style="{style}">',
+        f"<h1>What was swept</h1><p>{len(record['cases'])} pictures a setting, {record['budget']} settings an arm, on "
+        f"prompts and seeds that the table does not have. Objective: {escape(record['objective'])}. In colour: what "
+        "was chosen. Points of one curve were looked at while the other settings were the best so far.</p>",
+    ]
+    for name, found in record["arms"].items():
+        chosen, panels = found["chosen"], []
+        for setting, value in chosen.items():
+            points = {found["tried"][0]["values"][setting]: found["tried"][0]["score"][0]}
+            points |= {t["values"][setting]: t["score"][0] for t in found["tried"] if t["along"] == setting}
+            panels.append((setting, tuple(points.items()), value))
+        parts.append(f"<h2>({arm_of(name).letter}) {name}: {found['score'][0]:.3f}</h2>{curves(panels)}")
+    return "".join([*parts, "</body></html>"])
 
 
 def _search_arm(file: Path, arm: Arm, cases: Sequence[Case], budget: int, steps: int, move) -> list[Tried]:
