@@ -37,13 +37,17 @@ def test_it_is_the_guided_filter():
     np.testing.assert_allclose(filtered, expected / count, atol=1e-10)
 
 
-def test_a_coarse_map_is_parted_where_the_picture_is():
-    pixels = np.full((32, 48, 3), 40, np.uint8)
-    pixels[:, 21:] = 220
-    ramp = torch.linspace(-1, 1, 48).add(0.125).mul(3).sigmoid().expand(1, 32, 48)  # its middle lies 3 pixels off
-    filtered = follow_edges(ramp, Image.fromarray(pixels), 8)[0]
-    assert filtered[:, 20].max() < 0.4 and filtered[:, 21].min() > 0.6
-    assert ramp[0, 0, 21] - ramp[0, 0, 20] < 0.04
+@pytest.mark.parametrize("scale", [1, 2, 3])
+def test_a_coarse_map_is_parted_where_the_picture_is(scale):
+    """Large windows too, which look at a smaller picture."""
+    height, width, edge = 32 * scale, 48 * scale - 1, 21 * scale
+    pixels = np.full((height, width, 3), 40, np.uint8)
+    pixels[:, edge:] = 220
+    ramp = torch.linspace(-1, 1, width).add(0.125).mul(3).sigmoid().expand(1, height, width)  # 3 * scale pixels off
+    filtered = follow_edges(ramp, Image.fromarray(pixels), 8 * scale)[0]
+    assert filtered.shape == (height, width)
+    assert filtered[:, edge - 1].max() < 0.4 and filtered[:, edge].min() > 0.6
+    assert ramp[0, 0, edge] - ramp[0, 0, edge - 1] < 0.04
 
 
 def test_even_maps_and_even_pictures():

@@ -125,16 +125,17 @@ def _sheet(job: Job, result: WeaveResult, concepts: Sequence[Concept], overlay: 
     ]
     settings = result.settings
     sources = dict.fromkeys(source.split(":")[0] for source in settings["masks"]["sources"])
-    dilation, kept = settings["masks"]["dilation"], ", the template's background kept" * settings["keep_background"]
+    dilation = settings["masks"]["dilation"]
     grown = f"{dilation:.0%} of each" if 0 < dilation < 1 else f"{dilation} px"
     panels = [
         ("Template", "from a picture" if job.template.image else "from the prompt, by the base model", result.template),
         ("Masks", f"{' and '.join(sources)}, grown by {grown}", overlay),
         ("Result", f"{settings['steps']} steps, guidance {settings['guidance']:g}, lambda {settings['lambda']:g}"
-         + (f", eta {settings['eta']:g}" if settings["eta"] else "") + kept, result.image),
+         + (f", eta {settings['eta']:g}" if settings["eta"] else ""), result.image),
     ]  # fmt: skip
     quality = result.reconstruction_psnr
     told = "features of the inversion" if quality is None else f"template drawn again at {quality:.1f} dB"
+    told += ", its background kept" * settings["keep_background"]
     footnote = f"Concept Weaver {__version__}, seed {job.seed}, {told}"
     return contact_sheet(cards, panels, title=job.prompt, footnote=footnote)
 
