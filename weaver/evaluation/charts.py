@@ -10,6 +10,7 @@ from weaver.evaluation.bootstrap import Interval
 __all__ = ["curves", "dots"]
 
 _LABEL, _PANEL, _ROW, _GAP, _HEAD = 190, 250, 24, 34, 40
+_APART = 24  # between labels
 _INK, _PALE, _LINE, _FULL = "#20242a", "#687078", "#d9dcd6", "#b3402a"
 
 
@@ -75,14 +76,17 @@ def curves(panels: Sequence[tuple[str, Sequence[tuple[float, float]], float]]) -
         parts.append(f'<text x="{left}" y="18" fill="{_INK}" font-weight="bold">{escape(name)}</text>')
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place.values())
         parts.append(f'<polyline points="{line}" fill="none" stroke="{_PALE}" stroke-width="1.5"/>')
-        for value, (x, y) in place.items():
-            colour = _FULL if value == chosen else _INK
-            told = f"{escape(name)} {value:g}: {dict(points)[value]:.3f}"
-            parts.append(
-                f'<g><title>{told}</title><circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
-                f'<text x="{x:.1f}" y="{size + _HEAD + 20}" fill="{colour}" font-size="10" text-anchor="middle">'
-                f"{value:g}</text></g>"
-            )
+        marks = [*((value, spot) for value, spot in place.items() if value != chosen), (chosen, place[chosen])]
+        labelled = [place[chosen][0]]
+        for value, (x, y) in marks:  # the chosen one on top of those beside it
+            colour, told = _FULL if value == chosen else _INK, f"{escape(name)} {value:g}: {dict(points)[value]:.3f}"
+            parts.append(f'<g><title>{told}</title><circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/></g>')
+            if value == chosen or all(abs(x - other) >= _APART for other in labelled):
+                labelled.append(x)
+                parts.append(
+                    f'<text x="{x:.1f}" y="{size + _HEAD + 20}" fill="{colour}" font-size="10" text-anchor="middle">'
+                    f"{value:.3g}</text>"
+                )
     for score, y in ((high, _HEAD + 4), (low, _HEAD + size + 4)):
         parts.append(f'<text x="0" y="{y}" fill="{_PALE}" font-size="10">{score:.2f}</text>')
     return "".join([*parts, "</svg>"])
