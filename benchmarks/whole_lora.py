@@ -4,11 +4,13 @@ One forward of the U-Net on two rows, as a guided step has it: of the model alon
 change keys and values ("keys and values"), and with N LoRAs over all Linears of attention and feed-forward, each in its
 own region ("whole LoRAs"); and beside them a forward for each of N LoRAs, which PEFT switches between. Weights are
 random, of the model's true sizes; regions are disjoint blobs before a background that is the base model's. Forms take
-turns. Rows go to ``benchmarks/results/whole_lora.csv`` with ``--record``.
+turns, and on a CPU times are the process's, so that other work on the machine falls on none. Rows go to
+``benchmarks/results/whole_lora.csv`` with ``--record``.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -157,7 +159,7 @@ def measure(pipe, name: str, counts: Sequence[int], rank: int, cells: int, round
     z = z.to(device, unet.dtype)
     loras = [make_lora(pipe, number, word, rank, base_hash) for number, word in enumerate(WORDS[: max(counts)])]
     steps = {(n, form): make_step(pipe, loras[:n], form, cells, z, base_hash) for n in counts for form in FORMS}
-    samples = interleave({key: timed([step], device) for key, step in steps.items()}, rounds)
+    samples = interleave({key: timed([step], device, time.process_time) for key, step in steps.items()}, rounds)
     rows = []
     for (n, form), found in samples.items():
         p20, p50, p80 = (1e3 * seconds for seconds in quantiles(found))
