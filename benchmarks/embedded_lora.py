@@ -120,7 +120,7 @@ def figures(form: str, drawn: Sequence[Drawn], pairs: Sequence[Sequence[str]]) -
     animals = sum(map(len, pairs))
     return row | {
         "shows": f"{shown} of {len(drawn)}",
-        "leaks": f"{sum(leaking)} of {animals}",
+        "leaks": f"{sum(leaking)} of {len(every)}",
         "found": f"{len(every)} of {animals}",
     }
 

@@ -75,6 +75,15 @@ def test_what_is_finished_is_not_drawn_again(finished, monkeypatch):
         run_cases(folder, CASES, ALL, steps=STEPS + 1)
 
 
+def test_arms_that_are_not_asked_for_stay(tmp_path, monkeypatch):
+    both = {FULL: ALL[FULL], "prompt-only": ALL["prompt-only"]}
+    first = run_cases(tmp_path, [SIMILAR], {"prompt-only": both["prompt-only"]}, steps=STEPS)
+    run_cases(tmp_path, [SIMILAR], {FULL: both[FULL]}, steps=STEPS)
+    monkeypatch.setattr(runner, "drawer_for", lambda *args, **options: pytest.fail("drawn again"))
+    again = run_cases(tmp_path, [SIMILAR], both, steps=STEPS)
+    assert list(again[0]["arms"]) == list(both) and again[0]["arms"]["prompt-only"] == first[0]["arms"]["prompt-only"]
+
+
 def test_what_is_missing_or_damaged_is_drawn_again_alike(tmp_path):
     arms = {FULL: ALL[FULL], "prompt-only": ALL["prompt-only"]}
     first = run_cases(tmp_path, [SIMILAR], arms, steps=STEPS)

@@ -195,6 +195,7 @@ MISTAKES = {
         with_concept(mask={"points": [1, 2]}),
         "concepts[0].mask.points: expected a list of points",
     ),
+    "label without a file": (with_concept(mask={"label": 2}), "concepts[0].mask.label: is of a mask's file"),
     "label of a box": (
         with_concept(mask={"box": [0, 0, 1, 1], "label": 2}),
         "concepts[0].mask.label: is of a mask's file",

@@ -68,6 +68,24 @@ def test_a_part_and_its_whole_are_one_object():
     assert assign([head, whole, found("dog", 30, 0.4)], [Wish("dog")] * 2) == [0, 2]
 
 
+def test_what_a_thing_wears_is_another_thing():
+    man, glasses = found("man", 2, 0.9, right=30, bottom=18), found("glasses", 10, 0.8, right=16, bottom=7)
+    assert assign([man, glasses], [Wish("man"), Wish("glasses")]) == [0, 1]
+    assert assign([man, glasses], [Wish("glasses", at=(12, 5)), Wish("man", order=1)]) == [1, 0]
+
+
+def test_a_group_is_no_object_where_its_parts_are_asked_for():
+    group = found("dog", 2, 0.95, right=30)
+    dogs = [found("dog", 2, 0.7, right=15), found("dog", 16, 0.6, right=30)]
+    assert assign([group, *dogs], [Wish("dog"), Wish("dog")]) == [1, 2]
+    assert assign([group, *dogs], [Wish("dog")]) == [0]  # nothing tells that it is more than one
+
+
+def test_a_box_that_agrees_with_nothing_is_told():
+    with pytest.raises(MaskError, match="no 'dog' around"):
+        assign(DOGS, [Wish("dog", around=(9, 13, 21, 20))])
+
+
 def test_a_point_means_the_smallest_that_covers_it():
     group = found("dog", 0, 0.9, right=50)
     assert assign([group, *DOGS], [Wish("dog", at=(24, 8))]) == [3]

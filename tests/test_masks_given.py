@@ -121,6 +121,30 @@ def test_outlines_of_a_file_with_a_size_are_scaled(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("outline", "expected"),
+    [
+        ({"box": [0, 0, 10, 10]}, (0, 0, 1, 1)),  # pixels of the file's picture, not parts of the template
+        ({"box": [0, 0.2, 0.5, 1]}, (0, 12.8, 32, 64)),
+        ({"polygon": [[0, 0], [10, 0], [10, 10], [0, 10]]}, (0, 0, 1, 1)),
+        ({"points": [[-0.4, 0], [640.3, 320]], "shape_type": "rectangle"}, (0, 0, 64, 32)),
+    ],
+    ids=["pixels", "parts", "polygon", "a fraction outside"],
+)
+def test_numbers_are_of_the_file_s_own_picture(tmp_path, outline, expected):
+    shapes = [{"label": "rex"} | outline]
+    path = written(tmp_path / "shapes.json", {"imageWidth": 640, "imageHeight": 640, "shapes": shapes})
+    assert torch.equal(
+        load_mask(path, (64, 64), label="rex"), box_mask(expected, (64, 64)) if expected[2] > 1 else one_pixel()
+    )
+
+
+def one_pixel():
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[0, 0] = True
+    return mask
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "not valid JSON"),

@@ -99,9 +99,12 @@ def test_colours_are_those_of_the_profile(tmp_path):
     """Of a profile whose red and blue are changed over; one that is broken is left alone, as viewers do."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     swapped = profile.replace(b"rXYZ", b"____", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"____", b"bXYZ", 1)
-    for name, used, expected in (("same", profile, (200, 30, 40)), ("swapped", swapped, (40, 30, 200))):
-        Image.new("RGB", (8, 8), (200, 30, 40)).save(tmp_path / f"{name}.png", icc_profile=used)
-        assert np.abs(np.subtract(open_rgb(tmp_path / f"{name}.png").getpixel((3, 3)), expected)).max() <= 1
+    for mode in ("RGB", "RGBA", "P"):
+        for name, used, expected in (("same", profile, (200, 30, 40)), ("swapped", swapped, (40, 30, 200))):
+            picture = Image.new("RGB", (8, 8), (200, 30, 40))
+            picture = picture.quantize(4) if mode == "P" else picture.convert(mode)
+            picture.save(tmp_path / f"{name}.png", icc_profile=used)
+            assert np.abs(np.subtract(open_rgb(tmp_path / f"{name}.png").getpixel((3, 3)), expected)).max() <= 1, mode
     Image.new("RGB", (8, 8), (200, 30, 40)).save(tmp_path / "broken.png", icc_profile=b"none")
     assert open_rgb(tmp_path / "broken.png").getpixel((3, 3)) == (200, 30, 40)
 

@@ -55,9 +55,15 @@ def open_rgb(path: str | os.PathLike) -> Image.Image:
     return image
 
 
+# What the colours of pictures with alpha or a palette are, which profiles are not applied to as they are.
+_WITHOUT_ALPHA = {"RGBA": "RGB", "RGBX": "RGB", "P": "RGB", "PA": "RGB", "LA": "L"}
+
+
 def _to_srgb(image: Image.Image) -> Image.Image:
     """RGB as a screen shows it: by the profile that a camera or printer left, if it left one that can be read."""
     profile = image.info.get("icc_profile")
+    if profile and image.mode in _WITHOUT_ALPHA:
+        image = image.convert(_WITHOUT_ALPHA[image.mode])
     if profile and image.mode in ("RGB", "CMYK", "L"):
         try:
             return ImageCms.profileToProfile(

@@ -260,7 +260,7 @@ def weave(
             z = sampler(found.z_T, generator=noise, background=kept, progress=move)
         image = tensor_to_images(decode_latents(pipe.vae, z))[0]
         if keep_background:
-            image = laid_over(template, image, final, 0 if feather else default_seam(size))
+            image = laid_over(template, image, final, 0 if feather > 1 else default_seam(size))
     settings = {
         "size": [size[1], size[0]],
         "seed": seed,

@@ -46,7 +46,7 @@ that are no multiples of 16) or `default` (the configuration of a device that is
 16 bits fails the check up to D = 80 at 77 keys. Those of longer and ragged texts, of float32 and of the default are
 only listed. Float32 has no matrix instruction, because it would be rounded to TF32.""",
     LORA: """\
-A layer is a Linear or a convolution, whose channels lie side by side (`last`) or not. No GPU has measured these
+A layer is a Linear or a convolution, whose channels lie side by side (`last`) or not. No GPU has tuned these
 configurations. A spill of a row for 16 bits fails the check; those of float32 and of the default are only listed.""",
 }
 

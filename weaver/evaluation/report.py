@@ -202,11 +202,6 @@ def _split(title: str, arms: Sequence[Arm], columns: Mapping[str, Mapping]) -> s
     return f"<h2>{title}</h2>{''.join(found)}"
 
 
-def _prompts(of: Mapping, metric: Metric) -> str:
-    count = max(found[metric.name].prompts for found in of.values())
-    return "1 prompt" if count == 1 else f"{count} prompts"
-
-
 def _concepts(results: Results) -> str:
     names = dict.fromkeys(n for case in results.cases for n in (*case.prompt.concepts, case.prompt.background) if n)
     figures = [

@@ -77,8 +77,9 @@ def run_cases(
 ) -> list[dict]:
     """Every case's record, in order: drawn and measured now, or before.
 
-    A case is finished when its `case.json` is there and was made of the same model, concepts, settings and code; else
-    it is made again. So an interrupted run goes on where it was. Processes that work in one folder wait for each other.
+    A case is finished when its `case.json` is there, was made of the same model, concepts, steps and code, and holds
+    every arm with the same settings; else what is missing is made. So an interrupted run goes on where it was, and arms
+    that are not asked for stay. Processes that work in one folder wait for each other.
 
     Parameters
     ----------
@@ -92,9 +93,9 @@ def run_cases(
     Returns mappings: "case", "template" ("made" or "drawn"), and "arms", of each what `Measures` holds.
     """
     stages = stages or Stages(bars=False)
-    jobs = [(folder / "cases" / case.name, case, dict(arms), steps, identity(case, arms, steps)) for case in cases]
+    jobs = [(folder / "cases" / case.name, case, dict(arms), steps) for case in cases]
     with alone(folder):
-        waiting = [job for job in jobs if _finished(job[0], job[-1]) is None]
+        waiting = [job for job in jobs if _finished(*job) is None]
         total, done = len(waiting) * len(arms), [0] * len(waiting)
         with stages.bar("drawing", total or 1, left=True) as move:
 
@@ -111,7 +112,7 @@ def run_cases(
             else:
                 for job, moved in zip(waiting, movers, strict=True):
                     _run_case(*job, moved)
-        return [_finished(job[0], job[-1]) for job in jobs]
+        return [_finished(*job) for job in jobs]
 
 
 def identity(case: Case, arms: Mapping[str, Settings], steps: int) -> str:
@@ -197,14 +198,29 @@ def _code_hash() -> str:
     return digest.hexdigest()
 
 
-def _finished(folder: Path, wanted: str) -> dict | None:
-    """The record of a case, where it is there, whole and of the same origin."""
+def _kept(folder: Path, case: Case, steps: int) -> dict[str, dict]:
+    """What of a case's record is of the same origin and whole, by arm, each with its settings' identity ("of")."""
     try:
         record = json.loads((folder / "case.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        arms = record["arms"] if record["identity"] == identity(case, {}, steps) else {}
+    except (OSError, ValueError, KeyError):
+        return {}
+    return {arm: found for arm, found in arms.items() if (folder / f"{arm}.png").is_file()}
+
+
+def _finished(folder: Path, case: Case, arms: Mapping[str, Settings], steps: int) -> dict | None:
+    """The record of a case, of these arms alone, where it is there, whole and of the same origin."""
+    kept = _kept(folder, case, steps)
+    same = all(kept.get(arm, {}).get("of") == _of(case, settings, steps) for arm, settings in arms.items())
+    if not same or not (folder / "template.png").is_file():
         return None
-    whole = record.get("identity") == wanted and all((folder / f"{arm}.png").is_file() for arm in record["arms"])
-    return record if whole and (folder / "template.png").is_file() else None
+    record = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+    return record | {"arms": {arm: {k: v for k, v in kept[arm].items() if k != "of"} for arm in arms}}
+
+
+def _of(case: Case, settings: Settings, steps: int) -> str:
+    """SHA-256 of all that one picture follows from."""
+    return identity(case, {"": settings}, steps)
 
 
 @cache
@@ -219,20 +235,23 @@ def _concept(name: str) -> Concept:
     return Concept.load(concept_path(name))
 
 
-def _run_case(folder: Path, case: Case, arms: dict[str, Settings], steps: int, wanted: str, move) -> None:
-    """Draw and measure one case, and write it; its record last, which says that it is whole."""
+def _run_case(folder: Path, case: Case, arms: dict[str, Settings], steps: int, move) -> None:
+    """Draw and measure what is missing of one case, and write it; its record last, which says that it is whole."""
     with one_thread():
-        drawer, known, found = drawer_for(case, steps=steps), {}, {}
+        drawer, known, found = drawer_for(case, steps=steps), {}, _kept(folder, case, steps)
         (folder / "case.json").unlink(missing_ok=True)
         _save(drawer.template.picture, folder / "template.png")
         for number, (arm, settings) in enumerate(arms.items(), start=1):
-            if settings not in known:
-                image = drawer.draw(settings)
-                known[settings] = image, asdict(measured(drawer, settings, image))
-            image, found[arm] = known[settings]
-            _save(image, folder / f"{arm}.png")
+            of = _of(case, settings, steps)
+            if found.get(arm, {}).get("of") != of:
+                if settings not in known:
+                    image = drawer.draw(settings)
+                    known[settings] = image, asdict(measured(drawer, settings, image)) | {"of": of}
+                image, found[arm] = known[settings]
+                _save(image, folder / f"{arm}.png")
             move(number, len(arms))
-        record = {"case": case.name, "identity": wanted, "template": drawer.template.source, "arms": found}
+        record = {"case": case.name, "identity": identity(case, {}, steps), "template": drawer.template.source}
+        record["arms"] = found
         with whole_file(folder / "case.json") as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

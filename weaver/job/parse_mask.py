@@ -28,7 +28,7 @@ def parse_mask(fields: Fields) -> MaskSpec:
     if at and min(at) < 0:
         fields.complain("at", f"must not be negative, is {list(at)}")
     label = fields.text("label") if fields.has("label") else None
-    if label is not None and given and kind != "file":
+    if label is not None and kind != "file":
         fields.complain("label", "is of a mask's file; name the file too")
     spec = MaskSpec(
         word=fields.text("word"),

@@ -13,7 +13,10 @@ from weaver.masks.compose import MaskError
 
 __all__ = ["Found", "Wish", "assign"]
 
-_SAME = 0.8  # two masks are of one object where they share this part of the smaller: a head is part of its dog
+_SAME = 0.8
+"""Two masks of one class are of one object where they share this part of the smaller: a head is part of its dog. Of
+other classes, this part of both together: glasses are not their man."""
+_LEAST_AGREEMENT = 0.1  # of a box that tells which object is meant
 _SHOWN = 8  # objects in a message
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
@@ -82,10 +85,11 @@ class Wish:
 def assign(found: Sequence[Found], wishes: Sequence[Wish]) -> list[int]:
     """Give every concept one of the objects that were found.
 
-    Detections of one object (masks that share four fifths of the smaller) count as one, whatever words they were found
-    for. Wishes that choose go first, in the order in which they stand. The others of a word get its surest objects that
-    are left, from left to right; where objects answer to several words ("white dog", "black dog"), those for which
-    the scores add up to most.
+    Detections of one object count as one, whatever words they were found for; words are of one class where their last
+    one is the same ("white dog", "dog"). Wishes that choose go first, in the order in which they stand. The others of a
+    word get its surest objects that are left, from left to right; where objects answer to several words ("white dog",
+    "black dog"), those for which the scores add up to most. Where there are too few, a detection that is no more than
+    several others together is taken for a group of them, and left out.
 
     Parameters
     ----------
@@ -96,8 +100,7 @@ def assign(found: Sequence[Found], wishes: Sequence[Wish]) -> list[int]:
     fewer objects than wishes, or none where a wish points at.
     """
     masks = torch.stack([item.mask for item in found]).flatten(1).float() if found else torch.zeros(0, 1)
-    areas = masks.sum(1)
-    same = masks @ masks.T >= _SAME * torch.minimum(areas[:, None], areas[None])
+    same = _same(masks, [item.word for item in found])
     taken: dict[int, int] = {}  # wish -> index in `found`
 
     def free(index: int) -> bool:
@@ -107,14 +110,36 @@ def assign(found: Sequence[Found], wishes: Sequence[Wish]) -> list[int]:
         if wish.chosen:
             taken[number] = _chosen(found, wish, same, free)
     rest = [number for number in range(len(wishes)) if number not in taken]
-    objects = _objects(found, [i for i in range(len(found)) if free(i)], same)
-    served = _best(found, objects, Counter(wishes[number].word for number in rest))
+    left, wanted = [i for i in range(len(found)) if free(i)], Counter(wishes[number].word for number in rest)
+    served = _best(found, _objects(found, left, same), wanted)
+    if served is None:
+        single = [i for i in left if not _is_group(i, left, masks, same)]
+        served = _best(found, _objects(found, single, same), wanted)
     if served is None:
         raise MaskError(_too_few(found, [wishes[number].word for number in rest], bool(taken)))
     for word, indices in served.items():
         numbers = [number for number in rest if wishes[number].word == word]
         taken |= zip(numbers, sorted(indices, key=lambda i: found[i].centre()), strict=True)
     return [taken[number] for number in range(len(wishes))]
+
+
+def _same(masks: torch.Tensor, words: Sequence[str]) -> torch.Tensor:
+    """Which of the masks [K, pixels] are of one object, [K, K] bool."""
+    areas, shared = masks.sum(1), masks @ masks.T
+    classes = [word.split()[-1].lower() for word in words]
+    alike = torch.tensor([[a == b for b in classes] for a in classes], dtype=torch.bool).view(len(words), len(words))
+    smaller, both = torch.minimum(areas[:, None], areas[None]), areas[:, None] + areas[None] - shared
+    return shared >= _SAME * torch.where(alike, smaller, both)
+
+
+def _is_group(index: int, others: Sequence[int], masks: torch.Tensor, same: torch.Tensor) -> bool:
+    """Whether a detection is no more than several objects together, two dogs taken for one."""
+    area, parts = masks[index].sum(), []
+    inside = [i for i in others if same[i, index] and masks[i].sum() < _SAME * area]
+    for i in sorted(inside, key=lambda i: -float(masks[i].sum())):
+        if not any(same[i, part] for part in parts):
+            parts.append(i)
+    return len(parts) > 1 and bool(masks[parts].amax(0).mul(masks[index]).sum() >= _SAME * area)
 
 
 def _chosen(found: Sequence[Found], wish: Wish, same: torch.Tensor, free) -> int:
@@ -126,7 +151,8 @@ def _chosen(found: Sequence[Found], wish: Wish, same: torch.Tensor, free) -> int
     elif wish.around is not None:
         what = f"around {_numbers(wish.around)}"
         agreement = {i: _agreement(found[i].box, wish.around) for i in own}
-        candidates = sorted((i for i in own if agreement[i] > 0), key=lambda i: -agreement[i])
+        best = max(own, key=agreement.__getitem__, default=None)
+        candidates = [best] if best is not None and agreement[best] >= _LEAST_AGREEMENT else []
     else:
         objects = [next(iter(thing.values())) for thing in _objects(found, own, same)]
         if wish.order is not None:

@@ -64,7 +64,7 @@ def _inside(image: Image.Image, path, label: int | str | None) -> np.ndarray:
     if isinstance(label, str):
         return _of_colour(image, path, label)
     if label is not None:
-        if image.mode not in ("P", "L", "1", "I", "I;16"):
+        if image.mode not in ("P", "L", "1", "I") and not image.mode.startswith("I;16"):
             raise MaskError(f"{path}: label {label} needs a palette or grey picture, this one is {image.mode}")
         levels = np.asarray(image)
         if not (levels == label).any():
@@ -80,7 +80,7 @@ def _inside(image: Image.Image, path, label: int | str | None) -> np.ndarray:
         if (colours != colours[..., :1]).any():
             return colours.any(-1)
         image = image.convert("L")
-    if image.mode in ("1", "L", "I", "I;16", "F"):
+    if image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image)
         full = {"1": 1, "L": 255, "F": 1}.get(image.mode, 65535)
         return values >= (1 if values.max() <= 1 else full / 2)

@@ -31,11 +31,15 @@ def box_mask(box: Sequence[float], size: tuple[int, int]) -> torch.Tensor:
     The box is in pixels of `size` (height, width), or in parts of it when all four numbers lie in 0..1.
     Raises `MaskError` when the box is empty, turned round or outside.
     """
-    height, width = size
     numbers = [float(value) for value in box]
     if len(numbers) != 4 or not np.isfinite(numbers).all():
         raise MaskError(f"box {list(box)} is not four numbers (left, top, right, bottom)")
-    left, top, right, bottom = in_pixels(numbers, size)
+    return _in_box(in_pixels(numbers, size), size, box)
+
+
+def _in_box(numbers: Sequence[float], size: tuple[int, int], box: Sequence[float]) -> torch.Tensor:
+    """`box_mask` of numbers in pixels; `box` is what was given."""
+    (height, width), (left, top, right, bottom) = size, numbers
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise MaskError(
             f"box {list(box)} must be left < right <= {width} and top < bottom <= {height}, in pixels or in parts of 1"
@@ -55,9 +59,13 @@ def polygon_mask(polygon: Sequence[Sequence[float]], size: tuple[int, int]) -> t
 
     Raises `MaskError` for less than three corners and for a polygon that covers no pixel.
     """
-    height, width = size
     rows = _corners(polygon)
-    corners = np.reshape(in_pixels([value for row in rows for value in row], size), (-1, 2))
+    return _in_polygon(in_pixels([value for row in rows for value in row], size), size, rows)
+
+
+def _in_polygon(numbers: Sequence[float], size: tuple[int, int], rows: Sequence) -> torch.Tensor:
+    """`polygon_mask` of numbers x, y, x, y, ... in pixels; `rows` are what was given."""
+    (height, width), corners = size, np.reshape(numbers, (-1, 2))
     ends = np.roll(corners, -1, 0)
     mask = np.zeros((height, width), dtype=bool)
     centres = np.arange(width) + 0.5
@@ -128,28 +136,33 @@ def shapes_mask(path: str | os.PathLike, size: tuple[int, int], label: str | int
     """A mask [height, width] bool of the shapes of a JSON file with one label, all of them together without a label.
 
     It has `size` (height, width), to which outlines are scaled, or where the file says that its picture has another
-    shape, that picture's size. Raises `MaskError`.
+    shape, that picture's size. A box that is outside by a pixel at most, as tools leave it, ends at the edge. Raises
+    `MaskError`.
     """
     shapes, own = read_shapes(path)
-    if own and same_shape(own, size):
-        scale = (size[1] / own[1], size[0] / own[0])
-        shapes, own = [(label, kind, _scaled(kind, numbers, scale)) for label, kind, numbers in shapes], None
+    drawn_at = size if own is None or same_shape(own, size) else own
     chosen = [(kind, numbers) for name, kind, numbers in shapes if label is None or name == str(label)]
     if not chosen:
         there = ", ".join(dict.fromkeys(repr(name) for name, _, _ in shapes))
         raise MaskError(f"{path}: label {str(label)!r} is nowhere in it; it holds {there}")
     try:
-        drawn = [(box_mask if kind == "box" else polygon_mask)(numbers, own or size) for kind, numbers in chosen]
+        drawn = [_drawn(kind, numbers, own or size, drawn_at) for kind, numbers in chosen]
     except MaskError as error:
         raise MaskError(f"{path}: {error}") from error
     return torch.stack(drawn).any(0)
 
 
-def _scaled(kind: str, numbers: list, scale: tuple[float, float]) -> list:
-    """A box's or a polygon's numbers in pixels of another size."""
-    if kind == "box":
-        return [value * scale[place % 2] for place, value in enumerate(numbers)]
-    return [[x * scale[0], y * scale[1]] for x, y in numbers]
+def _drawn(kind: str, given: list, own: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """A mask of `size` of an outline in pixels of a picture of the size `own`, or in parts of it."""
+    flat = given if kind == "box" else [value for corner in given for value in corner]
+    scale = size[1] / own[1], size[0] / own[0]
+    numbers = [value * scale[place % 2] for place, value in enumerate(in_pixels(flat, own))]
+    if kind == "polygon":
+        return _in_polygon(numbers, size, given)
+    for place, value in enumerate(numbers):
+        inside = min(max(value, 0.0), float(size[1 - place % 2]))
+        numbers[place] = inside if abs(inside - value) <= scale[place % 2] else value
+    return _in_box(numbers, size, given)
 
 
 def _shape(entry: object) -> tuple[str | None, str, list]:

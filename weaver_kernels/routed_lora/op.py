@@ -51,7 +51,8 @@ def routed_lora(
     weights : [B, S, T], any sign; of a convolution T = h * w, the map of its output row by row. An adapter may or may
         not be computed on tokens where its weight is zero
     adapter_index : [B, S] integers into S'; None takes adapter s for s (then S' = S). On the CPU a number outside is an
-        error. On a GPU, where reading it would wait for the device, it makes the tokens it is alive on NaN
+        error. On a GPU, where reading it would wait for the device, it makes the tokens it is alive on NaN, or adds
+        nothing where there is no kernel for the case (a rank above 128, float64, a GPU before sm_80)
     plan : whose own `plan.weights` and `plan.context_index` these weights and this index are; None makes the lists anew
         on each call
     stride, padding, dilation : of the convolution, the same along both axes
