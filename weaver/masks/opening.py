@@ -45,6 +45,6 @@ def open_text_masks(
     if backend == "original":
         from weaver.masks.original import OriginalGroundingDino, OriginalSam
 
-        finder = OriginalGroundingDino.load(detector, device=device) if words else None
+        finder = OriginalGroundingDino.load(detector, device=device, offline=offline) if words else None
         return TextMasks(OriginalSam.load(segmenter, device=device), finder, box_threshold, text_threshold)
     raise WeaverError(f"masks.text.backend: is {told(backend)}, expected one of {', '.join(TEXT_BACKENDS)}")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import nn
 
@@ -44,8 +45,12 @@ class OriginalGroundingDino:
         self.model, self.side, self.longest = model.eval(), side, longest
 
     @classmethod
-    def load(cls, checkpoint: str | os.PathLike | None, *, device: str = "cpu") -> OriginalGroundingDino:
+    def load(
+        cls, checkpoint: str | os.PathLike | None, *, device: str = "cpu", offline: bool = False
+    ) -> OriginalGroundingDino:
         """Open the authors' checkpoint, groundingdino_swint_ogc.pth or groundingdino_swinb_cogcoor.pth.
+
+        Its text encoder, BERT, is no part of that: it comes from the Hub, `offline` from the local cache only.
 
         Raises `WeaverError`, one line, where it, the package or BERT's files are not there.
         """
@@ -56,8 +61,11 @@ class OriginalGroundingDino:
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
         width = _width(weights, "backbone.0.patch_embed.proj.weight", _CONFIGS, checkpoint, field)
         file = Path(_package("groundingdino.config").__file__).parent / f"{_CONFIGS[width]}.py"
+        settings = config.fromfile(str(file))
         try:
-            model = build_grounding_dino(config.fromfile(str(file)))
+            if offline:
+                settings.text_encoder_type = snapshot_download(settings.text_encoder_type, local_files_only=True)
+            model = build_grounding_dino(settings)
         except OSError as error:
             raise WeaverError(
                 f"{field}: 'bert-base-uncased', its text encoder, can't be loaded; run once with a network"
