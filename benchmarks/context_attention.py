@@ -11,7 +11,6 @@ tables and pictures are made of them (`python -m benchmarks.report`).
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -135,7 +134,6 @@ def measured_before(path: Path, group: Group, dtype: torch.dtype, device: torch.
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when all was right, 1 when a provider was not (rows of the others are recorded then), 3 when time ran out."""
     args = _parse(argv)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells of each call whose memory it counts
     start, longest = time.monotonic(), 0.0
     device, dtype = chosen(args)
     known = {"device": device_name(device), "versions": versions(device)}

@@ -58,8 +58,9 @@ def whole_lora(found: Sequence[Mapping]) -> list[str]:
         return []
     parts = [
         "A whole forward of two rows, with N LoRAs over all Linears of attention and feed-forward in the fused one, "
-        "beside concepts that change keys and values, and the model alone: milliseconds, and how many times the model "
-        "alone. On a GPU in a CUDA graph, not compiled."
+        "beside concepts that change keys and values, the model alone, and a forward for each LoRA that PEFT switches "
+        "between: milliseconds (on a CPU of the process's time), and how many times the model alone. On a GPU in a "
+        "CUDA graph, not compiled."
     ]
     tables: dict[tuple, dict[tuple[str, int], Mapping]] = {}
     for row in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def results_folder(args: argparse.Namespace) -> Path:
 
 
 def chosen(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """The device and the type to measure in; from then on PyTorch has the threads that were asked for."""
+    """The device and the type to measure in; from then on PyTorch has the threads that were asked for, and is quiet."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells of each call whose memory it counts
     if args.threads:
         torch.set_num_threads(args.threads)
     device = choose_device(args.device)

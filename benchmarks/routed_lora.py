@@ -12,7 +12,6 @@ folder, one for each provider, layer, N, type and device.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,7 +116,6 @@ def implementation(dtype: torch.dtype, device: torch.device) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when all was right, 1 when a provider was not; rows of the others are recorded then."""
     args = _parse(argv)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells of each call whose memory it counts
     start = time.monotonic()
     device, dtype = chosen(args)
     known = {"device": device_name(device), "versions": versions(device)}

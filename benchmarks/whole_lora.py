@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cells = args.cells or (own if device.type == "cuda" else min(own, 32))
     rows = measure(pipe, args.model, args.concepts, args.rank, cells, args.rounds)
     for row in rows:
-        print(f"N={row['N']:<2} {row['form']:16} {row['p50_ms']:>10} ms   {row['of_plain']} x plain")
+        print(f"N={row['N']:<2} {row['form']:21} {row['p50_ms']:>10} ms   {row['of_plain']} x plain")
     if args.record:
         upsert(RESULTS, rows, KEY, FIELDS)
 
