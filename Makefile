@@ -109,6 +109,7 @@ train-embedded: $(READY_TRAIN)
 	@$(PY) -m benchmarks.embedded_sites --record
 	@$(PY) -m benchmarks.embedded_seeds --record
 	@$(PY) -m benchmarks.embedded_lora --record
+	@$(PY) -m benchmarks.mask_sources --record
 	@$(PY) -m weaver demo --out outputs/demo
 	@$(PY) -m benchmarks.embedded_demo outputs/demo
 
