@@ -35,6 +35,7 @@ from PIL import Image
 
 from benchmarks.embedded_seeds import RESULTS, choose, shows
 from weaver import Concept
+from weaver.commands.seeds import with_seed
 from weaver.concepts.formats.convert import convert
 from weaver.defaults import defaults_for
 from weaver.demo import demo_job, with_shipped_concepts
@@ -141,8 +142,7 @@ def main() -> None:
     pairs = [choose(seed)[0].split(",") for seed in range(args.seeds)]
     found: dict[str, list[Drawn]] = {form: [] for form in FORMS}
     for seed, names in enumerate(pairs):
-        job = with_shipped_concepts(demo_job(",".join(names), "none"))
-        job = replace(job, seed=seed, template=replace(job.template, seed=None))
+        job = with_seed(with_shipped_concepts(demo_job(",".join(names), "none")), seed)
         for form in FORMS:
             folder = args.out / form.replace(",", "").replace(" ", "-") / f"seed{seed}"
             found[form].append(merged(job, names) if form == MERGED else woven(job, folder, form))

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.embedded_seeds import RESULTS
 from weaver import Concept, TrainSettings, train_concept
+from weaver.commands.seeds import with_seed
 from weaver.concepts.bank import prior_and_scenes
 from weaver.concepts.images import load_images
 from weaver.demo import demo_job, with_shipped_concepts
@@ -88,7 +89,7 @@ def fuse(files: dict[str, Path], folder: Path, seeds: int) -> tuple[list[dict], 
     named = {name: {"token": CONCEPTS[name].token, "word": CONCEPTS[name].word} for name in files}
     concepts = tuple(replace(spec, file=files[spec.name], **named[spec.name]) for spec in shipped.concepts)
     for seed in range(seeds):
-        job = replace(shipped, concepts=concepts, seed=seed, template=replace(shipped.template, seed=None))
+        job = with_seed(replace(shipped, concepts=concepts), seed)
         run = run_job(job, folder / f"seed{seed}", source="methods")
         places = zip(ANIMALS, run.result.masks, strict=False)
         rows.append({name: score(run.result.image, mask.numpy(), name) for name, mask in places})

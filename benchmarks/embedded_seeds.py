@@ -12,11 +12,11 @@ import argparse
 import itertools
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from weaver.commands.seeds import with_seed
 from weaver.demo import demo_job, with_shipped_concepts
 from weaver.embedded import CONCEPTS, concept_hashes, model_hash
 from weaver.embedded.identity import shows
@@ -47,8 +47,7 @@ def main() -> None:
     rows, pictures = [], []
     for seed in range(args.seeds):
         names, ground = choose(seed)
-        job = with_shipped_concepts(demo_job(names, ground))
-        job = replace(job, seed=seed, template=replace(job.template, seed=None))
+        job = with_seed(with_shipped_concepts(demo_job(names, ground)), seed)
         run = run_job(job, args.out / f"seed{seed}", source="demo")
         concepts = run.report["concepts"]
         rows.append({"seed": seed, "concepts": concepts, "shows": all(map(shows, concepts.values()))})

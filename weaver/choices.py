@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "BOX_THRESHOLD",
     "DOWNSAMPLINGS",
     "FEATURES",
     "KEPT_AND_CHANGED",
@@ -15,10 +16,12 @@ __all__ = [
     "PARTS",
     "PRECISIONS",
     "TEXT_BACKENDS",
+    "TEXT_THRESHOLD",
 ]
 
 MASK_SOURCES = ("segmenter", "attention", "text")  # who finds words in a template
 TEXT_BACKENDS = ("transformers", "original")  # whose Grounding DINO and SAM the source "text" runs
+BOX_THRESHOLD, TEXT_THRESHOLD = 0.3, 0.25  # how sure these are to be, langSAM's
 FEATURES = ("stored", "replayed", "inversion")  # how features are had, see weaver.features
 OVERLAPS = ("priority", "share")  # who gets what two masks claim
 DOWNSAMPLINGS = ("area", "nearest")  # how masks are reduced to the tokens of a map

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from weaver.choices import BOX_THRESHOLD, TEXT_THRESHOLD
 from weaver.errors import WeaverError
 
 __all__ = [
@@ -131,8 +132,8 @@ class TextSpec:
     backend: str = "transformers"
     detector: Path | str | None = None
     segmenter: Path | str | None = None
-    box_threshold: float = 0.3
-    text_threshold: float = 0.25
+    box_threshold: float = BOX_THRESHOLD
+    text_threshold: float = TEXT_THRESHOLD
 
 
 @dataclass(frozen=True)

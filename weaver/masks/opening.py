@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from weaver.choices import TEXT_BACKENDS
+from weaver.choices import BOX_THRESHOLD, TEXT_BACKENDS, TEXT_THRESHOLD
 from weaver.errors import WeaverError, told
-from weaver.masks.text import BOX_THRESHOLD, TEXT_THRESHOLD, TextMasks
+from weaver.masks.text import TextMasks
 
 __all__ = ["open_text_masks"]
 

@@ -14,14 +14,14 @@ from typing import Protocol
 import torch
 from PIL import Image
 
+from weaver.choices import BOX_THRESHOLD, TEXT_THRESHOLD
 from weaver.errors import raise_if, told
 from weaver.masks.assign import Box, Found
 from weaver.masks.compose import MaskError
 from weaver.values import is_number
 
-__all__ = ["BOX_THRESHOLD", "TEXT_THRESHOLD", "Detection", "Detector", "Outliner", "TextMasks", "phrase_reasons"]
+__all__ = ["Detection", "Detector", "Outliner", "TextMasks", "phrase_reasons"]
 
-BOX_THRESHOLD, TEXT_THRESHOLD = 0.3, 0.25  # langSAM's
 _ARTICLES = {"a", "an", "the"}
 _MOST = 40  # detections of one phrase whose masks are made, the surest
 
