@@ -50,16 +50,20 @@ def test_equal_scores_keep_what_was_tried_first():
     assert max(tried, key=lambda one: one.score) is tried[0]
 
 
-def picture(right: bool, leaked: bool, psnr: float | None, own: float = 0.8) -> dict:
-    animal = {"kind": "animal", "right": right, "leaked": leaked, "own": own, "base": 0.2, "others": 0.3}
-    ground = {"kind": "background", "right": False, "leaked": None, "own": 0.1, "base": 0.9, "others": 0.9}
-    return {"concepts": [animal, ground], "background_psnr": psnr}
+def picture(right: bool, leaked: bool, psnr: float | None, ground: bool | None = None) -> dict:
+    """One animal's measures, and before a background that is a concept, right or wrong, where `ground` says so."""
+    concepts = [{"kind": "animal", "right": right, "leaked": leaked, "own": 0.8, "base": 0.2, "others": 0.3}]
+    if ground is not None:
+        concepts += [{"kind": "background", "right": ground, "leaked": None, "own": 0.6, "base": 0.5, "others": 0.1}]
+    return {"concepts": concepts, "background_psnr": psnr}
 
 
 def test_the_objective_is_as_written():
     assert objective([picture(True, False, 25.0)]) == (1.0, 0.5)
     assert objective([picture(True, True, None)]) == (0.0, 0.5)
     assert objective([picture(True, False, 15.0), picture(False, False, 15.0)]) == (0.5 - 0.25, 0.5)
+    assert objective([picture(True, False, None, ground=False)]) == (0.5, 0.3)
+    assert objective([picture(True, True, None, ground=True)]) == (0.0, 0.3)
     absent = picture(False, False, None)
     absent["concepts"][0] |= dict.fromkeys(("own", "base", "others"))
     assert objective([absent]) == (0.0, -2.0)
@@ -107,5 +111,6 @@ def test_the_command_sweeps(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("weaver.evaluation.sweep.sweep", partial(sweep, budget=1, cases=[case], steps=2))
     assert main(["evaluate", "--sweep", "--out", str(tmp_path), "--arms", "dense-masks", "--processes", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "1 arms by 20 settings by 12 cases: about " in printed and "right - leaked" in printed
+    told = f"1 arms by 20 settings by {len(sweep_cases())} cases: about "
+    assert told in printed and "right - leaked" in printed
     assert "(g) dense-masks" in printed and (tmp_path / "sweep.json").is_file()

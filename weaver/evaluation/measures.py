@@ -40,7 +40,7 @@ class ConceptMeasure:
     name : of the concept
     kind : "animal" or "background"
     present : the segmenter, told nothing, sees an animal in at least half of its region; a background always is
-    right : of all drawings of its kind, its region is nearest to its own
+    right : it is present, and of all drawings of its kind its region is nearest to its own
     leaked : its identity is nearest in another animal's region, or in an object that stands where none should; None
         for a background, which is looked for in its own region alone
     own, base, others : cosines of its region, see `weaver.embedded.identity.score`; None where it has no region
@@ -165,8 +165,8 @@ def measure(
             continue
         own = identity_of(card)
         elsewhere = [*strays, *(near for near, other in zip(nearest, cards, strict=True) if other is not card)]
-        scores = _scores(image, regions[i], card.name)
-        concepts.append(ConceptMeasure(card.name, card.kind, present[i], nearest[i] == own, own in elsewhere, **scores))
+        scores, right = _scores(image, regions[i], card.name), present[i] and nearest[i] == own
+        concepts.append(ConceptMeasure(card.name, card.kind, present[i], right, own in elsewhere, **scores))
     wider = dilate(torch.from_numpy(inside)[None], dilation)[0].numpy()
     if background is not None:
         card, outside = card_of(background), None if wider.all() else ~wider

@@ -55,7 +55,8 @@ def _of_picture(key: str) -> Callable[[Mapping], list[float]]:
 
 
 METRICS = (
-    Metric("identity", "right identity", "animals whose region is nearest to their own drawing", _of_concepts("right")),
+    Metric("identity", "right identity", "animals that stand in their region, nearest to their own drawing of all",
+           _of_concepts("right")),
     Metric("leakage", "leakage", "animals whose identity is found where it does not belong", _of_concepts("leaked"),
            more=False),
     Metric("similarity", "similarity", "cosine of an animal's region to its concept's own drawing", _of_concepts("own"),

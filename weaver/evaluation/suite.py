@@ -135,7 +135,7 @@ def _candidates() -> dict[str, list[Prompt]]:
 
 
 _TABLE = {"one": 4, "two": 12, "three": 10, "four": 6, "similar": 6, "touching": 6, "overlapping": 6, "background": 10}
-_SWEEP = {"one": 1, "two": 3, "three": 2, "four": 1, "similar": 1, "touching": 1, "overlapping": 1, "background": 2}
+_SWEEP = {"one": 1, "two": 3, "three": 2, "four": 1, "similar": 1, "touching": 1, "overlapping": 1, "background": 3}
 
 
 def _named_prompts(counts: dict[str, int], start: dict[str, int], prefix: str = "") -> tuple[Prompt, ...]:

@@ -1,12 +1,12 @@
 """Which lambda, omega, windows and dilation are best for each arm? By a search of one budget for all, on other prompts.
 
-The objective was written down before anything was swept: over all animals of the sweep's pictures
+The objective was written down before anything was swept: over all concepts of the sweep's pictures
 
-    J = share with the right identity - share that leaks - max(0, 20 dB - background PSNR) / 20 dB
+    J = share with the right identity - share of animals that leak - max(0, 20 dB - background PSNR) / 20 dB
 
-where the last part is left out of arms without a template. Of settings with an equal J the one with the larger mean
-margin (own similarity minus the next of base and others) is taken, and of those the one that was tried first: the
-committed defaults.
+where background concepts count as animals do, and the last part is left out of arms without a template. Of settings
+with an equal J the one with the larger mean margin (own similarity minus the next of base and others) is taken, and of
+those the one that was tried first: the committed defaults.
 
 Every arm may try the same number of settings. Its search goes along one setting at a time, from the defaults: first
 over all values of `GRID`, then between those beside the best, in turn, until the budget is spent. An arm with fewer
@@ -69,11 +69,12 @@ class Tried:
 
 def objective(found: Sequence[Mapping]) -> Score:
     """(J, mean margin) of pictures by their measures, as the module's description has it."""
-    animals = [c for pictured in found for c in pictured["concepts"] if c["kind"] == "animal"]
-    margins = [c["own"] - max(c["base"], c["others"]) for c in animals if c["own"] is not None]
+    concepts = [c for pictured in found for c in pictured["concepts"]]
+    margins = [c["own"] - max(c["base"], c["others"]) for c in concepts if c["own"] is not None]
     psnrs = [pictured["background_psnr"] for pictured in found if pictured["background_psnr"] is not None]
     lacking = max(0.0, _LEAST_PSNR - float(np.mean(psnrs))) / _LEAST_PSNR if psnrs else 0.0
-    right, leaked = (float(np.mean([c[key] for c in animals])) for key in ("right", "leaked"))
+    right = float(np.mean([c["right"] for c in concepts]))
+    leaked = float(np.mean([c["leaked"] for c in concepts if c["leaked"] is not None]))
     return round(right - leaked - lacking, 6), round(float(np.mean(margins or [-2.0])), 6)
 
 
