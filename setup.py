@@ -44,6 +44,7 @@ EXTRAS = {
 PACKAGE_DATA = {
     "weaver_kernels": ["configs/*.json", "*.md"],
     "weaver": ["jobs/*.yaml"],
+    "weaver.evaluation": ["chosen.json"],
     "weaver.embedded": ["**/*.safetensors", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.png", "**/*.md", "**/*.csv"],
 }
 

@@ -1,9 +1,10 @@
 """The table in the README: ``python -m benchmarks.embedded_evaluation --record``
 
 Runs ``weaver evaluate`` on the whole suite (forty minutes of two quiet cores; what is finished is not drawn again),
-prints its table, and with ``--record`` keeps ``results.json`` in ``benchmarks/results`` and writes the table into the
-README, between the two comments that mark its place. ``--sweep`` does the same for the settings' sweep, which has no
-table.
+prints its table, and with ``--record`` keeps ``results.json`` in ``benchmarks/results``, the worst pictures of the full
+method beside the other arms' in ``docs/failures.png``, and writes the table into the README, between the two comments
+that mark its place. ``--sweep`` runs the settings' sweep, an hour; recorded, what it chose for each arm is what the
+table is drawn with, and its curves for the full method are ``docs/sweep.svg``.
 """
 
 from __future__ import annotations
@@ -11,15 +12,28 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
 
 from weaver.cli import main as weaver
 from weaver.errors import WeaverError
+from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL
+from weaver.evaluation.charts import curves
+from weaver.evaluation.drawing import STEPS
+from weaver.evaluation.report import worst_first
+from weaver.evaluation.results import Results
+from weaver.evaluation.runner import picture_path, run_cases, template_path
+from weaver.evaluation.suite import Case, cases
+from weaver.evaluation.sweep import panels_of
 from weaver.folder import whole_file
+from weaver.pictures import grid, open_rgb
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+FAILURES, CURVES = ROOT / "docs" / "failures.png", ROOT / "docs" / "sweep.svg"
+WORST = 6
 START, END = "<!-- evaluation: written by make evaluate -->", "<!-- evaluation ends -->"
 COLUMNS = {
     "identity": ("right identity", "{:.1%}"),
@@ -32,11 +46,10 @@ COLUMNS = {
 
 def table(record: Mapping) -> str:
     """The arms of a `results.json` as a table in Markdown, each figure with its interval."""
-    from weaver.evaluation.arms import arm_of
-
+    letters = {arm.name: arm for arm in ARMS}
     lines = ["| arm | " + " | ".join(label for label, _ in COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, found in record["table"].items():
-        arm = arm_of(name)
+        arm = letters[name]
         cells = [f"({arm.letter}) {arm.what}"]
         for metric, (_, form) in COLUMNS.items():
             value, low, high = (found[metric][key] for key in ("value", "low", "high"))
@@ -56,6 +69,41 @@ def with_table(text: str, record: Mapping) -> str:
     return f"{before}{mark}\n{told}\n\n{table(record)}\n{end}{after}"
 
 
+def failures(folder: Path) -> Image.Image:
+    """The worst cases of the full method in a finished evaluation, one a row: template, then each arm by its letter."""
+    arms = {arm.name: arm.chosen for arm in ARMS}
+    of = cases()
+    results = Results(tuple(of), tuple(run_cases(folder, of, arms)), arms, STEPS)
+    seen: dict[str, Case] = {}
+    for _, case, _ in worst_first(results, FULL):
+        seen.setdefault(case.prompt.name, case)  # of one prompt the worst seed
+    rows = []
+    for case in list(seen.values())[:WORST]:
+        pictures = [template_path(folder, case.name), *(picture_path(folder, case.name, name) for name in arms)]
+        rows.append([open_rgb(path) for path in pictures])
+    return _headed(grid(rows, 96), ["template", *(f"({arm.letter})" for arm in ARMS)])
+
+
+def _headed(sheet: Image.Image, headings: Sequence[str], height: int = 22) -> Image.Image:
+    """A sheet with a line of text over each of its columns, in 256 colours: a README's picture is no megabyte."""
+    headed = Image.new("RGB", (sheet.width, sheet.height + height), "white")
+    headed.paste(sheet, (0, height))
+    draw, width = ImageDraw.Draw(headed), sheet.width // len(headings)
+    for number, text in enumerate(headings):
+        place = (number * width + width // 2, height // 2)
+        draw.text(place, text, fill="black", font=ImageFont.load_default(size=14), anchor="mm")
+    return headed.quantize(256)
+
+
+def record_sweep(written: Path) -> None:
+    """Keep a `sweep.json`: as it is, what it chose for each arm, and its curves for the full method."""
+    found = json.loads(written.read_text(encoding="utf-8"))["arms"]
+    shutil.copyfile(written, RESULTS / "embedded_sweep.json")
+    chosen = {name: of["chosen"] for name, of in found.items()}
+    CHOSEN_FILE.write_text(json.dumps(chosen, indent=2) + "\n", encoding="utf-8")
+    CURVES.write_text(curves(panels_of(found[FULL])) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluate"))
@@ -64,14 +112,15 @@ def main() -> int:
     args = parser.parse_args()
     if code := weaver(["evaluate", "--out", str(args.out), *["--sweep"] * args.sweep]):
         return code
-    written = args.out / ("sweep.json" if args.sweep else "results.json")
-    if args.record:
-        shutil.copyfile(written, RESULTS / ("embedded_sweep.json" if args.sweep else "embedded_evaluation.json"))
     if args.sweep:
+        if args.record:
+            record_sweep(args.out / "sweep.json")
         return 0
-    record = json.loads(written.read_text(encoding="utf-8"))
+    record = json.loads((args.out / "results.json").read_text(encoding="utf-8"))
     print(table(record))
     if args.record:
+        shutil.copyfile(args.out / "results.json", RESULTS / "embedded_evaluation.json")
+        failures(args.out).save(FAILURES, optimize=True)
         readme = ROOT / "README.md"
         text = with_table(readme.read_text(encoding="utf-8"), record)
         with whole_file(readme) as partial:

@@ -1,36 +1,45 @@
-"""Seconds and bars."""
+"""Bars, and lines where there is no terminal."""
 
 from __future__ import annotations
 
-import re
-import time
-
 import pytest
 
+from weaver import progress
 from weaver.progress import Stages
 
 
-@pytest.mark.parametrize(("bars", "terminal"), [(False, True), (True, False), (None, False), (None, True)], ids=str)
-def test_stages_are_timed_and_bars_are_drawn_on_a_terminal_or_when_asked(capfd, monkeypatch, bars, terminal):
-    if bars is None:
-        monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
-    stages = Stages(bars=bars)
-    with stages.stage("fusion"), stages.bar("fusion", 2) as move:
-        move(1, 2)
-        move(2, 2)
-    assert stages.seconds["fusion"] > 0
-    assert ("fusion" in capfd.readouterr().err) == (terminal if bars is None else bars)
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test sets: `clock[0]`, in seconds."""
+    seconds = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds[0])
+    return seconds
 
 
-def test_nothing_is_drawn_into_a_pipe(capfd):
-    with Stages().step("starting"):
-        pass
-    assert capfd.readouterr() == ("", "")
+def test_without_a_terminal_what_takes_long_tells_once_a_minute_how_far_it_is(clock, capsys):
+    with Stages().bar("drawing", 100, left=True) as move:
+        for done, at in ((1, 10), (5, 59), (10, 61), (12, 90), (20, 150), (50, 299), (100, 400)):
+            clock[0] = at
+            move(done, 100, loss=0.25 if done == 20 else None)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "drawing: 10 of 100 in 1 min, 9 left",
+        "drawing: 20 of 100 in 2 min, 10 left, loss 0.2500",
+        "drawing: 50 of 100 in 5 min, 5 left",
+    ]
 
 
-def test_a_bar_shows_the_loss_and_the_time_left(capfd):
-    with Stages(bars=True).bar("learning", 100, left=True) as move:
-        time.sleep(0.15)  # of two steps, of which there are fifty
-        move(2, 100, loss=0.25)
-    shown = capfd.readouterr().err.split("\r")[-1]
-    assert re.search(r"2/100 00:00<00:0[5-9], loss 0\.2500", shown), shown
+@pytest.mark.parametrize(("bars", "left"), [(False, True), (None, False)])
+def test_a_library_and_short_stages_say_nothing(clock, capsys, bars, left):
+    with Stages(bars=bars).bar("drawing", 100, left=left) as move:
+        clock[0] = 100
+        move(10, 100)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bars_show_the_time_left(capsys):
+    with Stages(bars=True).bar("drawing", 4, left=True) as move:
+        move(4, 4, loss=0.5)
+    told = capsys.readouterr().err
+    assert "4/4" in told and "loss 0.5000" in told and "<00:00" in told

@@ -1,4 +1,4 @@
-"""Stages with their seconds, and bars on a terminal; nothing at all when the output goes elsewhere."""
+"""Stages with their seconds, and bars on a terminal; elsewhere, as in a log, a line a minute of what takes long."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Stages:
 
     Parameters
     ----------
-    bars : whether to draw bars on the standard error; None draws them on a terminal only.
+    bars : whether to draw bars on the standard error; None draws them on a terminal only, and elsewhere says once a
+        minute how far a bar that tells the time left is.
 
     `seconds` holds the time of every stage; `elapsed()` counts from when this was made.
     """
@@ -28,6 +29,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self._started = time.perf_counter()
         self._bars = sys.stderr.isatty() if bars is None else bars
+        self._lines = bars is None and not self._bars
 
     def elapsed(self) -> float:
         """Seconds since this was made."""
@@ -56,12 +58,15 @@ class Stages:
         With `left` it shows the time that is left, too.
         """
         bar = tqdm(total=total, **self._style(label, left))
+        say = _Minutes(label) if left and self._lines else None
 
         def move(done: int, whole: int, loss: float | None = None) -> None:
             bar.total = whole
             if loss is not None:
                 bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update(done - bar.n)
+            if say:
+                say(done, whole, loss)
             if done >= whole:
                 bar.close()  # its clock stops, though others go on
 
@@ -87,3 +92,22 @@ class Stages:
             "file": sys.stderr,
             "bar_format": "{desc} {bar:24} {n_fmt:>4}/{total_fmt} {elapsed}" + "<{remaining}" * left + "{postfix}",
         }
+
+
+class _Minutes:
+    """Says on the standard error how far something is, once a minute."""
+
+    def __init__(self, label: str) -> None:
+        self._label, self._told = label, 0
+        self._started = time.monotonic()
+
+    def __call__(self, done: int, whole: int, loss: float | None) -> None:
+        passed = (time.monotonic() - self._started) / 60
+        if int(passed) == self._told or not 0 < done < whole:
+            return
+        self._told = int(passed)
+        lost = "" if loss is None else f", loss {loss:.4f}"
+        left = passed * (whole - done) / done
+        print(
+            f"{self._label}: {done} of {whole} in {passed:.0f} min, {left:.0f} left{lost}", file=sys.stderr, flush=True
+        )

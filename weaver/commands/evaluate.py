@@ -58,15 +58,14 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace, chosen: Sequence[Arm], processes: int) -> int:
-    from weaver.evaluation.arms import FULL, default_settings
+    from weaver.evaluation.arms import FULL
     from weaver.evaluation.drawing import STEPS
     from weaver.evaluation.report import write_report
     from weaver.evaluation.results import Results, aims, summarise, write_results
     from weaver.evaluation.runner import expected_minutes, run_cases
     from weaver.evaluation.suite import cases, quick_cases
 
-    full = default_settings()
-    arms = {arm.name: arm.settings(full) for arm in chosen}
+    arms = {arm.name: arm.chosen for arm in chosen}
     of = quick_cases() if args.quick else cases()
     minutes = expected_minutes(len(of), list(arms.values()), processes)
     print(f"{len(of)} cases by {len(arms)} arms: about {_time(minutes)} with {_cores(processes)}", flush=True)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
 
 from weaver.defaults import default_dilation, embedded_defaults
 from weaver.embedded.world import IMAGE_SIZE
 from weaver.errors import WeaverError
 
-__all__ = ["ARMS", "FULL", "Arm", "Settings", "arm_of", "default_settings"]
+__all__ = ["ARMS", "CHOSEN_FILE", "FULL", "Arm", "Settings", "arm_of", "default_settings"]
 
+CHOSEN_FILE = Path(__file__).with_name("chosen.json")
+"""What the recorded sweep chose: {arm: {setting: value}}. The full method's are the embedded model's defaults."""
 KINDS = ("merged", "prompt", "mixed", "fused")
 
 
@@ -49,6 +55,18 @@ class Settings:
         """Whether the picture is to keep a template's composition."""
         return self.kind in ("mixed", "fused")
 
+    @property
+    def swept_values(self) -> str:
+        """For a reader: "omega 3, lambda 0, windows 0.5 and 1, dilation 1"; what is not used is left out."""
+        told = [f"omega {self.guidance:g}"]
+        if self.suppression is not None:
+            told.append(f"lambda {self.suppression:g}")
+        if self.resnet_window is not None:
+            told.append(f"windows {self.resnet_window:g} and {self.attention_window:g}")
+        if self.dilation is not None:
+            told.append(f"dilation {self.dilation}")
+        return ", ".join(told)
+
     def as_mapping(self) -> dict:
         """Plain values, without what is not used."""
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -74,6 +92,11 @@ class Arm:
     def settings(self, full: Settings) -> Settings:
         """This arm's settings beside those of the full method."""
         return _fitting(replace(full, **self.changes))
+
+    @property
+    def chosen(self) -> Settings:
+        """This arm's best settings by the recorded sweep, in which every arm had the same budget."""
+        return replace(self.settings(default_settings()), **_chosen()[self.name])
 
     @property
     def swept(self) -> tuple[str, ...]:
@@ -136,6 +159,11 @@ def arm_of(name: str) -> Arm:
         if arm.name == name:
             return arm
     raise WeaverError(f"there is no arm {name!r}: choose of {', '.join(arm.name for arm in ARMS)}")
+
+
+@cache
+def _chosen() -> Mapping[str, Mapping]:
+    return json.loads(CHOSEN_FILE.read_text(encoding="utf-8"))
 
 
 def _fitting(settings: Settings) -> Settings:

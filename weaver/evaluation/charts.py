@@ -65,7 +65,10 @@ def curves(panels: Sequence[tuple[str, Sequence[tuple[float, float]], float]]) -
     low, high = min(scores), max(scores)
     span = (high - low) or 1.0
     width = len(panels) * (size + gap) + 10
-    parts = [f'<svg viewBox="0 0 {width} {size + _HEAD + foot}" width="{width}" role="img" font-size="12">']
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {size + _HEAD + foot}" width="{width}" '
+        'role="img" font-size="12" font-family="sans-serif" style="background: #fafaf8">'
+    ]
     for number, (name, points, chosen) in enumerate(panels):
         left, points = 40 + number * (size + gap), sorted(points)
         first, last = points[0][0], points[-1][0]

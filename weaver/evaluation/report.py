@@ -13,7 +13,7 @@ from PIL import Image
 
 from weaver.embedded import concept_images, model_hash
 from weaver.embedded.catalog import CONCEPTS
-from weaver.evaluation.arms import ARMS, FULL, Arm
+from weaver.evaluation.arms import ARMS, FULL, Arm, Settings
 from weaver.evaluation.bootstrap import Interval
 from weaver.evaluation.charts import dots
 from weaver.evaluation.results import METRICS, Aim, Metric, Results, aims
@@ -80,7 +80,7 @@ def write_report(folder: Path, results: Results, told: Mapping, *, quick: bool =
         "the template, in the others the model. Intervals are of 95 %, by the bootstrap over prompts. "
         "<small>All of it is made by <code>weaver evaluate</code>.</small></p>",
         "<h2>Arms</h2>",
-        _table(arms, METRICS, told["table"]),
+        _table(arms, METRICS, told["table"], results.arms),
         _definitions(),
         _chart(arms, told["table"]),
         _paired(arms, told),
@@ -122,12 +122,13 @@ def _row(arm: Arm, cells: str) -> str:
     return f"<tr{full}><td>({arm.letter}) {arm.name}{cells}"
 
 
-def _table(arms: Sequence[Arm], metrics: Sequence[Metric], of: Mapping) -> str:
+def _table(arms: Sequence[Arm], metrics: Sequence[Metric], of: Mapping, settings: Mapping[str, Settings]) -> str:
     head = "".join(f"<th>{metric.label}" for metric in metrics)
-    rows = [
-        _row(arm, "".join(_figure(of[arm.name][m.name], m) for m in metrics) + f"<td class=what>{escape(arm.what)}")
-        for arm in arms
-    ]
+    rows = []
+    for arm in arms:
+        cells = "".join(_figure(of[arm.name][m.name], m) for m in metrics)
+        what = f"<td class=what>{escape(arm.what)}<small class=pale>{settings[arm.name].swept_values}</small>"
+        rows.append(_row(arm, cells + what))
     return f"<div class=scroll><table><tr><th>arm{head}<th>what it is{''.join(rows)}</table></div>"
 
 
@@ -136,7 +137,7 @@ def _definitions() -> str:
     return (
         f"<p><small>{lines}. Identity is told by the classifier of the embedded world, of all drawings of all animals; "
         "with a template in the template's masks, without one wherever the segmenter finds an animal, and then any of "
-        "them counts that shows the concept.</small></p>"
+        "them counts that shows the concept. Under each arm: the settings that the sweep chose for it.</small></p>"
     )
 
 

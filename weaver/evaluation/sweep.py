@@ -36,7 +36,7 @@ from weaver.folder import whole_file
 from weaver.progress import Stages
 from weaver.version import __version__
 
-__all__ = ["BUDGET", "GRID", "OBJECTIVE", "Tried", "objective", "page_of", "search", "sweep"]
+__all__ = ["BUDGET", "GRID", "OBJECTIVE", "Tried", "objective", "page_of", "panels_of", "search", "sweep"]
 
 BUDGET = 20
 OBJECTIVE = "right - leaked - max(0, 20 dB - background PSNR) / 20 dB; then the margin"
@@ -161,13 +161,18 @@ def page_of(record: Mapping) -> str:
         "was chosen. Points of one curve were looked at while the other settings were the best so far.</p>",
     ]
     for name, found in record["arms"].items():
-        chosen, panels = found["chosen"], []
-        for setting, value in chosen.items():
-            points = {found["tried"][0]["values"][setting]: found["tried"][0]["score"][0]}
-            points |= {t["values"][setting]: t["score"][0] for t in found["tried"] if t["along"] == setting}
-            panels.append((setting, tuple(points.items()), value))
-        parts.append(f"<h2>({arm_of(name).letter}) {name}: {found['score'][0]:.3f}</h2>{curves(panels)}")
+        parts.append(f"<h2>({arm_of(name).letter}) {name}: {found['score'][0]:.3f}</h2>{curves(panels_of(found))}")
     return "".join([*parts, "</body></html>"])
+
+
+def panels_of(found: Mapping) -> list[tuple[str, tuple, float]]:
+    """What `weaver.evaluation.charts.curves` takes, from one arm of a `sweep.json`."""
+    panels = []
+    for setting, value in found["chosen"].items():
+        points = {found["tried"][0]["values"][setting]: found["tried"][0]["score"][0]}
+        points |= {t["values"][setting]: t["score"][0] for t in found["tried"] if t["along"] == setting}
+        panels.append((setting, tuple(points.items()), value))
+    return panels
 
 
 def _search_arm(file: Path, arm: Arm, cases: Sequence[Case], budget: int, steps: int, move) -> list[Tried]:
