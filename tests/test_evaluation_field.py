@@ -97,21 +97,27 @@ def test_detect_and_compare_tells_right_from_mixed_and_missing(models):
     right = detect_and_compare(models, [one, other], references)
     assert right == pytest.approx(1, abs=1e-4)
     assert detect_and_compare(models, [other, one], references) == pytest.approx(right, abs=1e-6)  # in any order
-    twice, missing = (detect_and_compare(models, found, references) for found in ([one, one], [one]))
+    twice = detect_and_compare(models, [one, one], references)
     similar = image_alignment(models, [one], [other], "dino")
     assert twice == pytest.approx(1 - 2 * (1 - similar) ** 2, abs=1e-4)
-    assert missing == pytest.approx(1 - 1 - similar**2, abs=1e-4)
-    assert detect_and_compare(models, [one, other, picture(5)], references) == pytest.approx(right, abs=1e-4)
+    for found in ([one], [one, other, picture(5)], []):  # one too few, one too many, none
+        assert detect_and_compare(models, found, references) == 0.0
     with pytest.raises(WeaverError, match="no references"):
         detect_and_compare(models, [one], [])
 
 
-def test_reference_sets_are_compared_without_pictures_with_themselves(models):
-    pictures = [picture(seed) for seed in (1, 2)]
-    similar = image_alignment(models, pictures[:1], pictures[1:], "dino")
-    whole = image_alignment(models, pictures[:1], pictures, "dino")
-    found = detect_and_compare(models, pictures[:1], [pictures])
-    assert found == pytest.approx(1 - (whole - similar) ** 2, abs=1e-4)
+def test_detect_and_compare_follows_its_equation(models):
+    sets, found = [[picture(1), picture(2)], [picture(3)]], [picture(4), picture(5)]
+
+    def mean(of: list, to: list) -> float:
+        return sum(image_alignment(models, [a], [b], "dino") for a in of for b in to) / len(of) / len(to)
+
+    truth = np.array([[mean(a, b) for b in sets] for a in sets])  # a picture with itself among the pairs
+    rows = np.array([[mean([one], b) for b in sets] for one in found])
+    first = int(rows[:, 0].argmax())  # the first set chooses first
+    expected = 1 - ((rows[[first, 1 - first]] - truth) ** 2).sum()
+    assert detect_and_compare(models, found, sets) == pytest.approx(expected, abs=1e-4)
+    assert truth[0, 0] < 1 - 1e-3
 
 
 def test_models_are_loaded_by_their_names(models, tmp_path):

@@ -6,7 +6,6 @@ tables. Inside masks (`inside`) they say more of several concepts, and are compa
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -135,10 +134,11 @@ def detect_and_compare(
 ) -> float:
     """Detect-and-Compare of several subjects in one picture (MuDI, arXiv 2404.04243): 1 is right, mixing takes it down.
 
-    `1 - |S_DC - S_GT|_F^2`, where S_DC [n, n] are the similarities of each detected subject to each reference set, and
-    S_GT those of the reference sets to each other. Ours, where the description leaves it open: similarities are means
-    over pairs, of a set to itself over pairs of different pictures; subjects go to the references that suit them best
-    together; one that was not detected is like nothing, and of more than n the worst are left out.
+    `1 - |S_DC - S_GT|_F^2`, where S_DC [n, n] are the mean cosines of each detected subject to each reference set, and
+    S_GT those of the reference sets to each other, a picture with itself among them. Where the paper leaves it open, it
+    is as its authors published it: each reference set in its turn takes the nearest of the subjects that are left, and
+    another number of subjects than n gives 0. Theirs are detected by OWLv2 and compared by DreamSim; here by what the
+    caller detects with and the features of `kind`, so figures are comparable between pictures, not with their table.
 
     Parameters
     ----------
@@ -148,25 +148,15 @@ def detect_and_compare(
     """
     if not references:
         raise WeaverError("there are no references to compare with: give one set of pictures a subject")
-    own = [models.pictures(of_one, kind) for of_one in references]
-    truth = torch.stack([torch.stack([_similarity(a, b) for b in own]) for a in own])
-    found = torch.zeros(len(detected), len(own))
-    if detected:
-        features = models.pictures(detected, kind)
-        found = torch.stack([(features @ of_one.T).mean(1) for of_one in own], 1)  # [detected, n]
-    rows = torch.cat([found, torch.zeros(max(0, len(own) - len(detected)), len(own))])
-    best = max(itertools.permutations(range(len(rows)), len(own)), key=lambda order: sum(
-        rows[row, subject].item() for subject, row in enumerate(order)))  # fmt: skip
-    return 1 - (rows[list(best)] - truth).square().sum().item()
-
-
-def _similarity(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Mean cosine of all pairs; of a set with itself of the pairs of different pictures, 1 where there is one."""
-    products = first @ second.T
-    if first is not second:
-        return products.mean()
-    count = len(first)
-    return products.new_ones(()) if count == 1 else (products.sum() - products.trace()) / (count * (count - 1))
+    if len(detected) != len(references):
+        return 0.0
+    own, features = [models.pictures(of_one, kind) for of_one in references], models.pictures(detected, kind)
+    truth = torch.stack([torch.stack([(a @ b.T).mean() for b in own]) for a in own])
+    found = torch.stack([(features @ of_one.T).mean(1) for of_one in own], 1)  # [detected, n]
+    order: list[int] = []
+    for subject in range(len(own)):
+        order.append(max(set(range(len(own))) - set(order), key=lambda row: found[row, subject].item()))
+    return 1 - (found[order] - truth).square().sum().item()
 
 
 def _pooled(features) -> torch.Tensor:
