@@ -92,7 +92,7 @@ def merged(job: Job, names: Sequence[str]) -> Drawn:
     pipe.set_adapters([f"lora{number}" for number in range(len(names))])
     seed = torch.Generator().manual_seed(job.seed)
     image = pipe(
-        prompt, num_inference_steps=job.steps, guidance_scale=defaults_for(pipe).guidance, generator=seed
+        prompt, num_inference_steps=job.steps, guidance_scale=defaults_for(pipe).template_guidance, generator=seed
     ).images[0]
     try:
         words = [card_of(name).word for name in names]

@@ -17,7 +17,8 @@ class Defaults:
 
     Parameters
     ----------
-    guidance : omega, of fusion and of a template made by the same model
+    guidance : omega, of fusion
+    template_guidance : classifier-free guidance of a picture from its prompt alone, such as a template
     suppression : lambda
     sites : injection sites and windows
     eta : of the fusion's DDIM steps. The paper's is 0. The embedded model's flat drawings are inverted to noise that is
@@ -25,6 +26,7 @@ class Defaults:
     """
 
     guidance: float
+    template_guidance: float
     suppression: float
     sites: InjectionSites
     eta: float = 0.0
@@ -34,12 +36,14 @@ def defaults_for(pipe) -> Defaults:
     """Defaults of a pipeline: Plug-and-Play's guidance for Stable Diffusion (SDXL too), the embedded model's swept."""
     if is_embedded(pipe):
         return embedded_defaults()
-    return Defaults(guidance=7.5, suppression=0.2, sites=sites_for(pipe.unet))
+    return Defaults(guidance=7.5, template_guidance=7.5, suppression=0.2, sites=sites_for(pipe.unet))
 
 
 def embedded_defaults() -> Defaults:
-    """Of the embedded model, found by sweeps: `benchmarks/embedded_sites.py` and pictures looked at."""
-    return Defaults(guidance=3.0, suppression=0.0, sites=EMBEDDED, eta=0.5)
+    """Of the embedded model: guidance, lambda and windows as `weaver evaluate --sweep` chose them, recorded in
+    `weaver/evaluation/chosen.json`; sites and eta by `benchmarks/embedded_sites.py`.
+    """
+    return Defaults(guidance=2.5, template_guidance=3.0, suppression=0.0, sites=EMBEDDED, eta=0.5)
 
 
 def default_dilation(size: tuple[int, int]) -> int:

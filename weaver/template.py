@@ -114,7 +114,7 @@ def template_picture(
         if isinstance(source, Path):
             return load_template(source, size)
         if guidance is None and type(pipe).__name__ == "StableDiffusionPipeline":
-            guidance = defaults_for(pipe).guidance
+            guidance = defaults_for(pipe).template_guidance
         unet = getattr(pipe, "unet", None)
         graphs = None if unet is None else graphs
         with stages.pipeline_bar(pipe, "template"), lent(*modules_of(pipe)):

@@ -87,7 +87,8 @@ class Validator:
         read = read_prompts(pipe, settings.prompts, token, vectors)
         self._read = {name: ids.to(pipe._execution_device) for name, ids in read.items()}
         self._nothing = encode(pipe, None)
-        self._guidance = defaults_for(pipe).guidance if settings.guidance is None else settings.guidance
+        own = defaults_for(pipe).template_guidance
+        self._guidance = own if settings.guidance is None else settings.guidance
         self._pipe = copy.copy(pipe)  # its schedule and bar are its own, its modules are shared
         self._pipe.scheduler = copy.deepcopy(pipe.scheduler)
         self._pipe.set_progress_bar_config(disable=True)

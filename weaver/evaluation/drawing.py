@@ -89,7 +89,7 @@ class Drawer:
         prompt = self.case.prompt
         if prompt.layout == "made":
             for extra in range(TRIES):
-                picture = self._of_prompt(self.case.seed + extra * SEED_STRIDE, embedded_defaults().guidance)
+                picture = self._of_prompt(self.case.seed + extra * SEED_STRIDE, embedded_defaults().template_guidance)
                 masks = find_animals(picture, prompt.words, prompt.text)
                 if all(
                     mask is not None and classify_animal(picture, mask) == word

@@ -52,7 +52,7 @@ def resolve_job(job: Job, pipe, prompts: list[str]) -> Job:
             prompt=template.prompt or job.prompt,
             model=model,
             seed=_or(template.seed, job.seed),
-            guidance=_or(template.guidance, defaults.guidance) if model == SAME_MODEL else template.guidance,
+            guidance=_or(template.guidance, defaults.template_guidance) if model == SAME_MODEL else template.guidance,
         )
     return replace(
         job,
