@@ -92,6 +92,18 @@ def test_a_sweep_writes_what_it_tried_and_goes_on(tmp_path, monkeypatch):
         sweep(tmp_path, **options | {"budget": 3})
 
 
+def test_equal_settings_of_two_arms_are_drawn_once(tmp_path, monkeypatch):
+    case = next(case for case in sweep_cases() if case.prompt.layout == "touching")
+    options = {"budget": 1, "cases": [case], "steps": 2}
+    first = sweep(tmp_path, arms=[arm_of("full")], **options)["arms"]["full"]
+    assert arm_of("full").settings(default_settings()) == arm_of("no-suppression").settings(default_settings())
+    monkeypatch.setattr(module, "measured", lambda *args: pytest.fail("drawn again"))
+    again = sweep(tmp_path, arms=[arm_of("no-suppression")], **options)["arms"]["no-suppression"]
+    assert again["score"] == first["score"]
+    with pytest.raises(pytest.fail.Exception, match="drawn again"):
+        sweep(tmp_path, arms=[arm_of("dense-masks")], **options)
+
+
 def test_curves_show_what_was_tried_along_each_setting():
     tried = search({"x": 1.0, "n": 0}, GRID_OF_TWO, 9, hill)
     best = max(tried, key=lambda one: one.score)
