@@ -188,8 +188,8 @@ def _search_arm(file: Path, arm: Arm, cases: Sequence[Case], budget: int, steps:
             nonlocal looked
             settings = replace(begun, **values)
             wanted = hashlib.sha256("".join(identity(c, {"": settings}, steps) for c in cases).encode()).hexdigest()
-            for other in () if wanted in kept else file.parent.glob("*.json"):
-                kept |= {key: score for key, score in _kept(other).items() if key == wanted}
+            if wanted not in kept:
+                kept.update((key, score) for f in file.parent.glob("*.json") for key, score in _kept(f).items())
             if wanted not in kept:
                 kept[wanted] = list(objective([asdict(measured(d, settings, d.draw(settings))) for d in drawers]))
                 with whole_file(file) as unfinished:
