@@ -13,7 +13,7 @@ from weaver.evaluation import sweep as module
 from weaver.evaluation.arms import ARMS, arm_of, default_settings
 from weaver.evaluation.charts import _FULL as COLOUR
 from weaver.evaluation.suite import sweep_cases
-from weaver.evaluation.sweep import GRID, objective, page_of, search, sweep
+from weaver.evaluation.sweep import GRID, objective, page_of, panels_of, search, sweep
 
 GRID_OF_TWO = {"x": (0.0, 1.0, 2.0, 4.0), "n": (0, 1, 2, 3)}
 
@@ -116,6 +116,16 @@ def test_curves_show_what_was_tried_along_each_setting():
     told = set(re.findall(r"<title>(\w) ([\d.]+): ", page))
     assert {(name, float(value)) for name, value in told} == points
     assert page.count(f'fill="{COLOUR}"') == 4  # dot and label of the value that was chosen, in both
+
+
+def test_a_curve_sets_out_from_the_best_so_far():
+    def entry(x: float, y: float, along: str | None, score: float) -> dict:
+        return {"values": {"x": x, "y": y}, "along": along, "score": [score, 0.0]}
+
+    tried = [entry(1, 1, None, 0.3), entry(2, 1, "x", 0.6), entry(2, 3, "y", 0.5), entry(2.5, 1, "x", 0.7)]
+    panels = panels_of({"chosen": {"x": 2.5, "y": 1}, "tried": tried})
+    assert panels[0] == ("x", ((1, 0.3), (2, 0.6), (2.5, 0.7)), 2.5)
+    assert panels[1] == ("y", ((1, 0.6), (3, 0.5)), 1)  # where x had been found to be better at 2
 
 
 def test_the_command_sweeps(tmp_path, capsys, monkeypatch):
