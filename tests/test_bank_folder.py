@@ -27,6 +27,7 @@ from weaver.concepts.formats.convert import convert
 from weaver.errors import WeaverError
 from weaver.fusion import ConceptUse
 from weaver.memory.shapes import load_shapes
+from weaver_kernels import LowRank
 
 PICTURES = (Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue"))
 ROOT = Path(__file__).parent.parent
@@ -184,6 +185,24 @@ def test_with_a_model_a_concept_of_another_is_told(bank, pipe, rex):
     assert bank.faults("rex", pipe) == []
     (fault,) = bank.faults("rex", make_pipeline(dtype=torch.float32, seed=5))
     assert "belongs to another base model" in fault
+
+
+def test_with_a_model_a_lora_of_another_is_told_where_no_cross_attention_is_changed(bank, pipe, rex, tmp_path):
+    path = next(path for path, module in pipe.unet.named_modules() if path.endswith("attn1.to_q"))
+    width = pipe.unet.get_submodule(path).in_features
+    for wide, fits in ((width, True), (width + 8, False)):
+        concept = replace(rex, deltas={}, outside={path: LowRank(torch.ones(2, wide), torch.ones(wide, 2))})
+        bank.add([Kept(concept)], replace=True)
+        faults = bank.faults("rex", pipe)
+        assert faults == [] if fits else "1 of the 1 modules that it changes outside of cross-attention" in faults[0]
+        file = tmp_path / "rex.safetensors"
+        concept.save(file)
+        if fits:
+            assert load_concept(file, pipe).outside.keys() == {path}
+        else:
+            with pytest.raises(ConceptError, match="belongs to another base model"):
+                load_concept(file, pipe)
+        assert load_concept(file).outside.keys() == {path}  # its cross-attention could be used alone
 
 
 def killed_at(number, bank, kept):

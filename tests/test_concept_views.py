@@ -16,6 +16,7 @@ from weaver.concepts.images import TrainingSet, load_images
 from weaver.concepts.picture_folder import picture_files
 from weaver.concepts.train import train_concept
 from weaver.concepts.views import with_views
+from weaver.embedded import load_pipeline
 from weaver.errors import WeaverError
 
 CAPTION = "a <v1> cat"
@@ -118,6 +119,16 @@ def test_every_view_shows_something_of_the_concept(size):
         found = with_views(data, "sks", size, 6, seed)
         assert len(found.images) == 7 and all(one.getbbox() for one in found.masks)
         assert all(caption.startswith("a boy asks a ") for caption in found.captions)
+
+
+def test_a_mask_of_which_no_cell_is_left_is_told():
+    mask = Image.new("L", (1024, 1024), 0)
+    mask.paste(255, (600, 600, 602, 602))
+    both = Image.new("RGB", (64, 64)), Image.new("RGB", mask.size)
+    data = TrainingSet(both, ("a <v1> dog",) * 2, (None, mask), names=("a.png", "b.png"))
+    for flip in (False, True):
+        with pytest.raises(WeaverError, match="b.png: its mask is too small: nothing of it is left in the 16 x 16"):
+            prepare(load_pipeline(), data, "<v1>", flip=flip)
 
 
 def test_a_mask_outside_of_what_is_cut_out_is_told(tiny_pipe):

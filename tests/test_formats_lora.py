@@ -274,6 +274,19 @@ def test_factors_under_names_of_two_kinds_are_not_lost(tmp_path):
         read_concept_file(path)
 
 
+@pytest.mark.parametrize("name", ["input_blocks_{}_1_proj_in", "x_{}_output_blocks_1_proj_in", "middle_block_{}_to_q"])
+def test_blocks_that_no_u_net_has_are_refused_before_their_names_are_converted(name, tmp_path, monkeypatch):
+    """diffusers' converter looks through every name once for each number of a block."""
+    monkeypatch.setattr(
+        "weaver.concepts.formats.lora.StableDiffusionXLPipeline.lora_state_dict", lambda *a, **k: pytest.fail("read")
+    )
+    layers = [f"lora_unet_{name.format(number)}" for number in range(100, 400)]
+    tensors = {f"{layer}.lora_{part}.weight": torch.ones(1, 1) for layer in layers for part in ("down", "up")}
+    save_file(tensors, tmp_path / "rex.safetensors")
+    with pytest.raises(ConceptError, match="is of a block that no Stable Diffusion has"):
+        read_concept_file(tmp_path / "rex.safetensors")
+
+
 def test_a_lora_of_another_size_is_refused(file):
     tensors, metadata = read(file)
     wider = {key: torch.cat([x, x], 1) if "attn2.to_k.lora_A" in key else x for key, x in tensors.items()}

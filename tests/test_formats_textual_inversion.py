@@ -11,6 +11,7 @@ import torch
 from weaver.concepts.concept import ConceptError
 from weaver.concepts.encoding import encode
 from weaver.concepts.formats import read_concept_file
+from weaver.concepts.own_prompts import token_reasons
 
 OWN = "a {} dog, mountain"
 
@@ -116,6 +117,22 @@ def test_several_tokens_in_one_file(pipe, tmp_path):
     with pytest.raises(ConceptError, match="tell which token: the file has <a>, <b>"):
         parsed.concept(pipe, name="toy", word="dog")
     assert parsed.concept(pipe, name="toy", word="dog", token="<b>").vectors == 2
+
+
+def test_a_token_that_is_a_word_can_be_called_otherwise(pipe, tmp_path):
+    path = files.save(automatic(files.vectors(pipe)["text_encoder"]), tmp_path / "cat.pt")
+    parsed = read_concept_file(path)
+    own, called = (parsed.concept(pipe, name="cat", word="cat", token=token) for token in (None, "<cat>"))
+    assert (own.token, called.token) == ("cat", "<cat>")
+    assert torch.equal(called.embeddings["text_encoder"], own.embeddings["text_encoder"])
+    (told,) = token_reasons({"prompt": "a cat and a dog"}, [own])
+    assert told.endswith("the base model reads that as a word: call the concept otherwise, such as token '<cat>'")
+    assert token_reasons({"prompt": "a cat and a dog"}, [called]) == []
+    with pytest.raises(ConceptError, match="no token 'kitty': the file has cat"):
+        parsed.concept(pipe, name="cat", word="cat", token="kitty")
+    path = files.save({"<a>": torch.ones(16)}, tmp_path / "a.bin")
+    with pytest.raises(ConceptError, match="no token '<b>': the file has <a>"):
+        read_concept_file(path).concept(pipe, name="cat", word="cat", token="<b>")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,10 @@ def check_style(path: Path) -> ParsedFile:
     file = read_concept_file(path)
     kind = "concept file" if isinstance(file, Concept) else file.format
     if not kind.endswith("LoRA"):
-        raise WeaverError(f"{path.name} is a {kind}, and a style is a LoRA: list it under concepts")
+        raise WeaverError(
+            f"{path.name} is a {kind}, and a style is a LoRA: list it under concepts, or write it as a LoRA (weaver "
+            "bank convert --to diffusers-lora)"
+        )
     if find_spec("peft") is None:
         raise WeaverError("a style is loaded by the package peft, which is not installed: pip install peft")
     return file

@@ -135,6 +135,7 @@ class BankFolder:
             concept = Concept.load(path)
             if pipe is not None:
                 concept.check_base(pipe)
+                concept.check_outside(pipe)
         except ConceptError as error:
             reasons.append(str(error))
         try:

@@ -8,6 +8,7 @@ from math import hypot
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from weaver_kernels import LowRank
 
@@ -41,6 +42,20 @@ def change_shape(delta: Delta) -> tuple[int, ...]:
     if isinstance(delta, LowRank):
         return (len(delta.up), *delta.down.shape[1:])
     return tuple(delta.shape)
+
+
+def base_layer(module: nn.Module | None) -> nn.Module | None:
+    """The layer itself, where an adapter library wraps it."""
+    return getattr(module, "base_layer", module)
+
+
+def change_fits(module: nn.Module | None, delta: Delta) -> bool:
+    """Whether a module is a Linear or an ungrouped convolution of the weight that a change is added to."""
+    base, shape = base_layer(module), change_shape(delta)
+    if not isinstance(base, nn.Linear | nn.Conv2d):
+        return False
+    shape += (1,) * (base.weight.ndim - len(shape))  # files flatten convolutions of one pixel
+    return tuple(base.weight.shape) == shape and getattr(base, "groups", 1) == 1
 
 
 def change_norm(delta: Delta) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from weaver.concepts.changes import Delta, change_shape
+from weaver.concepts.changes import Delta, change_fits, change_shape
 from weaver.concepts.concept_checks import CHANGED, GROUPS, OUTPUT_BIAS, concept_reasons
 from weaver.concepts.concept_file import ConceptError, read_concept_tensors, write_concept_tensors
 from weaver.conditioning import text_encoders
@@ -177,6 +177,20 @@ class Concept:
         if reasons:
             fix = "load the model it was trained on (in float16 or float32), or train it again"
             raise ConceptError(f"concept {self.name!r} belongs to another base model: {'; '.join(reasons)}; {fix}")
+
+    def check_outside(self, pipe) -> None:
+        """Raise `ConceptError` where what is changed outside of cross-attention has no place in the U-Net of `pipe`.
+
+        That is no part of `check_base`: a concept's cross-attention can be used alone, see `weaver.ConceptUse`.
+        """
+        modules = dict(pipe.unet.named_modules())
+        odd = [path for path, delta in self.outside.items() if not change_fits(modules.get(path), delta)]
+        if odd:
+            raise ConceptError(
+                f"concept {self.name!r} belongs to another base model: {len(odd)} of the {len(self.outside)} modules "
+                f"that it changes outside of cross-attention do not fit, {odd[0]} among them; load the model it was "
+                "trained on"
+            )
 
 
 def text_module(pipe, key: str) -> torch.nn.Linear | None:

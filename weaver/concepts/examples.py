@@ -77,6 +77,13 @@ def prepare(
         captions *= 2
     read = read_prompts(pipe, captions, token, vectors)
     latents = torch.cat([encode_image(pipe.vae, images[i : i + at_once]) for i in range(0, len(images), at_once)])
+    region = _region(masks, latents.shape[-2:]) if any(masks) else None
+    if region is not None and (gone := (region.sum((1, 2, 3)) == 0).nonzero().flatten().tolist()):
+        cells = f"{latents.shape[-1]} x {latents.shape[-2]}"
+        raise WeaverError(
+            f"{data.called(gone[0] % len(data.images))}: its mask is too small: nothing of it is left in the {cells} "
+            "cells that the model draws: cut the picture closer about the concept, or mask more of it"
+        )
     device = pipe._execution_device
     told = latents.new_empty(0, dtype=pipe.unet.dtype, device=device)
     time_ids = [make_time_ids(pipe, size, told, framing.time_ids(size)) for framing in framings]
@@ -84,7 +91,7 @@ def prepare(
         latents=latents.to(device, torch.float32),
         captions={name: ids.to(device) for name, ids in read.items()},
         time_ids=None if time_ids[0] is None else torch.cat(time_ids),
-        region=_region(masks, latents.shape[-2:]).to(device) if any(masks) else None,
+        region=None if region is None else region.to(device),
     )
 
 

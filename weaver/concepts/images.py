@@ -175,6 +175,6 @@ def caption_of(picture: Path, token: str, word: str, *, template: str | None = N
 
 def _read_caption(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8-sig").strip()  # of editors that mark the encoding, too
     except (OSError, UnicodeDecodeError) as error:
         raise WeaverError(f"{path}: not a readable caption in UTF-8 ({error})") from error

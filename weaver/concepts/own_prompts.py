@@ -61,9 +61,14 @@ def token_reasons(texts: Mapping[str, str | None], concepts: Sequence[Concept]) 
     concepts : anything with a name, a modifier token and a class word
     """
     return [
-        f"{field}: {text!r} holds {concept.token!r}, the token of {concept.name}; write {concept.word!r} alone, "
-        "tokens belong into the concepts' own prompts"
+        f"{field}: {text!r} holds {concept.token!r}, the token of {concept.name}; {_instead(concept)}"
         for field, text in texts.items()
         for concept in concepts
         if text and concept.modifier and names_token(text, concept.modifier)
     ]
+
+
+def _instead(concept: Concept) -> str:
+    if concept.token.startswith("<"):
+        return f"write {concept.word!r} alone, tokens belong into the concepts' own prompts"
+    return f"the base model reads that as a word: call the concept otherwise, such as token '<{concept.token}>'"

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from weaver.concepts.changes import Delta, change_shape, scaled
+from weaver.concepts.changes import Delta, base_layer, change_fits, scaled
 from weaver.fusion.contexts import FIRST_USE, ConceptUse
 from weaver.fusion.rows import Row
 from weaver.layers import branch_end, output_size, time_sum
@@ -53,7 +53,7 @@ def regional_reasons(unet: nn.Module, uses: Sequence[ConceptUse]) -> list[str]:
     modules, reasons = dict(unet.named_modules()), []
     for use in uses:
         changes = {path: x for path, x in use.in_region.items() if path not in use.concept.deltas}
-        odd = [path for path, delta in changes.items() if not _fits(modules.get(path), delta)]
+        odd = [path for path, delta in changes.items() if not change_fits(modules.get(path), delta)]
         if odd:
             reasons.append(
                 f"{len(odd)} of the {len(changes)} changes that {use.name} makes outside cross-attention do not fit "
@@ -83,26 +83,13 @@ def regional_changes(
     found: dict[str, list[LowRank | None]] = {}
     for s, use in enumerate(uses, start=FIRST_USE):
         for path, delta in use.in_region.items():
-            axes = _base(unet.get_submodule(path)).weight.ndim
+            axes = base_layer(unet.get_submodule(path)).weight.ndim
             found.setdefault(path, [None] * contexts)[s] = _factors(scaled(delta, use.scale, dtype), axes)
     device, levels = unet.device, len(unet.config.block_out_channels)
     return {
         path: RegionalChanges(AdapterStack.of(factors).to(device, dtype), output_size(path, levels, size))
         for path, factors in found.items()
     }
-
-
-def _base(module: nn.Module | None) -> nn.Module | None:
-    """The layer itself, where an adapter library wraps it."""
-    return getattr(module, "base_layer", module)
-
-
-def _fits(module: nn.Module | None, delta: Delta) -> bool:
-    base, shape = _base(module), change_shape(delta)
-    if not isinstance(base, nn.Linear | nn.Conv2d):
-        return False
-    shape += (1,) * (base.weight.ndim - len(shape))  # files flatten convolutions of one pixel
-    return tuple(base.weight.shape) == shape and getattr(base, "groups", 1) == 1
 
 
 def _factors(delta: Delta, axes: int) -> LowRank:
@@ -214,7 +201,7 @@ def _stands_aside(state, end: str | None) -> bool:
 
 def _add(state, reads: RegionalReads, end: str | None):
     def hook(module, args, output):
-        return None if _stands_aside(state, end) else reads.added(output, args[0], _base(module))
+        return None if _stands_aside(state, end) else reads.added(output, args[0], base_layer(module))
 
     return hook
 

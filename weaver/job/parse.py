@@ -100,7 +100,8 @@ def _style(fields: Fields) -> StyleSpec:
         fields.complain("file", "is missing; name a LoRA")
     value = fields.text("file")
     if value and value.startswith(BANK):
-        fields.complain("file", f"{value!r} is no file: the bank keeps concepts, and a style is a LoRA; name its file")
+        reason = f"{value!r} is no file: the bank keeps concepts, and a style is a LoRA; name its file, or write the "
+        fields.complain("file", reason + "concept as one (weaver bank convert --to diffusers-lora)")
     elif value and value.startswith(EMBEDDED):
         fields.complain("file", f"{value!r} is no file, and no style ships with the package; name a LoRA's")
     else:

@@ -43,6 +43,9 @@ _OLD_TEXT = re.compile(r"\.(?:to_(q|k|v|out)_lora|lora_linear_layer|lora)\.(down
 _OLD_PROJECTIONS = {"q": ".q_proj", "k": ".k_proj", "v": ".v_proj", "out": ".out_proj"}
 _TEXT_MODULES = ("text_model.", "encoder.layers.")  # which of the two depends on the version of transformers
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_SGM = ("input_blocks", "middle_block", "output_blocks")
+# Of those 12 blocks at most, as any U-Net of SD 1, 2 and SDXL has: the converter looks through all keys once a number.
+_SGM_BLOCK = re.compile(r"^lora_unet_(?:input_blocks|middle_block|output_blocks)_(?:[0-9]|1[01])_")
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
 _UNET_MODULES = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.")
 _LAYERS_PER_BLOCK = SimpleNamespace(layers_per_block=2)  # of SDXL's U-Net, whose blocks kohya's scripts count otherwise
@@ -144,6 +147,8 @@ def _from_kohya(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if middle.ndim != 4 or middle.shape[1] != rank:
                 raise Refusal(f"{name}.lora_mid has shape {tuple(middle.shape)}, expected [r, {rank}, h, w]")
             tensors[key] = torch.einsum("ijhw,jc->ichw", middle.float(), tensors[key].flatten(1).float())
+    if odd := [key for key in tensors if any(name in key for name in _SGM) and not _SGM_BLOCK.match(key)]:
+        raise Refusal(f"{told(odd[0])} is of a block that no Stable Diffusion has: {OTHER_BASE}")
     count = len(tensors)
     try:
         named = StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=_LAYERS_PER_BLOCK)[0]

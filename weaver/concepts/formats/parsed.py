@@ -73,8 +73,8 @@ class ParsedFile:
         ----------
         pipe : None will do unless the file `needs_base`; that the concept fits a model is then checked where it is used
         name, word : as in `Concept`.
-        token : which of the file's tokens; None is the only one. Where the file has none, the words that it was trained
-            on, None for none.
+        token : which of the file's tokens; None is the only one, and one in angle brackets is what an only one that is
+            not is called from now on. Where the file has none, the words that it was trained on, None for none.
 
         Raises `ConceptError` where `token` must be told or is not in the file, and where weights do not fit the model.
         """
@@ -104,6 +104,8 @@ class ParsedFile:
             return token or "", {}
         if token is None and len(self.embeddings) == 1:
             return next(iter(self.embeddings.items()))
+        if len(self.embeddings) == 1 and _MODIFIER.search(token) and not _MODIFIER.search(next(iter(self.embeddings))):
+            return token, next(iter(self.embeddings.values()))  # its own is a word, which prompts may mean otherwise
         if token not in self.embeddings:
             known = ", ".join(self.embeddings)
             asked = "tell which token" if token is None else f"no token {told(token)}"

@@ -100,6 +100,8 @@ def load_concept(
     try:
         reading = ConceptReading.of(path, name=name, word=word, token=token)
         concept = reading.concept(pipe)
+        if pipe is not None:
+            concept.check_outside(pipe)
         tell_unused(concept, on_unused, str(path))
     except ConceptError as error:
         raise error if str(path) in str(error) else ConceptError(f"{path}: {error}") from error
