@@ -157,5 +157,5 @@ def test_what_is_not_found_is_told_with_its_field(job_folder, tmp_path, capsys):
         masks={"source": "attention"},
     )
     code, _, err = weaver(capsys, "masks", job)
-    assert code == 2 and "concepts[0].mask: 50 'cat' asked for, but the mask of 'cat' holds" in err
+    assert code == 2 and "concepts[0].mask: no 'cat' number 50 from the left; found 'cat' in box [" in err
     assert files(tmp_path) == ["job.yaml"]

@@ -15,8 +15,9 @@ from tiny_detectors import make_grounding_dino, make_sam
 from weaver import places as places_module
 from weaver.errors import WeaverError
 from weaver.job import MaskSpec
-from weaver.masks import MaskError, TextMasks, segmenter_masks
+from weaver.masks import MaskError, TextMasks
 from weaver.masks.grounded import GroundingDino, Sam
+from weaver.masks.segmenter import segmenter_objects
 from weaver.masks.text import Detection
 from weaver.pipeline import weave
 from weaver.places import Places
@@ -36,10 +37,10 @@ class Two:
 
 @pytest.fixture
 def segmenter(monkeypatch):
-    def masks(image, words, prompt):
-        return segmenter_masks(image, words, prompt, segmenter=Two())
+    def objects(image, wishes, prompt):
+        return segmenter_objects(image, wishes, prompt, segmenter=Two())
 
-    monkeypatch.setattr(places_module, "segmenter_masks", masks)
+    monkeypatch.setattr(places_module, "segmenter_objects", objects)
 
 
 def found(*specs, source="segmenter"):

@@ -14,6 +14,7 @@ from weaver.job.inputs import shipped_name
 from weaver.job.resolve import final_masks, mask_fields
 from weaver.masks import MaskError
 from weaver.models import is_embedded
+from weaver.masks.assign import NotFoundError
 from weaver.places import Places
 from weaver.progress import Stages
 from weaver.template import template_picture
@@ -81,10 +82,11 @@ def _find(job: Job, pipe, template: Image.Image, places: Places, stages: Stages)
     try:
         found = places.find(pipe, template, job.inversion_prompt, stages)
     except MaskError as error:
-        words = zip(mask_fields(job), places.words, strict=True)
-        named = [field for field, word in words if word and repr(word.lower()) in str(error)]
-        raise MaskError(f"{', '.join(named) or 'masks'}: {error}") from error
+        raise MaskError(f"masks: {error}") from error
     return found, final_masks(job, found)
+    except NotFoundError as error:
+        named = [field for field, word in zip(mask_fields(job), places.words, strict=True) if word in error.words]
+        raise MaskError(f"{', '.join(named)}: {error}") from error
 
 
 def _unlike(job: Job, template: Image.Image, masks: torch.Tensor) -> int:
