@@ -32,6 +32,19 @@ def test_an_error_while_writing_leaves_nothing_half_written(job_folder, tmp_path
 
 
 def test_results_can_not_go_into_a_file(job_folder, tmp_path):
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "drawn"])
+def test_the_sheet_tells_whether_the_background_was_kept(job_folder, tmp_path, monkeypatch, kept):
+    panels, sheet = [], outputs.contact_sheet
+
+    def noted(cards, shown, **texts):
+        panels.extend(shown)
+        return sheet(cards, shown, **texts)
+
+    monkeypatch.setattr(outputs, "contact_sheet", noted)
+    run_job(job_of(job_folder, template={"image": "template.png"}, steps=1, keep_background=kept), tmp_path / "run")
+    assert panels[-1][1].endswith(", the template's background kept") == kept
+
+
     (tmp_path / "file").write_text("")
     with pytest.raises(WeaverError, match="out: .*file is a file, not a folder"):
         run_job(job_of(job_folder), tmp_path / "file" / "run")
