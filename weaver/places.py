@@ -13,6 +13,7 @@ from weaver.choices import MASK_SOURCES
 from weaver.errors import WeaverError, told
 from weaver.fusion.contexts import ConceptUse
 from weaver.job import MaskSpec
+from weaver.job.mask_rules import mask_reasons
 from weaver.masks import (
     Found,
     MaskError,
@@ -80,13 +81,16 @@ class Places:
         source : "segmenter", "attention" or "text"
         size : (height, width) of the template, and `source_size` of its file, on which masks may be drawn too
 
-        Raises `WeaverError` with every reason.
+        Raises `WeaverError` with every reason, the specs' own (`weaver.job.mask_rules`) among them.
         """
         if source not in MASK_SOURCES:
             raise WeaverError(f"mask source {source!r} is not one of {', '.join(MASK_SOURCES)}")
         given, wishes, sources, reasons = [], [], [], []
         for spec, word, label in zip(specs, words, labels, strict=True):
             word, mask, wish = spec.word or word, None, None
+            if faults := [f"{name}: {fault}" if name else fault for name, fault in mask_reasons(spec)]:
+                reasons.append(f"{label}: " + "; ".join(faults))
+                continue
             try:
                 if spec.file is not None:
                     mask = load_mask(spec.file, size, source_size=source_size, label=spec.label)
