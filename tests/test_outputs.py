@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from jobs import TRAINED, job_of, picture
 
-from weaver import folder, outputs, run
+from weaver import folder, outputs
 from weaver.errors import WeaverError
 from weaver.folder import check_folder
+from weaver.job import prepare
 from weaver.run import run_job
 
 
@@ -31,7 +32,6 @@ def test_an_error_while_writing_leaves_nothing_half_written(job_folder, tmp_path
     assert (kept / "fused.png").read_text() == "of an earlier run"
 
 
-def test_results_can_not_go_into_a_file(job_folder, tmp_path):
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "drawn"])
 def test_the_sheet_tells_whether_the_background_was_kept(job_folder, tmp_path, monkeypatch, kept):
     panels, sheet = [], outputs.contact_sheet
@@ -45,6 +45,7 @@ def test_the_sheet_tells_whether_the_background_was_kept(job_folder, tmp_path, m
     assert panels[-1][1].endswith(", the template's background kept") == kept
 
 
+def test_results_can_not_go_into_a_file(job_folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WeaverError, match="out: .*file is a file, not a folder"):
         run_job(job_of(job_folder), tmp_path / "file" / "run")
@@ -68,7 +69,7 @@ def test_results_can_not_go_where_nothing_can_be_written(tmp_path):
 
 
 def test_no_result_replaces_what_the_run_reads(job_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(prepare, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     (tmp_path / "concepts").mkdir()
     (tmp_path / "manifest.json").write_text("the job")
     picture(5).save(tmp_path / "template.png")
