@@ -121,6 +121,22 @@ def test_a_layer_with_nothing_left_is_an_empty_mask(job_file, tmp_path, capsys):
     assert code == 2 and "concepts[0].mask: " in err and err.endswith("tom.png: the mask is empty\n")
 
 
+def test_a_layer_is_not_saved_together_with_the_template(job_file, tmp_path, capsys):
+    """Painted all over it is the whole picture; flattened onto the template, onto white, it is no mask."""
+    out = tmp_path / "out"
+    assert weaver(capsys, "masks", job_file, "--edit", "--out", out)[0] == 0
+    file, ground = out / "layers" / "rex.png", Image.new("RGBA", (SIDE, SIDE), "white")
+    layer, template = Image.open(file), Image.open(out / "template.png").convert("RGBA")
+    Image.alpha_composite(template, layer).save(file)
+    code, _, err = weaver(capsys, "masks", job_file, "--masks", out)
+    assert code == 2 and f"--masks: {file} hold the template too, and no transparent pixel: hide every other" in err
+    Image.alpha_composite(ground, layer).save(file)
+    code, _, err = weaver(capsys, "masks", job_file, "--masks", out)
+    assert code == 2 and "concepts[1].mask: " in err and "rex.png: no pixel is transparent or dark" in err
+    Image.new("RGBA", (SIDE, SIDE), layer.getpixel((0, 0))[:3]).save(file)
+    assert preview_masks(with_layers(cli_job(job_file), out)).dense[1].all()
+
+
 @pytest.fixture
 def manifest(job_file, pipe, tmp_path):
     """That of a run of the job, with which it was made."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -14,11 +15,13 @@ from weaver.job.inputs import read_inputs
 from weaver.job.prepare import prepare
 from weaver.job.resolve import final_masks
 from weaver.masks.overlay import concept_colour, draw_masks
+from weaver.pictures import PictureError, open_picture, open_rgb
 from weaver.progress import Stages
 
 __all__ = ["LAYERS", "TEMPLATE", "Preview", "layer_files", "place_files", "preview_masks", "with_layers"]
 
 TEMPLATE, LAYERS = "template.png", "layers"  # in a folder of masks that are edited
+_SHARED = 16  # colours that a mask and a template have in common by chance, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,16 +94,35 @@ def layer_files(names: Sequence[str]) -> list[Path]:
 def with_layers(job: Job, folder: Path) -> Job:
     """The same job on the template and with the masks of a folder in which `weaver masks --edit` wrote its layers.
 
-    Raises `JobError` naming the files that are not there.
+    The mask of a layer is what is opaque in it. Raises `JobError` naming the files that are not there, and layers that
+    were saved together with the template below them.
     """
     files = [folder / file for file in layer_files([spec.name for spec in job.concepts])]
     template = folder / TEMPLATE
     if missing := [str(file) for file in (template, *files) if not file.is_file()]:
         raise JobError(f"--masks: {', '.join(missing)} not there; `weaver masks JOB --edit --out {folder}` writes them")
+    if merged := [str(file) for file in files if _is_merged(file, template)]:
+        raise JobError(
+            f"--masks: {', '.join(merged)} hold the template too, and no transparent pixel: hide every other layer of "
+            "the editor, and save them anew, as PNG with transparency"
+        )
     concepts = tuple(
         replace(spec, mask=MaskSpec(file=file.resolve())) for spec, file in zip(job.concepts, files, strict=True)
     )
     return replace(job, template=TemplateSpec(image=template.resolve()), concepts=concepts)
+
+
+def _is_merged(layer: Path, template: Path) -> bool:
+    """Whether a layer has no transparent pixel and is the template in places, which a mask drawn in a few colours, as a
+    picture without transparency may be, is not."""
+    try:
+        image, below = open_picture(layer).convert("RGBA"), open_rgb(template)
+    except PictureError:
+        return False  # which is told with its field when the job's files are read
+    if image.size != below.size or image.getchannel("A").getextrema()[0] < 255:
+        return False
+    colours, own = np.asarray(image.convert("RGB")), np.asarray(below)
+    return len(np.unique(colours[(colours == own).all(-1)], axis=0)) > _SHARED
 
 
 def _layer(mask: torch.Tensor, colour: tuple[int, int, int]) -> Image.Image:
