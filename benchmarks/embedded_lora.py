@@ -13,14 +13,16 @@ the base model's. Forms:
   its animals are found by the segmenter.
 
 Prints the means over all animals of the similarity to the concept's own pictures inside its mask (`own`), to its base
-class and to the nearest other concept; in how many pictures every animal is nearest to its own; and in how many masks
-the animal is nearest to the picture's other concept (`leaks`). Results go to ``outputs/lora``: a folder a form and
+class (`base`), to the nearest other concept (`others`) and to the other one in the picture (`mixed`); in how many
+pictures every animal is nearest to its own (`shows`); and in how many masks the animal is nearest to the picture's
+other concept, of all that the classifier knows (`leaks`). Results go to ``outputs/lora``: a folder a form and
 seed, ``embedded_lora.json`` and ``lora.png``, a row a form; ``--record`` keeps them, and ``docs/whole_loras.png``.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +43,7 @@ from weaver.defaults import defaults_for
 from weaver.demo import demo_job, with_shipped_concepts
 from weaver.embedded import concept_hashes, concept_path, load_pipeline, model_hash
 from weaver.embedded.catalog import card_of
-from weaver.embedded.identity import score, similarities
+from weaver.embedded.identity import identity_of, score, similarities
 from weaver.job import Job
 from weaver.masks import MaskError, segmenter_masks
 from weaver.models import quiet_libraries
@@ -102,26 +104,27 @@ def merged(job: Job, names: Sequence[str]) -> Drawn:
     return Drawn(image, masks)
 
 
-def leaks(drawn: Drawn, name: str, names: Sequence[str]) -> bool:
-    """Whether the region of one concept is nearest to another one of the picture, of all that the classifier knows."""
+def mixing(drawn: Drawn, name: str, names: Sequence[str]) -> tuple[float, bool]:
+    """How near a concept's region is to another one of the picture, and whether nothing that is known is nearer."""
     found = similarities(drawn.image, drawn.masks[name])
-    others = {(card_of(other).source, card_of(other).word) for other in names if other != name}
-    return max(found, key=found.get) in others
+    others = [identity_of(card_of(other)) for other in names if other != name]
+    return max(found[other] for other in others), max(found, key=found.get) in others
 
 
 def figures(form: str, drawn: Sequence[Drawn], pairs: Sequence[Sequence[str]]) -> dict:
     """One row of the table; an animal that was not found counts as not shown, and in no mean."""
     scores = [{name: score(one.image, mask, name) for name, mask in one.masks.items()} for one in drawn]
     every = [found for of_one in scores for found in of_one.values()]
-    leaking = [leaks(one, name, names) for one, names in zip(drawn, pairs, strict=True) for name in one.masks]
+    mixed = [mixing(one, name, names) for one, names in zip(drawn, pairs, strict=True) for name in one.masks]
     shown = sum(
         len(found) == len(names) and all(map(shows, found.values())) for found, names in zip(scores, pairs, strict=True)
     )
     row = {"form": form} | {key: round(mean(found[key] for found in every), 3) for key in ("own", "base", "others")}
     animals = sum(map(len, pairs))
     return row | {
+        "mixed": round(mean(near for near, _ in mixed), 3),
         "shows": f"{shown} of {len(drawn)}",
-        "leaks": f"{sum(leaking)} of {len(every)}",
+        "leaks": f"{sum(leaks for _, leaks in mixed)} of {len(every)}",
         "found": f"{len(every)} of {animals}",
     }
 
@@ -156,12 +159,13 @@ def main() -> None:
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     animals = sorted({name for names in pairs for name in names})
     told = {"model": model_hash(), "concepts": concept_hashes(animals), "seeds": args.seeds, "rows": table}
-    for place in [args.out] + [RESULTS] * args.record:
-        (place / "embedded_lora.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     sheet = grid([[one.image for one in drawn] for drawn in found.values()], 160)
     sheet.save(args.out / "lora.png")
     if args.record:
         for_docs(sheet).save(PICTURE, optimize=True)
+        told["docs/whole_loras.png"] = hashlib.sha256(PICTURE.read_bytes()).hexdigest()
+    for place in [args.out] + [RESULTS] * args.record:
+        (place / "embedded_lora.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.embedded_evaluation import END, RESULTS, START, table, with_table
+from benchmarks import embedded_evaluation as module
+from benchmarks.embedded_evaluation import END, RESULTS, START, record_sweep, table, with_table
 from weaver.embedded import concept_hashes, model_hash
 from weaver.errors import WeaverError
-from weaver.evaluation.arms import ARMS
+from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, arm_of, default_settings
+from weaver.evaluation.sweep import GRID, sweep_cases
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -39,12 +41,41 @@ def test_the_table_takes_the_place_of_the_one_before():
         with_table("nothing", record_of(0.5))
 
 
+def test_a_recorded_sweep_is_kept_with_its_choice_and_curves(tmp_path, monkeypatch):
+    values = {"guidance": 2.0, "dilation": 2}
+    tried = [{"values": values, "along": None, "score": [0.5, 0.1]}]
+    written = tmp_path / "sweep.json"
+    written.write_text(json.dumps({"arms": {FULL: {"chosen": values, "score": [0.5, 0.1], "tried": tried}}}))
+    for name, at in (("RESULTS", tmp_path / "kept"), ("CHOSEN_FILE", tmp_path / "a"), ("CURVES", tmp_path / "b")):
+        monkeypatch.setattr(module, name, at)
+    (tmp_path / "kept").mkdir()
+    record_sweep(written)
+    assert json.loads((tmp_path / "a").read_text()) == {FULL: values}
+    assert (tmp_path / "b").read_text().startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+    assert (tmp_path / "kept" / "embedded_sweep.json").read_bytes() == written.read_bytes()
+
+
 @pytest.mark.parametrize("name", ["embedded_evaluation.json", "embedded_sweep.json"])
 def test_recorded_figures_are_of_this_model_and_these_concepts(name):
-    if not (RESULTS / name).exists():
-        pytest.skip("not yet recorded")
     record = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     assert record["model"] == model_hash(), "made with another model: record it again"
     assert record["concepts"] == concept_hashes(record["concepts"]), "made with other concepts: record it again"
-    if "table" in record:
-        assert table(record) in README and not record["quick"]
+
+
+def test_the_readme_has_the_recorded_table_of_the_whole_suite():
+    record = json.loads((RESULTS / "embedded_evaluation.json").read_text(encoding="utf-8"))
+    assert table(record) in README and not record["quick"]
+    assert record["settings"] == {arm.name: arm.chosen.as_mapping() for arm in ARMS}, "drawn with other settings"
+
+
+def test_the_defaults_and_every_arm_are_what_the_recorded_sweep_chose():
+    record = json.loads((RESULTS / "embedded_sweep.json").read_text(encoding="utf-8"))
+    chosen = {name: found["chosen"] for name, found in record["arms"].items()}
+    assert json.loads(CHOSEN_FILE.read_text(encoding="utf-8")) == chosen
+    assert list(chosen) == [arm.name for arm in ARMS]
+    assert arm_of(FULL).chosen == default_settings(), "the embedded model's defaults are not what the sweep chose"
+    assert record["cases"] == [case.name for case in sweep_cases()]
+    for name, found in record["arms"].items():
+        best = max(found["tried"], key=lambda one: tuple(one["score"]))
+        assert best["values"] == found["chosen"] and len(found["tried"]) <= record["budget"], name
+        assert all(min(GRID[key]) <= value <= max(GRID[key]) for key, value in found["chosen"].items())

@@ -13,7 +13,7 @@ from weaver.evaluation import sweep as module
 from weaver.evaluation.arms import ARMS, arm_of, default_settings
 from weaver.evaluation.charts import _FULL as COLOUR
 from weaver.evaluation.suite import sweep_cases
-from weaver.evaluation.sweep import GRID, objective, page_of, search, sweep
+from weaver.evaluation.sweep import GRID, objective, page_of, panels_of, search, sweep
 
 GRID_OF_TWO = {"x": (0.0, 1.0, 2.0, 4.0), "n": (0, 1, 2, 3)}
 
@@ -92,6 +92,18 @@ def test_a_sweep_writes_what_it_tried_and_goes_on(tmp_path, monkeypatch):
         sweep(tmp_path, **options | {"budget": 3})
 
 
+def test_equal_settings_of_two_arms_are_drawn_once(tmp_path, monkeypatch):
+    case = next(case for case in sweep_cases() if case.prompt.layout == "touching")
+    options = {"budget": 1, "cases": [case], "steps": 2}
+    first = sweep(tmp_path, arms=[arm_of("full")], **options)["arms"]["full"]
+    assert arm_of("full").settings(default_settings()) == arm_of("no-suppression").settings(default_settings())
+    monkeypatch.setattr(module, "measured", lambda *args: pytest.fail("drawn again"))
+    again = sweep(tmp_path, arms=[arm_of("no-suppression")], **options)["arms"]["no-suppression"]
+    assert again["score"] == first["score"]
+    with pytest.raises(pytest.fail.Exception, match="drawn again"):
+        sweep(tmp_path, arms=[arm_of("dense-masks")], **options)
+
+
 def test_curves_show_what_was_tried_along_each_setting():
     tried = search({"x": 1.0, "n": 0}, GRID_OF_TWO, 9, hill)
     best = max(tried, key=lambda one: one.score)
@@ -104,6 +116,16 @@ def test_curves_show_what_was_tried_along_each_setting():
     told = set(re.findall(r"<title>(\w) ([\d.]+): ", page))
     assert {(name, float(value)) for name, value in told} == points
     assert page.count(f'fill="{COLOUR}"') == 4  # dot and label of the value that was chosen, in both
+
+
+def test_a_curve_sets_out_from_the_best_so_far():
+    def entry(x: float, y: float, along: str | None, score: float) -> dict:
+        return {"values": {"x": x, "y": y}, "along": along, "score": [score, 0.0]}
+
+    tried = [entry(1, 1, None, 0.3), entry(2, 1, "x", 0.6), entry(2, 3, "y", 0.5), entry(2.5, 1, "x", 0.7)]
+    panels = panels_of({"chosen": {"x": 2.5, "y": 1}, "tried": tried})
+    assert panels[0] == ("x", ((1, 0.3), (2, 0.6), (2.5, 0.7)), 2.5)
+    assert panels[1] == ("y", ((1, 0.6), (3, 0.5)), 1)  # where x had been found to be better at 2
 
 
 def test_the_command_sweeps(tmp_path, capsys, monkeypatch):

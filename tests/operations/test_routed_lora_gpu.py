@@ -62,7 +62,7 @@ def test_what_no_adapter_is_alive_on_is_not_touched(shape, dtype):
     assert_dead_untouched(routed_lora(**lora_on_gpu(case)).cpu(), dead)
 
 
-def test_float64_is_gathered():
+def test_float64_is_computed_without_the_kernel():
     case = make_lora(b=2, t=200, dtype=torch.float64)
     for arguments in (lora_on_gpu(case), planned(lora_on_gpu(case))):
         torch.testing.assert_close(routed_lora(**arguments).cpu(), truth(case), rtol=1e-12, atol=1e-12)

@@ -201,6 +201,12 @@ def test_factors_that_make_no_stack(factors, scales, message):
         AdapterStack.of(factors, scales)
 
 
+@pytest.mark.parametrize("stacks", [[], [3, 1]])
+def test_nothing_can_be_joined_of_no_stack(stacks):
+    with pytest.raises(ValueError, match="no stack to join"):
+        AdapterStack.joined(stacks)
+
+
 @pytest.mark.parametrize("with_plan", [False, True], ids=["no-plan", "plan"])
 @pytest.mark.parametrize("shape", [{"strided": True}, {**MAP, "taps": 3, "padding": 1}], ids=["linear", "3x3"])
 def test_opcheck(shape, with_plan):

@@ -16,6 +16,7 @@ settings looks at each more closely.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -166,28 +167,35 @@ def page_of(record: Mapping) -> str:
 
 
 def panels_of(found: Mapping) -> list[tuple[str, tuple, float]]:
-    """What `weaver.evaluation.charts.curves` takes, from one arm of a `sweep.json`."""
-    panels = []
-    for setting, value in found["chosen"].items():
-        points = {found["tried"][0]["values"][setting]: found["tried"][0]["score"][0]}
-        points |= {t["values"][setting]: t["score"][0] for t in found["tried"] if t["along"] == setting}
-        panels.append((setting, tuple(points.items()), value))
-    return panels
+    """What `weaver.evaluation.charts.curves` takes, from one arm of a `sweep.json`.
+
+    A curve has what was looked at along its setting, and the best so far that this set out from.
+    """
+    tried, before = found["tried"], 1
+    points = {name: {value: tried[0]["score"][0]} for name, value in tried[0]["values"].items()}
+    for along, looked in itertools.groupby(tried[1:], key=lambda one: one["along"]):
+        best = max(tried[:before], key=lambda one: tuple(one["score"]))
+        these = [best, *looked]
+        before += len(these) - 1
+        points[along] |= {one["values"][along]: one["score"][0] for one in these}
+    return [(name, tuple(points[name].items()), value) for name, value in found["chosen"].items()]
 
 
 def _search_arm(file: Path, arm: Arm, cases: Sequence[Case], budget: int, steps: int, move) -> list[Tried]:
-    """One arm's search; templates are made once, and every score is kept in `file`."""
+    """One arm's search; templates are made once, and every score is kept in `file`.
+
+    Equal settings are equal pictures: what another arm's file beside it has is not drawn again.
+    """
     with one_thread():
         begun, drawers = arm.settings(default_settings()), [drawer_for(case, steps=steps) for case in cases]
-        kept = _kept(file)
-        looked = 0
+        kept, looked = _kept(file), 0
 
         def look(values: dict) -> Score:
             nonlocal looked
             settings = replace(begun, **values)
-            wanted = hashlib.sha256(
-                "".join(identity(c, {arm.name: settings}, steps) for c in cases).encode()
-            ).hexdigest()
+            wanted = hashlib.sha256("".join(identity(c, {"": settings}, steps) for c in cases).encode()).hexdigest()
+            if wanted not in kept:
+                kept.update((key, score) for f in file.parent.glob("*.json") for key, score in _kept(f).items())
             if wanted not in kept:
                 kept[wanted] = list(objective([asdict(measured(d, settings, d.draw(settings))) for d in drawers]))
                 with whole_file(file) as unfinished:

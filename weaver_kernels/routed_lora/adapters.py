@@ -61,8 +61,9 @@ class AdapterStack:
     @classmethod
     def joined(cls, stacks: Sequence[AdapterStack | int]) -> AdapterStack:
         """The adapters of several stacks of one layer, one stack after another; a number is as many that do not change
-        it. There must be a stack."""
+        it. Raises `ValueError` where none is a stack."""
         there = [stack for stack in stacks if isinstance(stack, AdapterStack)]
+        require("AdapterStack", [] if there else ["there is no stack to join: all adapters change nothing"])
         starts = [0]
         for stack in stacks:
             own = (0,) * (stack + 1) if isinstance(stack, int) else stack.starts
