@@ -185,7 +185,7 @@ MISTAKES = {
         with_concept(mask={"box": [0, 0, 1, 1], "rank": 1}),
         "concepts[0].mask.rank: chooses among objects of a word",
     ),
-    "order zero": (with_concept(mask={"order": 0}), "concepts[0].mask.order: must be at least 1"),
+    "order zero": (with_concept(mask={"order": 0}), "concepts[0].mask.order: is 0, expected a whole number, 1 or"),
     "point of three": (with_concept(mask={"at": [1, 2, 3]}), "concepts[0].mask.at: expected a point [x, y]"),
     "polygon of two": (
         with_concept(mask={"polygon": [[1, 2], [3, 4]]}),

@@ -12,11 +12,10 @@ from conftest import make_concept, make_pipeline
 from jobs import TRAINED, job_of, picture
 from peft import LoraConfig, get_peft_model
 
-from weaver import run
 from weaver.concepts.formats.convert import convert
 from weaver.errors import WeaverError
 from weaver.hashing import file_hash
-from weaver.job import JobError
+from weaver.job import JobError, prepare
 from weaver.job.file import read_job
 from weaver.job.inputs import read_inputs
 from weaver.manifest import changed_versions, check_inputs
@@ -64,7 +63,7 @@ def test_what_was_not_there_is_told_too(job_folder, tmp_path, monkeypatch, name)
         picture(9).save(pictures / name)
     else:
         (pictures / name).write_text("a {token} {word} at night")
-    monkeypatch.setattr(run, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(prepare, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(WeaverError, match=rf"^m.json: concepts\[0\].train.images\[.*: {name} was not there when"):
         run_job(job, tmp_path / "out", source="m.json", manifest=manifest)
     assert not (tmp_path / "out").exists()
@@ -72,7 +71,7 @@ def test_what_was_not_there_is_told_too(job_folder, tmp_path, monkeypatch, name)
 
 def test_other_weights_are_not_taken_for_the_same_model(changed, tmp_path, monkeypatch):
     manifest, job = changed
-    monkeypatch.setattr(run, "choose_template", lambda *a, **k: pytest.fail("sampling began"))
+    monkeypatch.setattr(prepare, "choose_template", lambda *a, **k: pytest.fail("sampling began"))
     manifest["inputs"]["concepts[1].file"] = file_hash(job.concepts[1].file)
     with pytest.raises(WeaverError, match="^m.json: model: its weights are not those that the manifest was written"):
         run_job(job, tmp_path / "out", source="m.json", manifest=manifest)

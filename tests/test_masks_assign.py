@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from weaver.masks.assign import Found, Wish, assign
+from weaver.masks.assign import Found, NotFoundError, Wish, assign
 from weaver.masks.compose import MaskError
 
 SIZE = (20, 60)
@@ -46,6 +46,28 @@ def test_two_of_one_class_stand_from_left_to_right():
     for order in itertools.permutations(DOGS):
         chosen = [order[i] for i in assign(order, [Wish("dog"), Wish("dog")])]
         assert [item.box[0] for item in chosen] == [22, 40]
+
+
+def test_the_largest_are_the_surest_where_nothing_has_a_score():
+    cats = [found("cat", 2, right=10), found("cat", 22, right=27), found("cat", 42, right=52)]
+    assert assign(cats, [Wish("cat"), Wish("cat")]) == [0, 2]
+    with pytest.raises(MaskError, match=r"4 'cat' .*; found 'cat' in box \[42, 4, 52, 14\], 'cat' in box \[2, 4, 10"):
+        assign(cats, [Wish("cat")] * 4)
+
+
+def test_words_of_which_there_are_too_few_are_told_and_no_others():
+    """But where several words share too few objects, all of them are."""
+    for wishes, lacking in (
+        ([Wish("cat"), Wish("dog")], ("cat",)),
+        ([Wish("dog"), Wish("cat"), *[Wish("dog")] * 3], ("dog", "cat")),
+        ([Wish("dog", order=7), Wish("cat")], ("dog",)),
+    ):
+        with pytest.raises(NotFoundError) as caught:
+            assign(DOGS, wishes)
+        assert caught.value.words == lacking
+    both = [found("white dog", 2, 0.8), found("black dog", 3, 0.7, right=10)]
+    with pytest.raises(NotFoundError, match="1 'white dog' and 1 'black dog' asked for"):
+        assign(both, [Wish("white dog"), Wish("black dog")])
 
 
 def test_a_choice_goes_before_those_without_one():
@@ -127,7 +149,11 @@ def test_no_object_is_given_twice_in_random_scenes():
     [
         ([], [Wish("dog")], "1 'dog' asked for, each an object of its own; nothing was found: use another template"),
         (DOGS[:1], [Wish("dog"), Wish("dog")], r"2 'dog' asked .*found 'dog' 0.90 in box \[40, 4, 48, 14\]"),
-        (DOGS, [Wish("cat"), Wish("dog")], "1 'cat' and 1 'dog' asked for"),
+        (
+            DOGS[:1],
+            [Wish("cat"), Wish("dog")],
+            r"1 'cat' asked for, .*; nothing of that was found, only 'dog' 0.90 in box \[40, 4, 48, 14\]: use another",
+        ),
         (
             DOGS,
             [Wish("dog", order=4)],

@@ -11,8 +11,11 @@ from jobs import SIDE
 from PIL import Image
 
 from weaver import cli, run
-from weaver.job import preview
+from weaver.job import prepare
+from weaver.job.file import read_job
+from weaver.job.inputs import read_inputs
 from weaver.job.preview import preview_masks, with_layers
+from weaver.models import weights_hash
 
 
 def write_job(job_folder, path, concepts=None, **changes):
@@ -33,7 +36,7 @@ def write_job(job_folder, path, concepts=None, **changes):
 @pytest.fixture(autouse=True)
 def _loaded(pipe, monkeypatch):
     """The model of the job's folder, which is read once."""
-    monkeypatch.setattr(preview, "load_model", lambda *args, **options: pipe)
+    monkeypatch.setattr(prepare, "load_model", lambda *args, **options: pipe)
 
 
 @pytest.fixture
@@ -65,8 +68,6 @@ def test_a_preview_is_the_overlay_and_the_template(job_file, job_folder, tmp_pat
 
 
 def cli_job(path):
-    from weaver.job.file import read_job
-
     return read_job(path)[0]
 
 
@@ -120,6 +121,70 @@ def test_a_layer_with_nothing_left_is_an_empty_mask(job_file, tmp_path, capsys):
     assert code == 2 and "concepts[0].mask: " in err and err.endswith("tom.png: the mask is empty\n")
 
 
+def test_a_layer_is_not_saved_together_with_the_template(job_file, tmp_path, capsys):
+    """Painted all over it is the whole picture; flattened onto the template, onto white, it is no mask."""
+    out = tmp_path / "out"
+    assert weaver(capsys, "masks", job_file, "--edit", "--out", out)[0] == 0
+    file, ground = out / "layers" / "rex.png", Image.new("RGBA", (SIDE, SIDE), "white")
+    layer, template = Image.open(file), Image.open(out / "template.png").convert("RGBA")
+    Image.alpha_composite(template, layer).save(file)
+    code, _, err = weaver(capsys, "masks", job_file, "--masks", out)
+    assert code == 2 and f"--masks: {file} hold the template too, and no transparent pixel: hide every other" in err
+    Image.alpha_composite(ground, layer).save(file)
+    code, _, err = weaver(capsys, "masks", job_file, "--masks", out)
+    assert code == 2 and "concepts[1].mask: " in err and "rex.png: no pixel is transparent or dark" in err
+    Image.new("RGBA", (SIDE, SIDE), layer.getpixel((0, 0))[:3]).save(file)
+    assert preview_masks(with_layers(cli_job(job_file), out)).dense[1].all()
+
+
+@pytest.fixture
+def manifest(job_file, pipe, tmp_path):
+    """That of a run of the job, with which it was made."""
+    files = {file.field: file.sha256 for file in read_inputs(cli_job(job_file))}
+    record = {"versions": {"torch": "0.1"}, "weights": {"model": weights_hash(pipe)}}
+    content = {"weaver_manifest": 1, "job": json.loads(job_file.read_text()), "inputs": files, "record": record}
+
+    def write(**changes):
+        path = tmp_path / "manifest.json"
+        path.write_text(json.dumps(content | changes))
+        return path
+
+    return write
+
+
+def test_a_manifest_s_masks_are_of_its_own_files_and_models(manifest, tmp_path, capsys):
+    code, _, err = weaver(capsys, "masks", manifest(), "--out", tmp_path / "out")
+    assert code == 0 and "weaver: the manifest was made with other versions: torch" in err
+    wrong = {"inputs": {"template.image": "0" * 64}}, {"record": {"versions": {}, "weights": {"model": "0" * 64}}}
+    for change, told in zip(
+        wrong,
+        ("template.image: template.png is not what it was when the manifest was", "model: its weights are not those"),
+        strict=True,
+    ):
+        code, _, err = weaver(capsys, "masks", manifest(**change), "--out", tmp_path / "other")
+        assert code == 2 and f"manifest.json: {told}" in err
+    assert not (tmp_path / "other").exists()
+
+
+def test_layers_of_a_manifest_s_masks_are_taken_in_the_place_of_its_files(manifest, job_folder, tmp_path, capsys):
+    out, path = tmp_path / "out", manifest()
+    assert weaver(capsys, "masks", path, "--edit", "--out", out)[0] == 0
+    Image.open(out / "layers" / "tom.png").rotate(180).save(out / "layers" / "tom.png")
+    code, told, _ = weaver(capsys, "masks", path, "--masks", out)
+    assert code == 0 and [line.split()[-1] for line in told.splitlines()[:2]] == ["file", "file"]
+    inputs = manifest(inputs={"concepts[0].file": "0" * 64})
+    code, _, err = weaver(capsys, "masks", inputs, "--masks", out)
+    assert code == 2 and "concepts[0].file: tom.safetensors is not what it was" in err
+
+
+def test_a_template_that_can_not_be_used_is_told_with_its_field(job_folder, tmp_path, capsys):
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    job = write_job(job_folder, tmp_path / "job.yaml", template={"image": str(tmp_path / "dot.png")})
+    code, _, err = weaver(capsys, "masks", job)
+    assert code == 2 and err.count("\n") == 1
+    assert f"{job}: template.image: {tmp_path}/dot.png: is 1x1, which would have to be enlarged 32 times" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -157,5 +222,5 @@ def test_what_is_not_found_is_told_with_its_field(job_folder, tmp_path, capsys):
         masks={"source": "attention"},
     )
     code, _, err = weaver(capsys, "masks", job)
-    assert code == 2 and "concepts[0].mask: 50 'cat' asked for, but the mask of 'cat' holds" in err
+    assert code == 2 and "concepts[0].mask: no 'cat' number 50 from the left; found 'cat' in box [" in err
     assert files(tmp_path) == ["job.yaml"]

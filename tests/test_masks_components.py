@@ -1,10 +1,11 @@
-"""Objects of one class word: told apart, and handed out from left to right."""
+"""Objects of one class word, told apart."""
 
 import numpy as np
 import pytest
 import torch
 
-from weaver.masks.components import assign_objects, split_objects, tidy
+from weaver.masks.assign import Wish
+from weaver.masks.components import found_in, split_objects, tidy
 from weaver.masks.compose import MaskError
 from weaver.masks.shapes import connected_components
 
@@ -91,10 +92,28 @@ def test_fewer_objects_than_concepts(mask):
         split_objects(mask, 2, "cat")
 
 
-def test_assignment_follows_the_order_of_the_concepts():
-    cats, dog = discs((32, 50, 8), (32, 10, 8)), discs((32, 30, 8))
-    masks = assign_objects(torch.stack([cats, dog]), ["cat", "dog", "cat"], ["cat", "dog"])
-    assert centres(masks) == [10, 30, 50]
+@pytest.mark.parametrize(
+    ("wishes", "expected"),
+    [
+        ([Wish("cat")], [30]),
+        ([Wish("cat", order=1)], [10, 50]),
+        ([Wish("cat", at=(8.0, 32.0))], [10, 50]),
+        ([Wish("cat"), Wish("cat")], [10, 50]),
+        ([Wish("cat", order=3)], [10, 50]),
+        ([Wish("cat")] * 3, [10, 50]),
+    ],
+    ids=["all of it", "the first", "at a point", "two", "the third of two", "three of two"],
+)
+def test_a_mask_of_a_word_is_cut_into_as_many_objects_as_may_be_meant(wishes, expected):
+    """Where it can't be, it is cut into what there is, so that an error can show that."""
+    found = found_in(discs((32, 50, 3), (32, 10, 3))[None], ["cat"], wishes)
+    assert [item.centre() for item in found] == expected and {item.word for item in found} == {"cat"}
+
+
+def test_an_empty_mask_holds_no_object():
+    masks = torch.stack([discs((32, 50, 8)), torch.zeros(64, 64, dtype=torch.bool)])
+    for wishes in ([Wish("cat"), Wish("dog")], [Wish("cat"), Wish("dog", order=2)], [Wish("cat"), *[Wish("dog")] * 2]):
+        assert [item.word for item in found_in(masks, ["cat", "dog"], wishes)] == ["cat"]
 
 
 def test_tidy_drops_specks_and_fills_holes():

@@ -58,6 +58,31 @@ def test_every_kind_of_picture(kind, tmp_path):
     assert np.array_equal(mask.numpy(), SHAPE)
 
 
+def two_colours(inside, outside, mode="RGBA"):
+    picture = colour(inside, outside)
+    return picture.quantize(2) if mode == "P" else picture.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGB", "P"])
+def test_an_opaque_picture_is_read_by_what_is_dark_in_it(mode, tmp_path):
+    """Alpha that is the same everywhere says nothing. Without any dark pixel nothing tells what is outside."""
+    path = tmp_path / "mask.png"
+    two_colours((230, 159, 0), (0, 0, 0), mode).save(path)
+    assert np.array_equal(load_mask(path, SHAPE.shape).numpy(), SHAPE)
+    two_colours((230, 159, 0), (230, 159, 0), mode).save(path)
+    assert load_mask(path, SHAPE.shape).all()
+    two_colours((230, 159, 0), (255, 255, 255), mode).save(path)
+    with pytest.raises(MaskError, match=r"mask\.png: no pixel is transparent or dark, .*: save it with its transp"):
+        load_mask(path, SHAPE.shape)
+    assert np.array_equal(load_mask(path, SHAPE.shape, label="#e69f00").numpy(), SHAPE)
+
+
+def test_noise_of_a_jpeg_is_no_colour_of_its_own(tmp_path):
+    noise = np.random.default_rng(0).integers(240, 256, (*SHAPE.shape, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "white.png")
+    assert load_mask(tmp_path / "white.png", SHAPE.shape).all()
+
+
 def test_one_label_of_several(tmp_path):
     path = tmp_path / "labels.png"
     levels = np.zeros((6, 8), dtype=np.uint8)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from weaver.masks.compose import compose_masks
-from weaver.masks.overlay import draw_masks
+from weaver.masks.overlay import concept_colour, draw_masks
 
 
 @pytest.fixture
@@ -50,3 +50,16 @@ def test_empty_and_thin_regions_and_long_names(masks):
     thin[2, 1:] = 1
     drawing = draw_masks(Image.new("RGB", (64, 64)), thin, ["a name longer than the picture is wide" * 3, "none"])
     assert drawing.size == (512, 512)
+
+
+def test_what_masks_share_is_outlined_and_named():
+    """The second lies in the first, and has no pixel alone."""
+    dense = torch.zeros(2, 64, 64)
+    dense[0, 8:56, 8:56], dense[1, 24:40, 24:40] = 1, 1
+    shared = compose_masks(dense, overlap="share")
+    image = Image.new("RGB", (64, 64), (100, 100, 100))
+    drawing = np.asarray(draw_masks(image, shared, []))
+    colours = [tuple(drawing[row, 32 * 8]) for row in range(24 * 8 - 8, 24 * 8 + 8)]
+    assert concept_colour(1) in colours
+    named, other = (np.asarray(draw_masks(image, shared, ["", name])) for name in ("cat", "panda"))
+    assert (named != other)[24 * 8 : 40 * 8, 16 * 8 : 48 * 8].any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -141,7 +143,12 @@ def test_models_are_read_from_folders(folder, dino, sam):
         (GroundingDino, "sam", r"masks\.text\.detector: '.*sam' is a model of kind 'sam', expected 'grounding-dino'"),
         (Sam, "dino", r"masks\.text\.segmenter: '.*' is a model of kind 'grounding-dino', expected 'sam'"),
         (Sam, "", r"masks\.text\.segmenter: '.*' can't be loaded; the folder must hold a model with its processor"),
-        (GroundingDino, None, r"masks\.text\.detector: 'no/model' can't be loaded; it is not in the local cache: run"),
+        (
+            GroundingDino,
+            None,
+            r"^masks\.text\.detector: 'no/model' can't be loaded; it is not complete in the local cache, \S+: run once "
+            r"without --offline \(or HF_HUB_OFFLINE\), or name a folder that holds it$",
+        ),
     ],
     ids=["SAM as detector", "DINO as segmenter", "no model", "not in the cache"],
 )
@@ -149,3 +156,17 @@ def test_models_that_can_not_be_had(folder, kind, source, message):
     with pytest.raises(WeaverError, match=message) as caught:
         kind.load("no/model" if source is None else folder / source, offline=True)
     assert "\n" not in str(caught.value)
+
+
+def test_the_environment_says_offline_too(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(WeaverError, match=r"'no/model' can't be loaded; it is not complete in the local cache"):
+        Sam.load("no/model")
+
+
+def test_damaged_weights_are_told_with_their_folder(folder, tmp_path):
+    copied = shutil.copytree(folder / "sam", tmp_path / "sam")
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(WeaverError, match=r"masks\.text\.segmenter: '.*sam' can't be loaded; the folder must hold"):
+        Sam.load(copied)

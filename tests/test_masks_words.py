@@ -7,6 +7,7 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 
 from weaver.latents import encode_image
+from weaver.masks import attention
 from weaver.masks.attention import attention_maps, attention_masks, capture_cross_attention
 from weaver.masks.compose import MaskError
 from weaver.masks.segmenter import segmenter_masks, segmenter_reasons
@@ -137,15 +138,35 @@ def test_words_that_the_embedded_segmenter_can_not_know():
 
 
 def test_segmenter_threshold():
-    with pytest.raises(MaskError, match="no 'dog' was found"):
+    with pytest.raises(MaskError, match="1 'dog' asked for, .*; nothing was found: use another template"):
         segmenter_masks(picture(), ["dog"], segmenter=Halves(), threshold=0.8)
 
 
-def test_words_that_are_not_found_are_all_named():
-    with pytest.raises(MaskError, match="no 'fox' and no 'owl' was found in the template"):
+def test_words_that_are_not_found_are_all_named_with_what_was():
+    told = r"1 'fox' and 1 'owl' asked for, .*; nothing of that was found, only 'cat' in box \[0, 0, 32, 32\]"
+    with pytest.raises(MaskError, match=told):
         segmenter_masks(picture(), ["fox", "cat", "owl"], segmenter=Halves())
 
 
 def test_more_concepts_than_objects():
-    with pytest.raises(MaskError, match="3 'cat' asked for"):
-        segmenter_masks(picture(), ["cat"] * 3, segmenter=Halves())
+    """What there is is shown, the largest first, as detectors' errors show it."""
+    told = (
+        r"4 'cat' asked for, each .*; found 'cat' in box \[0, 0, 10, 32\], 'cat' in box \[22, 0, 32, 32\]: use another"
+    )
+    with pytest.raises(MaskError, match=told):
+        segmenter_masks(picture(), ["cat"] * 4, segmenter=Halves())
+
+
+def test_attention_shows_what_it_found(tiny_pipe, monkeypatch):
+    """And a word whose map is nowhere the highest is not found."""
+    maps = torch.zeros(3, 16, 16)
+    maps[0, 4:12, 2:8] = 1
+    monkeypatch.setattr(attention, "attention_maps", lambda *args, **options: maps)
+    monkeypatch.setattr(attention, "follow_edges", lambda maps, *args: maps)
+    prompt, image = "a dog and a cat", picture(16)
+    for words, told in (
+        (["dog", "cat"], r"1 'cat' asked for, .*; nothing of that was found, only 'dog' in box \[2, 4, 8, 12\]: use"),
+        (["dog"] * 40, r"40 'dog' asked for, .*; found 'dog' in box \[2, 4, 8, 12\]: use another template, give"),
+    ):
+        with pytest.raises(MaskError, match=told):
+            attention_masks(tiny_pipe, image, prompt, words)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from jobs import TRAINED, job_of, picture
 
-from weaver import folder, outputs, run
+from weaver import folder, outputs
 from weaver.errors import WeaverError
 from weaver.folder import check_folder
+from weaver.job import prepare
 from weaver.run import run_job
 
 
@@ -29,6 +30,19 @@ def test_an_error_while_writing_leaves_nothing_half_written(job_folder, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert [path.name for path in kept.iterdir()] == ["fused.png"]
     assert (kept / "fused.png").read_text() == "of an earlier run"
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "drawn"])
+def test_the_sheet_tells_whether_the_background_was_kept(job_folder, tmp_path, monkeypatch, kept):
+    panels, sheet = [], outputs.contact_sheet
+
+    def noted(cards, shown, **texts):
+        panels.extend(shown)
+        return sheet(cards, shown, **texts)
+
+    monkeypatch.setattr(outputs, "contact_sheet", noted)
+    run_job(job_of(job_folder, template={"image": "template.png"}, steps=1, keep_background=kept), tmp_path / "run")
+    assert panels[-1][1].endswith(", the template's background kept") == kept
 
 
 def test_results_can_not_go_into_a_file(job_folder, tmp_path):
@@ -55,7 +69,7 @@ def test_results_can_not_go_where_nothing_can_be_written(tmp_path):
 
 
 def test_no_result_replaces_what_the_run_reads(job_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(prepare, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     (tmp_path / "concepts").mkdir()
     (tmp_path / "manifest.json").write_text("the job")
     picture(5).save(tmp_path / "template.png")

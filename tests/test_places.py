@@ -15,8 +15,10 @@ from tiny_detectors import make_grounding_dino, make_sam
 from weaver import places as places_module
 from weaver.errors import WeaverError
 from weaver.job import MaskSpec
-from weaver.masks import MaskError, TextMasks, segmenter_masks
+from weaver.job.parse import job_from_mapping
+from weaver.masks import MaskError, TextMasks, box_mask, polygon_mask
 from weaver.masks.grounded import GroundingDino, Sam
+from weaver.masks.segmenter import segmenter_objects
 from weaver.masks.text import Detection
 from weaver.pipeline import weave
 from weaver.places import Places
@@ -36,10 +38,10 @@ class Two:
 
 @pytest.fixture
 def segmenter(monkeypatch):
-    def masks(image, words, prompt):
-        return segmenter_masks(image, words, prompt, segmenter=Two())
+    def objects(image, wishes, prompt):
+        return segmenter_objects(image, wishes, prompt, segmenter=Two())
 
-    monkeypatch.setattr(places_module, "segmenter_masks", masks)
+    monkeypatch.setattr(places_module, "segmenter_objects", objects)
 
 
 def found(*specs, source="segmenter"):
@@ -68,6 +70,53 @@ def test_a_rank_needs_scores():
     )
     assert places.word_reasons(None, "cats") == [reason]
     assert dataclasses.replace(places, source="text").word_reasons(None, "cats") == []
+
+
+MISTAKES = {
+    "two kinds": ({"box": (0, 0, 1, 1), "word": "cat"}, "give exactly one of word, file, box, polygon, points (found"),
+    "a choice beside a box": ({"box": (0, 0, 1, 1), "rank": 1}, "rank: chooses among objects of a word; beside"),
+    "two choices": ({"order": 1, "at": (3, 4)}, "give at most one of order, rank, at, around (found order and at)"),
+    "no order": ({"order": 0}, "order: is 0, expected a whole number, 1 or more"),
+    "a point outside": ({"at": (3, -4)}, "at: must not be negative, is [3"),
+    "a box turned round": ({"around": (9, 0, 1, 5)}, "around: must have 0 <= left < right and 0 <= top < bottom, is"),
+    "a label without a file": ({"label": 2}, "label: is of a mask's file; name the file too"),
+}
+KINDS = {
+    "a box of three": ({"box": (0, 0, 1)}, "box: is (0, 0, 1), expected [left, top, right, bottom] in pixels"),
+    "a box that is a number": ({"box": 3}, "box: is 3, expected [left, top, right, bottom]"),
+    "two corners": ({"polygon": ((1, 2), (3, 4))}, "polygon: is ((1, 2), (3, 4)), expected three or more corners"),
+    "points that are a point": ({"points": (1, 2)}, "points: is (1, 2), expected a list of points"),
+    "no number": ({"at": (float("nan"), 2)}, "at: is (nan, 2), expected a point [x, y]"),
+    "half an object": ({"rank": 1.5}, "rank: is 1.5, expected a whole number"),
+    "an empty word": ({"word": " "}, "word: is ' ', expected a word or a phrase"),
+    "a number as a file": ({"file": 3}, "file: is 3, expected the path of a file"),
+    "a label of no kind": ({"file": "mask.png", "label": 0.5}, "label: is 0.5, expected a number, a colour or a name"),
+}
+
+
+@pytest.mark.parametrize("mistake", [*MISTAKES, *KINDS])
+def test_a_place_that_can_not_be_is_told_by_the_library_as_by_a_job(mistake, tmp_path):
+    """Where a file's reader tells of another kind of value in its own words, the library tells it, too."""
+    values, told = (MISTAKES | KINDS)[mistake]
+    specs = [MaskSpec(**values), MaskSpec(order=0, at=(-1, 0))]
+    with pytest.raises(WeaverError) as caught:
+        Places.build(specs, ["cat", "dog"], ["the cat", "the dog"], source="attention", size=(32, 32))
+    assert f"the cat: {told}" in str(caught.value) and "; the dog: give at most one of" in str(caught.value)
+    if mistake in MISTAKES:
+        (tmp_path / "rex.safetensors").write_bytes(b"")
+        mapping = {"prompt": "a cat", "concepts": [{"file": "rex.safetensors", "mask": values}]}
+        with pytest.raises(WeaverError) as caught:
+            job_from_mapping(mapping, folder=tmp_path)
+        of_a_field = told.partition(":")[0] in values
+        assert f"concepts[0].mask{'.' if of_a_field else ': '}{told}" in str(caught.value)
+
+
+def test_places_may_be_arrays():
+    box, corners = (0, 0, 8, 8), ((0, 0), (9, 0), (9, 9))
+    specs = [MaskSpec(box=np.array(box)), MaskSpec(polygon=np.array(corners, np.float32))]
+    places = Places.build(specs, ["cat", "dog"], ["it", "that"], source="attention", size=(32, 32))
+    expected = box_mask(box, (32, 32)), polygon_mask(corners, (32, 32))
+    assert all(torch.equal(mask, other) for mask, other in zip(places.given, expected, strict=True))
 
 
 def test_outlines_need_nothing_to_be_found():

@@ -13,7 +13,7 @@ from PIL import Image
 from weaver import Cache, pipeline, run
 from weaver.concepts.concept import Concept
 from weaver.errors import WeaverError
-from weaver.job import choose
+from weaver.job import choose, prepare
 from weaver.job.resolve import TEMPLATE_MODEL, resolve_job
 from weaver.manifest import PNG_KEY
 from weaver.outputs import TrainedKeptWarning
@@ -108,7 +108,7 @@ def plan_of(job, pipe, monkeypatch, tmp_path) -> dict[str, str]:
 
     monkeypatch.setattr(pipeline, "sampler_for", stop)
     monkeypatch.setattr(pipeline.KeptBackground, "build", lambda *args: kept.append("background"))
-    monkeypatch.setattr(run, "load_model", lambda *a, **k: pipe)
+    monkeypatch.setattr(prepare, "load_model", lambda *a, **k: pipe)
     with pytest.raises(Enough):
         run_job(job, tmp_path / "out")
     plan, eta = seen
@@ -250,7 +250,7 @@ def test_another_model_makes_the_template_without_a_negative_prompt_it_does_not_
             )
 
     loaded = {str(job_folder / "model"): pipe, "some/model": Plain(**pipe.components)}
-    monkeypatch.setattr(run, "load_model", lambda model, **options: loaded[model])
+    monkeypatch.setattr(prepare, "load_model", lambda model, **options: loaded[model])
     template = {"model": "some/model", "steps": 1}
     job = job_of(job_folder, negative_prompt="ugly", template=template, steps=1)
     done = run_job(job, tmp_path / "out", stages=(stages := Watched(bars=False)))

@@ -56,5 +56,5 @@ def test_a_word_that_is_not_in_the_template_names_its_field(tmp_path):
     image = tmp_path / "grey.png"
     Image.new("RGB", (64, 64), "grey").save(image)
     job = replace(job, template=TemplateSpec(image=image))
-    with pytest.raises(WeaverError, match=r"^my.yaml: concepts\[1\].mask: no 'panda' was found in the template"):
+    with pytest.raises(WeaverError, match=r"^my.yaml: concepts\[1\].mask: 1 'panda' asked for, .*; nothing was found"):
         run_job(job, tmp_path / "out", source="my.yaml")

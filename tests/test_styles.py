@@ -16,11 +16,11 @@ from pipeline_forms import draw
 from safetensors.torch import load_file, save_file
 from test_formats_lora import kohya, saved
 
-from weaver import run
 from weaver.concepts.concept import attn2_hash
 from weaver.concepts.formats.convert import convert
 from weaver.errors import WeaverError
 from weaver.hashing import file_hash
+from weaver.job import prepare
 from weaver.job.file import job_to_mapping, read_job
 from weaver.job.parse import job_from_mapping
 from weaver.job.spec import StyleSpec
@@ -69,7 +69,7 @@ def folder(job_folder, tmp_path_factory):
 def loaded(monkeypatch):
     """The model that jobs load."""
     found = make_pipeline(dtype=torch.float32)
-    monkeypatch.setattr(run, "load_model", lambda *args, **options: found)
+    monkeypatch.setattr(prepare, "load_model", lambda *args, **options: found)
     return found
 
 

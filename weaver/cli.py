@@ -28,7 +28,7 @@ from weaver.commands.evaluate import add_parser as add_evaluate_parser
 from weaver.commands.inspect import add_parser as add_inspect_parser
 from weaver.commands.masks import add_masks_option, with_masks
 from weaver.commands.masks import add_parser as add_masks_parser
-from weaver.commands.reading import add_on_unused
+from weaver.commands.reading import add_on_unused, tell_versions
 from weaver.commands.seeds import add_seed, with_seed
 from weaver.commands.train import add_parser as add_train_parser
 from weaver.errors import WeaverError
@@ -187,8 +187,7 @@ def _run(args: argparse.Namespace) -> int:
     def job():
         from weaver.job.file import read_job
 
-        job, manifest = read_job(args.job)
-        return with_masks(job, args.masks), manifest
+        return with_masks(*read_job(args.job), args.masks)
 
     return _execute(job, str(args.job), args)
 
@@ -197,16 +196,13 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
     """Run the job that `read` gives, with the manifest it comes from or None."""
     with args.stages.step("starting"):
         job, manifest = read()
-        from weaver.manifest import changed_versions
         from weaver.models import quiet_libraries
 
         quiet_libraries()
         from weaver.run import run_job
+    tell_versions(manifest)
     out = args.out
-    if manifest:
-        if changed := changed_versions(manifest):
-            print(f"weaver: the manifest was made with other versions: {', '.join(changed)}", file=sys.stderr)
-        # beside what it is to be compared with
+    if manifest:  # beside what it is to be compared with
         out = out or Path("outputs") / f"{args.job.resolve().parent.name}-again"
     job = with_seed(job, args.seed)
     memory, graphs = chosen_plan(args.max_memory, job, graphs=args.graphs, offline=args.offline, source=source)

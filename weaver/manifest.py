@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from weaver.concepts.concept import Concept, attn2_hash
+from weaver.hashing import file_hash
 from weaver.job import BackgroundSpec, Job, JobError
 from weaver.job.file import MANIFEST_VERSION, job_to_mapping
 from weaver.job.inputs import InputFile
@@ -24,6 +25,7 @@ __all__ = [
     "make_manifest",
     "picture_record",
     "save_png",
+    "with_files",
 ]
 
 PNG_KEY = "concept-weaver"
@@ -103,6 +105,11 @@ def check_weights(manifest: Mapping, field: str, sha256: str, source: str) -> No
             f"{source}: {field}: its weights are not those that the manifest was written with (sha256 "
             f"{sha256[:12]}..., was {str(was)[:12]}...); restore them, or run the job file"
         )
+
+
+def with_files(manifest: Mapping, files: Mapping[str, Path]) -> dict:
+    """A manifest whose run took these files, by their fields, in the place of those that it had."""
+    return {**manifest, "inputs": manifest["inputs"] | {field: file_hash(file) for field, file in files.items()}}
 
 
 def changed_versions(manifest: Mapping) -> list[str]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import safe_open
 
 from weaver.concepts.concept import attn2_projections
@@ -19,9 +20,11 @@ from weaver.hashing import remembered
 __all__ = [
     "ModelError",
     "choose_device",
+    "hub_fix",
     "is_embedded",
     "load_model",
     "model_source",
+    "only_local",
     "quiet_libraries",
     "quietly",
     "threads_for",
@@ -82,8 +85,7 @@ def model_source(model: str, *, offline: bool = False, fuses: bool = True) -> It
         model = str(MODEL_DIR)
     from diffusers import DiffusionPipeline
 
-    environment = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
-    local = offline or environment or Path(model).is_dir()
+    local = only_local(offline) or Path(model).is_dir()
     try:
         config = DiffusionPipeline.load_config(model, local_files_only=local)
         kind = config.get("_class_name")
@@ -95,10 +97,20 @@ def model_source(model: str, *, offline: bool = False, fuses: bool = True) -> It
             )
         yield model, config, local
     except OSError as error:
-        fix = "it is not complete in the local cache: run once without --offline" if local else "is its name right?"
-        if Path(model).is_dir():
-            fix = "the folder must hold a complete diffusers pipeline"
+        fix = "the folder must hold a complete diffusers pipeline" if Path(model).is_dir() else hub_fix(offline)
         raise ModelError(f"{model!r} can't be loaded; {fix} ({_first_line(error)})") from error
+
+
+def only_local(offline: bool = False) -> bool:
+    """Whether models of the Hub are taken from the local cache only: that is asked for, or in the environment."""
+    return offline or os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def hub_fix(offline: bool = False) -> str:
+    """What to do where a model of the Hub can't be had; arguments are those of `only_local`."""
+    if only_local(offline):
+        return f"it is not complete in the local cache, {HF_HUB_CACHE}: run once without --offline (or HF_HUB_OFFLINE)"
+    return "check its name and the network"
 
 
 def choose_device(device: str = "auto") -> str:

@@ -131,11 +131,11 @@ def _sheet(job: Job, result: WeaveResult, concepts: Sequence[Concept], overlay: 
         ("Template", "from a picture" if job.template.image else "from the prompt, by the base model", result.template),
         ("Masks", f"{' and '.join(sources)}, grown by {grown}", overlay),
         ("Result", f"{settings['steps']} steps, guidance {settings['guidance']:g}, lambda {settings['lambda']:g}"
-         + (f", eta {settings['eta']:g}" if settings["eta"] else ""), result.image),
+         + (f", eta {settings['eta']:g}" if settings["eta"] else "")
+         + ", the template's background kept" * settings["keep_background"], result.image),
     ]  # fmt: skip
     quality = result.reconstruction_psnr
     told = "features of the inversion" if quality is None else f"template drawn again at {quality:.1f} dB"
-    told += ", its background kept" * settings["keep_background"]
     footnote = f"Concept Weaver {__version__}, seed {job.seed}, {told}"
     return contact_sheet(cards, panels, title=job.prompt, footnote=footnote)
 

@@ -13,26 +13,24 @@ from weaver.choices import MASK_SOURCES
 from weaver.errors import WeaverError, told
 from weaver.fusion.contexts import ConceptUse
 from weaver.job import MaskSpec
+from weaver.job.mask_rules import mask_reasons
 from weaver.masks import (
     Found,
     MaskError,
     TextMasks,
     Wish,
     assign,
-    attention_masks,
     box_mask,
     compose_masks,
     load_mask,
     polygon_mask,
-    segmenter_masks,
 )
-from weaver.masks.attention import word_positions
-from weaver.masks.components import objects_in
+from weaver.masks.attention import attention_objects, word_positions
 from weaver.masks.compose import as_masks
 from weaver.masks.given import in_pixels
 from weaver.masks.opening import open_text_masks
 from weaver.masks.pyramid import partition_reasons
-from weaver.masks.segmenter import segmenter_reasons
+from weaver.masks.segmenter import segmenter_objects, segmenter_reasons
 from weaver.masks.text import phrase_reasons
 from weaver.memory.resting import lent, modules_of
 from weaver.models import is_embedded
@@ -83,13 +81,16 @@ class Places:
         source : "segmenter", "attention" or "text"
         size : (height, width) of the template, and `source_size` of its file, on which masks may be drawn too
 
-        Raises `WeaverError` with every reason.
+        Raises `WeaverError` with every reason, the specs' own (`weaver.job.mask_rules`) among them.
         """
         if source not in MASK_SOURCES:
             raise WeaverError(f"mask source {source!r} is not one of {', '.join(MASK_SOURCES)}")
         given, wishes, sources, reasons = [], [], [], []
         for spec, word, label in zip(specs, words, labels, strict=True):
             word, mask, wish = spec.word or word, None, None
+            if faults := [f"{name}: {fault}" if name else fault for name, fault in mask_reasons(spec)]:
+                reasons.append(f"{label}: " + "; ".join(faults))
+                continue
             try:
                 if spec.file is not None:
                     mask = load_mask(spec.file, size, source_size=source_size, label=spec.label)
@@ -196,24 +197,15 @@ class Places:
         return replace(self, given=given, wishes=(None,) * len(given), finder=None)
 
     def _objects(self, pipe, template: Image.Image, prompt: str, wishes: Sequence[Wish], move) -> list[Found]:
-        """Every object that may be meant. Of a word that one concept has and no wish chooses for, all is one object."""
-        words = [wish.word for wish in wishes]
-        labels = list(dict.fromkeys(words))
+        """Every object that may be meant."""
         if self.source == "text":
-            return self.finder.find(template, labels, progress=move)
+            return self.finder.find(template, [wish.word for wish in wishes], progress=move)
         if self.source == "segmenter":
-            masks = segmenter_masks(template, labels, prompt)
+            found = segmenter_objects(template, wishes, prompt)
             move(1, 1)
-        else:
-            with lent(*modules_of(pipe)):
-                masks = attention_masks(pipe, template, prompt, labels, progress=move)
-        found = []
-        for label, mask in zip(labels, masks, strict=True):
-            own = [wish for wish in wishes if wish.word == label]
-            count = max(len(own), *(wish.order or 1 for wish in own))
-            parts = objects_in(mask, count, label) if len(own) > 1 or own[0].chosen else mask[None]
-            found += [Found.of_mask(label, part) for part in parts]
-        return found
+            return found
+        with lent(*modules_of(pipe)):
+            return attention_objects(pipe, template, prompt, wishes, progress=move)
 
     def compose(self, size: tuple[int, int], *, names: Sequence[str], **shaping) -> torch.Tensor:
         """The final masks [N + 1, height, width] float32, the background last; masks that came composed stay so.

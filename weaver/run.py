@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from weaver.cache import Cache
-from weaver.concepts.bank import (
-    bind_concepts,
-    drop_checkpoints,
-    read_concepts,
-    resolve_prompts,
-    train_bank,
-    worker_count,
-)
+from weaver.concepts.bank import drop_checkpoints, train_bank, worker_count
 from weaver.concepts.concept import Concept
-from weaver.errors import raise_if
 from weaver.folder import check_folder, clashes
 from weaver.fusion.contexts import ConceptUse
-from weaver.graphs import graph_reasons
-from weaver.job import SAME_MODEL, Job, JobError
-from weaver.job.choose import choose_template
+from weaver.job import Job, JobError
 from weaver.job.inputs import InputFile, read_inputs, training_folders
-from weaver.job.resolve import check_model, in_field, open_finder, place_concepts, resolve_job
+from weaver.job.prepare import prepare
 from weaver.layers import SITES
-from weaver.manifest import check_inputs, check_weights, picture_record
+from weaver.manifest import picture_record
 from weaver.memory.plans import MemoryPlan
-from weaver.memory.resting import modules_of, resting
-from weaver.models import choose_device, load_model, threads_for, weights_hash
+from weaver.models import threads_for
 from weaver.outputs import CONCEPTS, make_report, result_files, trained_kept, write_outputs
 from weaver.pipeline import WeaveResult, weave
 from weaver.places import Places
@@ -91,50 +77,13 @@ def run_job(
     check_folder(folder, result_files(job))
     inputs = read_inputs(job, source)
     _check_kept(job, folder, inputs, source)
-    if manifest:
-        check_inputs(manifest, inputs, source)
-    with stages.stage("bank"):
-        read = read_concepts(job, source)
-    prompts = resolve_prompts(job, read, source)
-    weights: dict[str, str] = {}
-
-    def note(field: str, loaded) -> None:
-        weights[field] = weights_hash(loaded)
-        if manifest:
-            check_weights(manifest, field, weights[field], source)
-
-    def load(field: str, model: str, label: str, **options):
-        with stages.step(label):
-            options = {"device": in_field("device", source, choose_device, job.device)} | options
-            pipe = in_field(field, source, load_model, model, offline=offline, **options)
-            note(field, pipe)
-        return pipe
-
-    pipe = load("model", job.model, "loading the model")
-    raise_if(graph_reasons(pipe.unet, graphs), f"{source}: device")
+    options = {"offline": offline, "on_unused": on_unused, "graphs": graphs, "manifest": manifest}
+    prepared = prepare(job, inputs, source, stages=stages, **options)
+    pipe, known, weights = prepared.pipe, prepared.known, prepared.weights
     with threads_for(pipe):
         processes = worker_count(pipe, processes)
-        job = resolve_job(job, pipe, prompts)
-        check_model(job, pipe, source)
-        known = bind_concepts(job, read, pipe, source, on_unused)
-        places, maker = place_concepts(job, known, pipe, source), pipe
-        if places.needs_finder:
-            with stages.step("loading Grounding DINO and SAM"):
-                places = open_finder(job, places, source, offline=offline)
-                note("masks.text", places.finder)
-        with ExitStack() as away:
-            offload, options = memory is not None and memory.offload, {}
-            if offload:
-                away.enter_context(resting(modules_of(pipe)))
-                options = {"device": "cpu", "dtype": pipe.unet.dtype}
-            if job.template.model not in (None, SAME_MODEL):
-                label = "loading the template's model"
-                maker = load("template.model", job.template.model, label, fuses=False, **options)
-            if offload:
-                away.enter_context(resting(modules_of(maker), torch.device(job.device)))
-            with styled(pipe, job.styles, source):  # concepts, which are trained between, are of the model without
-                job, template, places = choose_template(job, pipe, maker, places, stages, source, graphs=graphs)
-        del maker  # its memory is free for what follows
+        job, template, places = prepared.template(graphs=graphs, offload=memory is not None and memory.offload)
+        del prepared  # what found words is no longer needed, and its memory is free for what follows
         with stages.stage("bank"):
             known |= train_bank(
                 job,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
+from weaver.commands.reading import tell_versions
 from weaver.commands.seeds import add_seed, with_seed
 from weaver.errors import WeaverError
 
@@ -40,13 +42,15 @@ def add_masks_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def with_masks(job, folder: Path | None):
-    """The job with the masks of `--masks`, if that was given."""
+def with_masks(job, manifest: Mapping | None, folder: Path | None):
+    """The job, and the manifest that it comes from, with the template and masks of `--masks`, if that was given."""
     if folder is None:
-        return job
-    from weaver.job.preview import with_layers
+        return job, manifest
+    from weaver.job.preview import place_files, with_layers
+    from weaver.manifest import with_files
 
-    return with_layers(job, folder)
+    job = with_layers(job, folder)
+    return job, manifest and with_files(manifest, place_files(job))
 
 
 def _masks(args: argparse.Namespace) -> int:
@@ -56,11 +60,13 @@ def _masks(args: argparse.Namespace) -> int:
         raise WeaverError("--replace: replaces layers, which --edit writes; leave it out")
     with args.stages.step("starting"):
         from weaver.job.file import read_job
-        from weaver.job.preview import LAYERS, TEMPLATE, layer_files, preview_masks
+        from weaver.job.preview import LAYERS, TEMPLATE, layer_files, place_files, preview_masks
         from weaver.models import quiet_libraries
 
         quiet_libraries()
-        job = with_masks(with_seed(read_job(args.job)[0], args.seed), args.masks)
+        job, manifest = with_masks(*read_job(args.job), args.masks)
+        job = with_seed(job, args.seed)
+    tell_versions(manifest)
     from weaver.folder import all_or_nothing, check_folder, clashes
     from weaver.manifest import save_png
 
@@ -71,12 +77,9 @@ def _masks(args: argparse.Namespace) -> int:
     there = [file for file in layers if (out / file).exists()]
     if there and not args.replace:
         raise WeaverError(f"{out / there[0]} is there already: --replace writes it anew, --masks {out} takes it")
-    read = {"template.image": job.template.image} | {
-        f"concepts[{number}].mask.file": spec.mask.file for number, spec in enumerate(job.concepts)
-    }
-    if reasons := clashes(out, results, {field: file for field, file in read.items() if file}):
+    if reasons := clashes(out, results, place_files(job)):
         raise WeaverError(f"{args.job}: " + "; ".join(reasons))
-    preview = preview_masks(job, source=str(args.job), offline=args.offline, stages=args.stages)
+    preview = preview_masks(job, source=str(args.job), offline=args.offline, stages=args.stages, manifest=manifest)
     with all_or_nothing(out) as partial:
         save_png(preview.overlay(), partial / _OVERLAY)
         if not args.masks:

@@ -1,15 +1,17 @@
-"""Options and steps of the commands that read a concept's file of any format as a whole concept."""
+"""Options and steps that commands share: reading a concept's file of any format whole, repeating a manifest's run."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
 from weaver.choices import ON_UNUSED
 
-__all__ = ["add_on_unused", "add_reading", "opened_model", "read_whole"]
+__all__ = ["add_on_unused", "add_reading", "opened_model", "read_whole", "tell_versions"]
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
@@ -52,3 +54,12 @@ def read_whole(path: Path, args: argparse.Namespace, pipe, name: str | None = No
 
     told = {"name": name, "word": args.word, "token": args.token, "on_unused": args.on_unused}
     return load_concept(path, pipe, **told, tell=tqdm.write)  # above the bars
+
+
+def tell_versions(manifest: Mapping | None) -> None:
+    """Say which libraries are others than those that a manifest was made with, if it is one."""
+    if manifest:
+        from weaver.manifest import changed_versions
+
+        if changed := changed_versions(manifest):
+            print(f"weaver: the manifest was made with other versions: {', '.join(changed)}", file=sys.stderr)

@@ -8,11 +8,13 @@ from dataclasses import replace
 import torch
 from PIL import Image
 
+from weaver.errors import WeaverError
 from weaver.graphs import CUDAGraphs
 from weaver.job import Job, JobError
 from weaver.job.inputs import shipped_name
 from weaver.job.resolve import final_masks, mask_fields
 from weaver.masks import MaskError
+from weaver.masks.assign import NotFoundError
 from weaver.models import is_embedded
 from weaver.places import Places
 from weaver.progress import Stages
@@ -38,24 +40,28 @@ def choose_template(
     graphs : replay the maker's forwards from CUDA graphs
 
     Returns the job, which names the seed that was taken, the template and the places, every mask found.
-    Raises `JobError` naming the fields whose masks can't be found in any of the templates, or leave a concept nothing.
+    Raises `JobError` naming the template where it can't be used or made, else the fields whose masks can't be found in
+    any of the templates, or leave a concept nothing.
     """
     spec = job.template
     takes_negative = "negative_prompt" in inspect.signature(maker.__call__).parameters
     embedded = is_embedded(pipe)
     best, fewest, failure = None, len(job.concepts) + 1, None
     for extra in range(spec.tries):
-        template = template_picture(
-            maker,
-            spec.image or spec.prompt,
-            size=job.size,
-            seed=(spec.seed or 0) + extra * SEED_STRIDE,
-            steps=spec.steps,
-            guidance=spec.guidance,
-            negative_prompt=job.negative_prompt if takes_negative else "",
-            graphs=CUDAGraphs() if graphs else None,  # a maker that rests on the host comes back to another place
-            stages=stages,
-        )
+        try:
+            template = template_picture(
+                maker,
+                spec.image or spec.prompt,
+                size=job.size,
+                seed=(spec.seed or 0) + extra * SEED_STRIDE,
+                steps=spec.steps,
+                guidance=spec.guidance,
+                negative_prompt=job.negative_prompt if takes_negative else "",
+                graphs=CUDAGraphs() if graphs else None,  # a maker that rests on the host comes back to another place
+                stages=stages,
+            )
+        except WeaverError as error:
+            raise JobError(f"{source}: {'template.image' if spec.image else 'template'}: {error}") from error
         try:
             with stages.stage("masks"):
                 found, masks = _find(job, pipe, template, places, stages)
@@ -80,10 +86,11 @@ def _find(job: Job, pipe, template: Image.Image, places: Places, stages: Stages)
     """Every mask, and the final ones [N + 1, height, width]; `MaskError` with the fields of those that will not do."""
     try:
         found = places.find(pipe, template, job.inversion_prompt, stages)
+    except NotFoundError as error:
+        named = [field for field, word in zip(mask_fields(job), places.words, strict=True) if word in error.words]
+        raise MaskError(f"{', '.join(named)}: {error}") from error
     except MaskError as error:
-        words = zip(mask_fields(job), places.words, strict=True)
-        named = [field for field, word in words if word and repr(word.lower()) in str(error)]
-        raise MaskError(f"{', '.join(named) or 'masks'}: {error}") from error
+        raise MaskError(f"masks: {error}") from error
     return found, final_masks(job, found)
 
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
-from weaver.concepts.bank import bind_concepts, read_concepts, resolve_prompts
-from weaver.job import SAME_MODEL, Job, JobError, MaskSpec, TemplateSpec
-from weaver.job.choose import choose_template
+from weaver.job import Job, JobError, MaskSpec, TemplateSpec
 from weaver.job.inputs import read_inputs
-from weaver.job.resolve import check_model, final_masks, in_field, open_finder, place_concepts, resolve_job
+from weaver.job.prepare import prepare
+from weaver.job.resolve import final_masks
 from weaver.masks.overlay import concept_colour, draw_masks
-from weaver.models import choose_device, load_model, threads_for
+from weaver.pictures import PictureError, open_picture, open_rgb
 from weaver.progress import Stages
-from weaver.styles import styled
 
-__all__ = ["LAYERS", "TEMPLATE", "Preview", "layer_files", "preview_masks", "with_layers"]
+__all__ = ["LAYERS", "TEMPLATE", "Preview", "layer_files", "place_files", "preview_masks", "with_layers"]
 
 TEMPLATE, LAYERS = "template.png", "layers"  # in a folder of masks that are edited
+_SHARED = 16  # colours that a mask and a template have in common by chance, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,14 @@ class Preview:
         return [_layer(mask, concept_colour(number)) for number, mask in enumerate(self.dense)]
 
 
-def preview_masks(job: Job, *, source: str = "job", offline: bool = False, stages: Stages | None = None) -> Preview:
+def preview_masks(
+    job: Job,
+    *,
+    source: str = "job",
+    offline: bool = False,
+    stages: Stages | None = None,
+    manifest: Mapping | None = None,
+) -> Preview:
     """Make or read a job's template and find its masks, as a run does before it trains or draws anything.
 
     Parameters
@@ -60,31 +67,23 @@ def preview_masks(job: Job, *, source: str = "job", offline: bool = False, stage
     source : the job's file, or what else to call it in errors
     offline : take models from the local cache only
     stages : shows progress; None shows nothing
+    manifest : of the run whose masks these are, as `read_job` gives it: files and models must be the same
 
     Raises `WeaverError`, one line.
     """
     stages = stages or Stages(bars=False)
-    read_inputs(job, source)
-    read = read_concepts(job, source)
-    prompts = resolve_prompts(job, read, source)
-    device = in_field("device", source, choose_device, job.device)
-    with stages.step("loading the model"):
-        pipe = maker = in_field("model", source, load_model, job.model, offline=offline, device=device)
-    with threads_for(pipe):
-        job = resolve_job(job, pipe, prompts)
-        check_model(job, pipe, source)
-        places = place_concepts(job, bind_concepts(job, read, pipe, source, "warn"), pipe, source)
-        if places.needs_finder:
-            with stages.step("loading Grounding DINO and SAM"):
-                places = open_finder(job, places, source, offline=offline)
-        if job.template.model not in (None, SAME_MODEL):
-            with stages.step("loading the template's model"):
-                options = {"offline": offline, "device": device, "fuses": False}
-                maker = in_field("template.model", source, load_model, job.template.model, **options)
-        with styled(pipe, job.styles, source):
-            job, template, places = choose_template(job, pipe, maker, places, stages, source)
+    options = {"stages": stages, "offline": offline, "manifest": manifest, "recorded": False}
+    prepared = prepare(job, read_inputs(job, source), source, **options)
+    job, template, places = prepared.template()
     names = tuple(spec.name for spec in job.everyone)
     return Preview(names, template, places.sources, places.dense(job.size), final_masks(job, places))
+
+
+def place_files(job: Job) -> dict[str, Path]:
+    """The files of a job's template and masks, by their fields."""
+    files = {"template.image": job.template.image}
+    files |= {f"concepts[{number}].mask.file": spec.mask.file for number, spec in enumerate(job.concepts)}
+    return {field: file for field, file in files.items() if file}
 
 
 def layer_files(names: Sequence[str]) -> list[Path]:
@@ -95,16 +94,35 @@ def layer_files(names: Sequence[str]) -> list[Path]:
 def with_layers(job: Job, folder: Path) -> Job:
     """The same job on the template and with the masks of a folder in which `weaver masks --edit` wrote its layers.
 
-    Raises `JobError` naming the files that are not there.
+    The mask of a layer is what is opaque in it. Raises `JobError` naming the files that are not there, and layers that
+    were saved together with the template below them.
     """
     files = [folder / file for file in layer_files([spec.name for spec in job.concepts])]
     template = folder / TEMPLATE
     if missing := [str(file) for file in (template, *files) if not file.is_file()]:
         raise JobError(f"--masks: {', '.join(missing)} not there; `weaver masks JOB --edit --out {folder}` writes them")
+    if merged := [str(file) for file in files if _is_merged(file, template)]:
+        raise JobError(
+            f"--masks: {', '.join(merged)} hold the template too, and no transparent pixel: hide every other layer of "
+            "the editor, and save them anew, as PNG with transparency"
+        )
     concepts = tuple(
         replace(spec, mask=MaskSpec(file=file.resolve())) for spec, file in zip(job.concepts, files, strict=True)
     )
     return replace(job, template=TemplateSpec(image=template.resolve()), concepts=concepts)
+
+
+def _is_merged(layer: Path, template: Path) -> bool:
+    """Whether a layer has no transparent pixel and is the template in places, which a mask drawn in a few colours, as a
+    picture without transparency may be, is not."""
+    try:
+        image, below = open_picture(layer).convert("RGBA"), open_rgb(template)
+    except PictureError:
+        return False  # which is told with its field when the job's files are read
+    if image.size != below.size or image.getchannel("A").getextrema()[0] < 255:
+        return False
+    colours, own = np.asarray(image.convert("RGB")), np.asarray(below)
+    return len(np.unique(colours[(colours == own).all(-1)], axis=0)) > _SHARED
 
 
 def _layer(mask: torch.Tensor, colour: tuple[int, int, int]) -> Image.Image:

@@ -50,7 +50,8 @@ class MaskSpec:
 
     Which object of the word is meant is said by at most one of `order` (the k-th from the left), `rank` (the k-th by
     confidence), `at` (a point on it) and `around` (a box). `points` are on the object and given to SAM. Coordinates are
-    in pixels of the template, or in parts of it where all lie in 0..1.
+    in pixels of the template, or in parts of it where all lie in 0..1. What is wrong with a spec is told where it is
+    used, in a job file or by `weave` (`weaver.job.mask_rules`).
     """
 
     word: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from weaver.errors import told
 from weaver.masks.compose import MaskError
 
-__all__ = ["Found", "Wish", "assign"]
+__all__ = ["Found", "NotFoundError", "Wish", "assign", "assigned_masks"]
 
 _SAME = 0.8
 """Two masks of one class are of one object where they share this part of the smaller: a head is part of its dog. Of
@@ -20,6 +20,17 @@ _LEAST_AGREEMENT = 0.1  # of a box that tells which object is meant
 _SHOWN = 8  # objects in a message
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+
+
+class NotFoundError(MaskError):
+    """Fewer objects than were asked for, or none where a wish points at; `words` are those of which there are too few.
+
+    Its message shows what was found.
+    """
+
+    def __init__(self, message: str, words: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.words = tuple(dict.fromkeys(words))
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,16 +99,17 @@ def assign(found: Sequence[Found], wishes: Sequence[Wish]) -> list[int]:
     Detections of one object count as one, whatever words they were found for; words are of one class where their last
     one is the same ("white dog", "dog"). Wishes that choose go first, in the order in which they stand. The others of a
     word get its surest objects that are left, from left to right; where objects answer to several words ("white dog",
-    "black dog"), those for which the scores add up to most. Where there are too few, a detection that is no more than
-    several others together is taken for a group of them, and left out.
+    "black dog"), those for which the scores add up to most. Of a source without scores the largest are the surest.
+    Where there are too few, a detection that is no more than several others together is taken for a group of them, and
+    left out.
 
     Parameters
     ----------
     found : in any order; their words are compared with those of the wishes letter by letter
     wishes : one a concept, each with a word
 
-    Returns the index in `found` of every wish's object. Raises `MaskError`, which shows what was found, when there are
-    fewer objects than wishes, or none where a wish points at.
+    Returns the index in `found` of every wish's object. Raises `NotFoundError`, which shows what was found, when there
+    are fewer objects than wishes, or none where a wish points at, and `MaskError` for a rank where nothing has a score.
     """
     masks = torch.stack([item.mask for item in found]).flatten(1).float() if found else torch.zeros(0, 1)
     same = _same(masks, [item.word for item in found])
@@ -111,16 +123,24 @@ def assign(found: Sequence[Found], wishes: Sequence[Wish]) -> list[int]:
             taken[number] = _chosen(found, wish, same, free)
     rest = [number for number in range(len(wishes)) if number not in taken]
     left, wanted = [i for i in range(len(found)) if free(i)], Counter(wishes[number].word for number in rest)
-    served = _best(found, _objects(found, left, same), wanted)
+    objects = _objects(found, left, same)
+    served = _best(found, objects, wanted)
     if served is None:
         single = [i for i in left if not _is_group(i, left, masks, same)]
-        served = _best(found, _objects(found, single, same), wanted)
+        objects = _objects(found, single, same)
+        served = _best(found, objects, wanted)
     if served is None:
-        raise MaskError(_too_few(found, [wishes[number].word for number in rest], bool(taken)))
+        lacking = {word: n for word, n in wanted.items() if _best(found, objects, Counter({word: n})) is None}
+        raise _too_few(found, lacking or wanted, bool(taken))
     for word, indices in served.items():
         numbers = [number for number in rest if wishes[number].word == word]
         taken |= zip(numbers, sorted(indices, key=lambda i: found[i].centre()), strict=True)
     return [taken[number] for number in range(len(wishes))]
+
+
+def assigned_masks(found: Sequence[Found], wishes: Sequence[Wish]) -> torch.Tensor:
+    """The mask of every wish's object, [N, height, width] bool; arguments and errors are those of `assign`."""
+    return torch.stack([found[index].mask for index in assign(found, wishes)])
 
 
 def _same(masks: torch.Tensor, words: Sequence[str]) -> torch.Tensor:
@@ -164,9 +184,10 @@ def _chosen(found: Sequence[Found], wish: Wish, same: torch.Tensor, free) -> int
                 raise MaskError(f"rank: nothing tells how sure a {wish.word!r} is here; use order, at or around")
         candidates = objects[k - 1 : k]
     if not candidates:
-        raise MaskError(f"no {wish.word!r} {what}; {_shown(found, {wish.word})}")
+        raise NotFoundError(f"no {wish.word!r} {what}; {_shown(found, {wish.word})}", [wish.word])
     if not any(map(free, candidates)):
-        raise MaskError(f"the {wish.word!r} {what} is another concept's already; {_shown(found, {wish.word})}")
+        message = f"the {wish.word!r} {what} is another concept's already; {_shown(found, {wish.word})}"
+        raise NotFoundError(message, [wish.word])
     return next(filter(free, candidates))
 
 
@@ -206,7 +227,8 @@ def _best(
 
 
 def _score(item: Found) -> float:
-    return 0.0 if item.score is None else item.score
+    """How sure an object is; of a source that does not tell, the part of the picture that it covers."""
+    return item.mask.double().mean().item() if item.score is None else item.score
 
 
 def _agreement(a: Box, b: Box) -> float:
@@ -216,18 +238,20 @@ def _agreement(a: Box, b: Box) -> float:
     return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
-def _too_few(found: Sequence[Found], words: Sequence[str], some_taken: bool) -> str:
-    asked = " and ".join(f"{count} {word!r}" for word, count in Counter(words).items())
+def _too_few(found: Sequence[Found], lacking: Mapping[str, int], some_taken: bool) -> NotFoundError:
+    asked = " and ".join(f"{count} {word!r}" for word, count in lacking.items())
     left = " besides those that were chosen" if some_taken else ""
-    return (
-        f"{asked} asked for{left}, each an object of its own; {_shown(found, set(words))}: use another template, give "
-        "these concepts a box or a mask file, or lower masks.text.box_threshold where a detector finds them"
+    message = (
+        f"{asked} asked for{left}, each an object of its own; {_shown(found, set(lacking))}: use another template, "
+        "give these concepts a box or a mask file, or lower masks.text.box_threshold where a detector finds them"
     )
+    return NotFoundError(message, list(lacking))
 
 
 def _shown(found: Sequence[Found], words: set[str]) -> str:
-    """What was found for some words, the surest first."""
-    items = sorted((item for item in found if item.word in words), key=lambda item: -_score(item))
+    """What was found for some words, the surest first; where that is nothing, what was found for the others."""
+    own = [item for item in found if item.word in words]
+    items = sorted(own or found, key=lambda item: -_score(item))
     if not items:
         return "nothing was found"
     texts = [
@@ -235,7 +259,7 @@ def _shown(found: Sequence[Found], words: set[str]) -> str:
         for item in items[:_SHOWN]
     ]
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return f"found {', '.join(texts)}{more}"
+    return f"{'found' if own else 'nothing of that was found, only'} {', '.join(texts)}{more}"
 
 
 def _numbers(values: Sequence[float]) -> str:

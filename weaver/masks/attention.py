@@ -19,12 +19,13 @@ from weaver.concepts.prompts import tokenize
 from weaver.conditioning import make_time_ids, unet_arguments
 from weaver.latents import encode_image, vae_scale_factor
 from weaver.layers import cross_attention_paths, layer_size
-from weaver.masks.components import assign_objects, tidy
+from weaver.masks.assign import Found, Wish, assigned_masks
+from weaver.masks.components import found_in, tidy
 from weaver.masks.compose import MaskError
 from weaver.masks.edges import follow_edges
 from weaver.schedule import ddim_scheduler
 
-__all__ = ["attention_masks", "attention_maps", "capture_cross_attention", "word_positions"]
+__all__ = ["attention_maps", "attention_masks", "attention_objects", "capture_cross_attention", "word_positions"]
 
 _REACH = 2  # cells of latents, about which maps are drawn along the picture's edges
 
@@ -41,21 +42,46 @@ def attention_masks(
 ) -> torch.Tensor:
     """Find the object of every class word in a picture that `prompt` describes.
 
-    Maps follow the edges of the picture (`follow_edges`). A pixel belongs to the word whose map is highest there, if
-    that map is above the threshold which best parts it in two (Otsu's); specks are dropped and holes filled. A word
-    that stands k times in `words` is cut into k objects, left to right.
+    A word that stands k times in `words` gets k objects, left to right; they are found as `attention_objects` says.
 
-    Returns [N, height, width] bool, one for each of `words`. Raises `MaskError` when a word is not in the prompt, or
-    holds too few objects.
+    Returns [N, height, width] bool, one for each of `words`. Raises `MaskError` when a word is not in the prompt, and,
+    showing what was found, when it is nowhere in the picture or holds too few objects.
     """
-    labels = list(dict.fromkeys(words))
-    maps = attention_maps(pipe, image, prompt, labels, noise_levels=noise_levels, seed=seed, progress=progress)
+    wishes = [Wish(word) for word in words]
+    options = {"noise_levels": noise_levels, "seed": seed, "progress": progress}
+    return assigned_masks(attention_objects(pipe, image, prompt, wishes, **options), wishes)
+
+
+def attention_objects(
+    pipe,
+    image: Image.Image,
+    prompt: str,
+    wishes: Sequence[Wish],
+    *,
+    noise_levels: Sequence[float] = (0.1, 0.25, 0.4, 0.55),
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Found]:
+    """Find every object that wishes may mean in a picture that `prompt` describes; `weaver.masks.assign` tells which is
+    whose.
+
+    Maps follow the edges of the picture (`follow_edges`). A pixel belongs to the word whose map is highest there, if
+    that map is above the threshold which best parts it in two (Otsu's). Specks are dropped, holes filled, and a mask is
+    cut into objects where several are asked for (`found_in`).
+
+    Parameters
+    ----------
+    wishes : each with a word; `MaskError` where the prompt does not have it
+    noise_levels, seed, progress : as in `attention_maps`
+    """
+    words = list(dict.fromkeys(wish.word for wish in wishes))
+    maps = attention_maps(pipe, image, prompt, words, noise_levels=noise_levels, seed=seed, progress=progress)
     size = (image.height, image.width)
-    maps = F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0][: len(labels)]
+    maps = F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0][: len(words)]
     maps = follow_edges(maps, image, _REACH * vae_scale_factor(pipe.vae)).float()
     leading = maps.argmax(0)
-    masks = torch.stack([tidy((leading == k) & (maps[k] > _otsu(maps[k]))) for k in range(len(labels))])
-    return assign_objects(masks, words, labels)
+    masks = torch.stack([tidy((leading == k) & (maps[k] > _otsu(maps[k]))) for k in range(len(words))])
+    return found_in(masks, words, wishes)
 
 
 @torch.no_grad()

@@ -1,47 +1,51 @@
-"""Several objects of one class word: cut one mask into its objects and hand them out from left to right."""
+"""Several objects of one class word: one mask cut into its objects."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
 
+from weaver.masks.assign import Found, Wish
 from weaver.masks.compose import MaskError
 from weaver.masks.shapes import connected_components, dilate, drop_specks, fill_holes
 
-__all__ = ["assign_objects", "objects_in", "split_objects", "tidy"]
+__all__ = ["found_in", "split_objects", "tidy"]
 
 # Of the objects that are cut apart, the smallest has at least this part of the largest's area: an ear is no animal.
 _ALIKE = 0.25
 
 
-def assign_objects(masks: torch.Tensor, words: Sequence[str], labels: Sequence[str]) -> torch.Tensor:
-    """Give every concept a mask, when masks were found per class word.
+def found_in(masks: torch.Tensor, words: Sequence[str], wishes: Sequence[Wish]) -> list[Found]:
+    """The objects that may be meant, when masks were found by word and not by object.
+
+    Of a word that a single wish has, and does not choose of, all that was found is one object.
 
     Parameters
     ----------
-    masks : [K, h, w] bool, one for each of `labels`.
-    words : the class words of the N concepts in their order; a word that stands k times gets k objects, left to right.
-    labels : the K different words that the masks belong to.
-
-    Returns [N, h, w] bool. Raises `MaskError` when a mask holds fewer objects than there are concepts of its word.
+    masks : [K, h, w] bool, one for each of the K different `words`; an empty one is no object
+    wishes : what is asked for, to be served by `weaver.masks.assign`; each has one of the words
     """
-    found = {}
-    for label, mask in zip(labels, masks, strict=True):
-        count = list(words).count(label)
-        found[label] = iter(split_objects(mask, count, label) if count > 1 else mask.bool()[None])
-    return torch.stack([next(found[word]) for word in words])
+    found = []
+    for word, mask in zip(words, masks, strict=True):
+        own = [wish for wish in wishes if wish.word == word]
+        count = max(len(own), *(wish.order or 1 for wish in own))
+        parts = _objects_in(mask, count) if len(own) > 1 or own[0].chosen else [mask]
+        found += [Found.of_mask(word, part) for part in parts if part.any()]
+    return found
 
 
-def objects_in(mask: torch.Tensor, count: int, what: str = "object") -> torch.Tensor:
-    """The objects of mask [h, w] from left to right, [K, h, w] with K `count` at least: its parts, where it has enough
-    that are alike in size, else as `split_objects` cuts them."""
+def _objects_in(mask: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """The objects of mask [h, w] from left to right, [h, w] bool each: its parts, where it has `count` or more that are
+    alike in size, else as `split_objects` cuts it; where it can't be cut so often, the parts that there are."""
     parts = connected_components(tidy(mask))
-    if parts.max(initial=0) < count:
-        return split_objects(mask, count, what)
-    objects = [torch.from_numpy(parts == number) for number in range(1, parts.max() + 1)]
-    return torch.stack(sorted(objects, key=_middle))
+    objects = [torch.from_numpy(parts == number) for number in range(1, parts.max(initial=0) + 1)]
+    if len(objects) < count:
+        with suppress(MaskError):
+            return list(split_objects(mask, count))
+    return sorted(objects, key=_middle)
 
 
 def split_objects(mask: torch.Tensor, count: int, what: str = "object") -> torch.Tensor:

@@ -15,6 +15,7 @@ from weaver.pictures import fit, open_picture
 __all__ = ["load_mask"]
 
 _SHOWN = 12  # labels in a message
+_EVEN = 1 / 16  # of full scale, that the pixels of one colour differ by at most, as in a JPEG
 
 
 def load_mask(
@@ -28,15 +29,17 @@ def load_mask(
 
     Inside is, by the kind of picture: where transparency varies, alpha of a half and more; a palette with colours
     (a label map), every colour but black; grey or colour, the brightest channel at half of full scale and more; a
-    grey picture that holds 0 and 1 only, 1. `label` instead picks the pixels of one palette index or grey level, of one
-    colour ("#e69f00"), or the outlines of one name (`weaver.masks.given`).
+    grey picture that holds 0 and 1 only, 1. Alpha that is the same everywhere says nothing, so that a picture without
+    any transparent pixel is read as if it had no alpha; where it has no dark pixel either, but several colours, it is
+    refused, as one that was saved without its transparency. `label` instead picks the pixels of one palette index or
+    grey level, of one colour ("#e69f00"), or the outlines of one name (`weaver.masks.given`).
 
     A mask has the shape of `size` (height, width), at any size, or that of `source_size`, the template file's own:
     then it is cut about its centre as the template is. What is larger is averaged over areas, what is smaller enlarged
     smoothly, and half or more is inside.
 
-    Returns [height, width] bool. Raises `MaskError` for another shape, an empty mask or a label that is not in it,
-    `PictureError` for a picture that can't be read.
+    Returns [height, width] bool. Raises `MaskError` for another shape, an empty mask, one that has no outside though it
+    has several colours, or a label that is not in it, `PictureError` for a picture that can't be read.
     """
     if is_shapes_file(path):
         values = shapes_mask(path, source_size or size, label).numpy()
@@ -75,16 +78,28 @@ def _inside(image: Image.Image, path, label: int | str | None) -> np.ndarray:
         alpha = np.asarray(image.convert("RGBA").getchannel("A"))
         if alpha.min() != alpha.max() or not alpha.any():
             return alpha >= 128
+    values, inside = _opaque(image)
+    if inside.all() and np.ptp(values, axis=(0, 1)).max() > _EVEN:
+        raise MaskError(
+            f"{path}: no pixel is transparent or dark, so that all of it would be inside, though it has several "
+            "colours: save it with its transparency, paint black what is outside, or pick one colour by label"
+        )
+    return inside
+
+
+def _opaque(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a picture without transparency, [height, width, channels] in 0..1, and what of it is inside."""
     if image.mode == "P":
         colours = np.asarray(image.convert("RGB"))
         if (colours != colours[..., :1]).any():
-            return colours.any(-1)
+            return colours / 255, colours.any(-1)
         image = image.convert("L")
     if image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image)
         full = {"1": 1, "L": 255, "F": 1}.get(image.mode, 65535)
-        return values >= (1 if values.max() <= 1 else full / 2)
-    return np.asarray(image.convert("RGB")).max(-1) >= 128
+        return values[..., None] / full, values >= (1 if values.max() <= 1 else full / 2)
+    values = np.asarray(image.convert("RGB"))
+    return values / 255, values.max(-1) >= 128
 
 
 def _of_colour(image: Image.Image, path, label: str) -> np.ndarray:

@@ -81,7 +81,7 @@ def _in_polygon(numbers: Sequence[float], size: tuple[int, int], rows: Sequence)
 
 
 def _corners(polygon: Sequence[Sequence[float]]) -> list[list[float]]:
-    rows = [list(corner) if isinstance(corner, Sequence) else [corner] for corner in polygon]
+    rows = [list(corner) if isinstance(corner, Sequence | np.ndarray) else [corner] for corner in polygon]
     if len(rows) < 3 or any(len(row) != 2 or not all(map(is_number, row)) for row in rows):
         raise MaskError(f"polygon {told(rows)} is not three or more corners [x, y]")
     return rows

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from weaver.errors import WeaverError
 from weaver.masks.assign import Box
 from weaver.masks.text import Detection
+from weaver.models import hub_fix, only_local
 
 __all__ = ["DETECTOR", "OUTLINER", "GroundingDino", "Sam"]
 
@@ -112,19 +114,19 @@ def _opened(source: str | os.PathLike, kind: str, parts: Sequence[type], offline
     from transformers import AutoConfig
 
     source = str(source)
-    local = {"local_files_only": offline or Path(source).is_dir()}
+    local = {"local_files_only": only_local(offline) or Path(source).is_dir()}
     try:
         there = AutoConfig.from_pretrained(source, **local).model_type
         if there == kind:
             model = parts[0].from_pretrained(source, dtype=torch.float32, **local, **options)
             return [model, *(part.from_pretrained(source, **local) for part in parts[1:])]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if Path(source).is_dir():
             fix = "the folder must hold a model with its processor, as save_pretrained writes them"
-        elif offline:
-            fix = "it is not in the local cache: run once without --offline, or name a folder that holds it"
         else:
-            fix = "check its name and the network, or name a folder that holds it"
+            fix = f"{hub_fix(offline)}, or name a folder that holds it"
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WeaverError(f"{field}: {source!r} can't be loaded; {fix} ({first})") from error
+        # Of a model that is not in the cache transformers tells that it could not connect, and not which it is.
+        why = "" if only_local(offline) and not Path(source).is_dir() else f" ({first})"
+        raise WeaverError(f"{field}: {source!r} can't be loaded; {fix}{why}") from error
     raise WeaverError(f"{field}: {source!r} is a model of kind {there!r}, expected {kind!r}")

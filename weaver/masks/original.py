@@ -24,6 +24,7 @@ from torch import nn
 from weaver.errors import WeaverError
 from weaver.masks.assign import Box
 from weaver.masks.text import Detection
+from weaver.models import hub_fix, only_local
 
 __all__ = ["OriginalGroundingDino", "OriginalSam", "build_grounding_dino"]
 
@@ -63,12 +64,12 @@ class OriginalGroundingDino:
         file = Path(_package("groundingdino.config").__file__).parent / f"{_CONFIGS[width]}.py"
         settings = config.fromfile(str(file))
         try:
-            if offline:
+            if only_local(offline):
                 settings.text_encoder_type = snapshot_download(settings.text_encoder_type, local_files_only=True)
             model = build_grounding_dino(settings)
         except OSError as error:
             raise WeaverError(
-                f"{field}: 'bert-base-uncased', its text encoder, can't be loaded; run once with a network"
+                f"{field}: 'bert-base-uncased', the text encoder of {checkpoint}, can't be loaded; {hub_fix(offline)}"
             ) from error
         _fill(model, weights, checkpoint, field)
         return cls(model.to(device))

@@ -12,12 +12,15 @@ __all__ = ["concept_colour", "draw_masks"]
 
 # Told apart on light and dark ground, and by people who see red and green alike (Okabe and Ito's colours).
 _COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0), (0, 114, 178))
+_SAME = 1e-3  # part of a pixel by which equal shares may differ
 
 
 def draw_masks(
     image: Image.Image, masks: torch.Tensor, names: Sequence[str], *, side: int = 512, tint: float = 0.45
 ) -> Image.Image:
     """Draw masks over a picture: tinted, outlined and named; the background's name, if any, stands at the lower left.
+
+    The outline of a mask goes round all pixels of which no other mask has more, and so round what masks share, too.
 
     Parameters
     ----------
@@ -29,17 +32,20 @@ def draw_masks(
     factor = max(1, -(-side // min(image.size)))
     canvas = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
     pixels = np.asarray(canvas).astype(np.float32)
-    regions = [_enlarge(mask, canvas.size) for mask in masks[:-1]]
-    for number, region in enumerate(regions):
+    regions = [_enlarge(mask, canvas.size) for mask in masks]
+    most = np.max(regions, 0)
+    regions = regions[:-1]
+    insides = [(region > 0) & (region >= most - _SAME) for region in regions]
+    for number, (region, inside) in enumerate(zip(regions, insides, strict=True)):
         colour = concept_colour(number)
         pixels += (region * tint)[..., None] * (np.array(colour, np.float32) - pixels)
-        pixels[_outline(region > 0.5, max(1, canvas.height // 256))] = colour
+        pixels[_outline(inside, max(1, canvas.height // 256))] = colour
     canvas = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(max(12, canvas.height // 24))
-    for number, (region, name) in enumerate(zip(regions, names, strict=False)):
-        if (region > 0.5).any():
-            _label(draw, _middle(region > 0.5), name, font, concept_colour(number))
+    for number, (inside, name) in enumerate(zip(insides, names, strict=False)):
+        if inside.any():
+            _label(draw, _middle(inside), name, font, concept_colour(number))
     if len(names) > len(regions):
         margin = font.size
         _label(draw, (None, canvas.height - margin), names[len(regions)], font, (255, 255, 255))

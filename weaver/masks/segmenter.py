@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from weaver.masks.components import assign_objects, tidy
-from weaver.masks.compose import MaskError
+from weaver.masks.assign import Found, Wish, assigned_masks
+from weaver.masks.components import found_in, tidy
 
-__all__ = ["Segmenter", "segmenter_masks", "segmenter_reasons"]
+__all__ = ["Segmenter", "segmenter_masks", "segmenter_objects", "segmenter_reasons"]
 
 
 class Segmenter(Protocol):
@@ -44,27 +44,40 @@ def segmenter_masks(
 ) -> torch.Tensor:
     """Find the object of every class word in a picture.
 
-    A pixel belongs to the word that the segmenter is surest of there, if it is at least `threshold` sure. A word that
-    stands k times in `words` is cut into k objects, left to right. Specks are dropped and holes filled.
+    A word that stands k times in `words` gets k objects, left to right; they are found as `segmenter_objects` says.
+
+    Returns [N, height, width] bool, one for each of `words`. Raises `MaskError`, which shows what was found, when a
+    word is not found, or holds too few objects.
+    """
+    wishes = [Wish(word) for word in words]
+    return assigned_masks(segmenter_objects(image, wishes, prompt, segmenter=segmenter, threshold=threshold), wishes)
+
+
+def segmenter_objects(
+    image: Image.Image,
+    wishes: Sequence[Wish],
+    prompt: str | None = None,
+    *,
+    segmenter: Segmenter | None = None,
+    threshold: float = 0.5,
+) -> list[Found]:
+    """Find every object in a picture that wishes may mean; `weaver.masks.assign` tells which is whose.
+
+    A pixel belongs to the word that the segmenter is surest of there, if it is at least `threshold` sure. Specks are
+    dropped, holes filled, and a mask is cut into objects where several are asked for (`found_in`).
 
     Parameters
     ----------
+    wishes : each with a word
     prompt : what the picture shows, for segmenters that know what to do with it; None seeks every word by itself.
     segmenter : None for the embedded one, which knows the words of the embedded world.
-
-    Returns [N, height, width] bool, one for each of `words`. Raises `MaskError` when a word is not found, or holds
-    too few objects.
+    threshold : 0..1
     """
     if segmenter is None:
         from weaver.embedded.segmenter import load_segmenter
 
         segmenter = load_segmenter()
-    labels = list(dict.fromkeys(words))
-    sure = torch.from_numpy(np.asarray(segmenter.segment(image, labels, prompt)))
-    masks = (sure >= threshold) & (sure.argmax(0)[None] == torch.arange(len(labels))[:, None, None])
-    if absent := [repr(label) for label, mask in zip(labels, masks, strict=True) if not mask.any()]:
-        raise MaskError(
-            f"no {' and no '.join(absent)} was found in the template: use another template seed or prompt, "
-            "or give a box or a mask file"
-        )
-    return assign_objects(torch.stack([tidy(mask) for mask in masks]), words, labels)
+    words = list(dict.fromkeys(wish.word for wish in wishes))
+    sure = torch.from_numpy(np.asarray(segmenter.segment(image, words, prompt)))
+    masks = (sure >= threshold) & (sure.argmax(0)[None] == torch.arange(len(words))[:, None, None])
+    return found_in(torch.stack([tidy(mask) for mask in masks]), words, wishes)
