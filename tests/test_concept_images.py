@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from weaver.concepts.images import TrainingSet, load_class_images, load_images
+from weaver.concepts.images import TrainingSet, caption_of, load_class_images, load_images, mask_of
 from weaver.concepts.picture_folder import PassedOverWarning
 from weaver.errors import WeaverError
 from weaver.pictures import PictureError
@@ -160,3 +160,38 @@ def test_a_token_is_a_whole_word(tmp_path):
     (tmp_path / "a.txt").write_text("a photo of sksy cat")
     with pytest.raises(WeaverError, match="lacks the token 'sks'"):
         load_images(tmp_path, "sks", "cat")
+
+
+def _cut_out(inside: np.ndarray) -> Image.Image:
+    picture = Image.new("RGBA", inside.shape[::-1], "white")
+    picture.putalpha(Image.fromarray(np.uint8(255 * inside)))
+    return picture
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        lambda inside: Image.fromarray(np.uint8(255 * inside)),
+        lambda inside: Image.fromarray(np.uint8(255 * inside)).convert("RGBA"),  # opaque everywhere: it says nothing
+        lambda inside: Image.fromarray(np.uint8(inside)),  # a label map of 0 and 1
+        lambda inside: Image.fromarray(inside),  # one bit
+        _cut_out,
+    ],
+    ids=["grey", "opaque", "labels", "bits", "cut-out"],
+)
+def test_a_mask_says_the_same_in_whatever_way_it_is_drawn(tmp_path, drawn):
+    inside = np.zeros((8, 12), bool)
+    inside[2:5, 3:9] = True
+    save(tmp_path / "a.png")
+    drawn(inside).save(tmp_path / "a.mask.png")
+    mask = mask_of(tmp_path / "a.png")
+    assert mask.mode == "L" and np.array_equal(np.asarray(mask), np.uint8(255 * inside))
+
+
+def test_soft_masks_stay_soft_and_captions_may_have_their_encoding_marked(tmp_path):
+    save(tmp_path / "a.png")
+    grey = np.arange(0, 96, dtype=np.uint8).reshape(8, 12)
+    Image.fromarray(grey).save(tmp_path / "a.mask.png")
+    assert np.array_equal(np.asarray(mask_of(tmp_path / "a.png")), grey)
+    (tmp_path / "a.txt").write_text("a {token} {word} in the snow", encoding="utf-8-sig")
+    assert caption_of(tmp_path / "a.png", "<v1>", "dog") == "a <v1> dog in the snow"

@@ -15,7 +15,7 @@ __all__ = ["add_parser"]
 
 _DESCRIPTION = (
     "Learn a concept from pictures of it. The caption of NAME.jpg is in NAME.txt beside it, with {token} and {word} in "
-    "it; NAME.mask.png, white where the concept is, keeps the rest from being learned. Interrupted, the same command "
+    "it; NAME.mask.png, white or opaque where the concept is, keeps the rest from being learned. Interrupted, the same command "
     "goes on where it was."
 )
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")

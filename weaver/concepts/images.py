@@ -14,7 +14,7 @@ from weaver.concepts.framing import Framing
 from weaver.concepts.picture_folder import caption_file, mask_file, picture_files, picture_paths, tell_passed_over
 from weaver.concepts.prompts import names_token
 from weaver.errors import WeaverError
-from weaver.pictures import PictureError, open_rgb
+from weaver.pictures import PictureError, open_picture, open_rgb
 
 __all__ = ["TrainingSet", "caption_of", "load_class_images", "load_images", "mask_of"]
 
@@ -84,7 +84,7 @@ def load_images(
 
     Pictures are turned as their EXIF orientation says; transparency shows white. A picture's caption is the text file
     of the same name beside it (`cat.jpg`, `cat.txt`), otherwise `template`; `{token}` and `{word}` in either are
-    filled in. Its mask, white where the concept is, is the picture `cat.mask.png` beside it, if there is one.
+    filled in. Its mask, white or opaque where the concept is, is the picture `cat.mask.png` beside it, if there is one.
 
     Parameters
     ----------
@@ -157,9 +157,21 @@ def _of_each(paths: Sequence[Path], read: Callable[[Path], T]) -> list[T]:
 
 
 def mask_of(picture: Path) -> Image.Image | None:
-    """Where the concept is in a picture: its mask's grey levels, or None without one. Raises as `open_picture` does."""
+    """Where the concept is in a picture, mode L with 255 inside; None without a mask beside it.
+
+    Where a mask's transparency varies, what is opaque is inside, as in a cut-out; otherwise its grey levels say it, and
+    one that holds 0 and 1 only is a label map. Raises as `open_picture` does.
+    """
     beside = mask_file(picture)
-    return None if beside is None else open_rgb(beside).convert("L")
+    if beside is None:
+        return None
+    image = open_picture(beside)
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        if alpha.getextrema()[0] != alpha.getextrema()[1]:
+            return alpha
+    grey = open_rgb(beside).convert("L")
+    return grey.point(lambda level: 255 * level) if grey.getextrema() == (0, 1) else grey
 
 
 def caption_of(picture: Path, token: str, word: str, *, template: str | None = None) -> str:
