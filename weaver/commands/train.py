@@ -15,8 +15,8 @@ __all__ = ["add_parser"]
 
 _DESCRIPTION = (
     "Learn a concept from pictures of it. The caption of NAME.jpg is in NAME.txt beside it, with {token} and {word} in "
-    "it; NAME.mask.png, white or opaque where the concept is, keeps the rest from being learned. Interrupted, the same command "
-    "goes on where it was."
+    "it; NAME.mask.png, white or opaque where the concept is, keeps the rest from being learned. Interrupted, the same "
+    "command goes on where it was."
 )
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _EVERY = 100  # steps
