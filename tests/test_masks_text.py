@@ -170,3 +170,11 @@ def test_damaged_weights_are_told_with_their_folder(folder, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(WeaverError, match=r"masks\.text\.segmenter: '.*sam' can't be loaded; the folder must hold"):
         Sam.load(copied)
+
+
+def test_a_tokenizer_that_is_not_there_is_told(folder, tmp_path):
+    copied = shutil.copytree(folder / "dino", tmp_path / "dino")
+    for file in copied.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(WeaverError, match=r"detector: '.*dino' has no tokenizer with any words; the folder must hold"):
+        GroundingDino.load(copied)

@@ -44,10 +44,12 @@ class GroundingDino:
         )
 
         # Its own CUDA kernel is fetched from the Hub and compiled; PyTorch's operations serve on every device.
+        options = {"disable_custom_kernels": True}
         parts = (GroundingDinoForObjectDetection, GroundingDinoImageProcessorPil, AutoTokenizer)
-        model, pictures, tokenizer = _opened(
-            source, "grounding-dino", parts, offline, "masks.text.detector", disable_custom_kernels=True
-        )
+        field = "masks.text.detector"
+        model, pictures, tokenizer = _opened(source, "grounding-dino", parts, offline, field, **options)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # which transformers makes where its files are not there
+            raise WeaverError(f"{field}: {str(source)!r} has no tokenizer with any words; {_fix(source, offline)}")
         return cls(model.to(device), GroundingDinoProcessor(pictures, tokenizer))
 
     def detect(self, image: Image.Image, phrase: str, box_threshold: float, text_threshold: float) -> list[Detection]:
@@ -121,12 +123,15 @@ def _opened(source: str | os.PathLike, kind: str, parts: Sequence[type], offline
             model = parts[0].from_pretrained(source, dtype=torch.float32, **local, **options)
             return [model, *(part.from_pretrained(source, **local) for part in parts[1:])]
     except (OSError, ValueError, SafetensorError) as error:
-        if Path(source).is_dir():
-            fix = "the folder must hold a model with its processor, as save_pretrained writes them"
-        else:
-            fix = f"{hub_fix(offline)}, or name a folder that holds it"
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         # Of a model that is not in the cache transformers tells that it could not connect, and not which it is.
         why = "" if only_local(offline) and not Path(source).is_dir() else f" ({first})"
-        raise WeaverError(f"{field}: {source!r} can't be loaded; {fix}{why}") from error
+        raise WeaverError(f"{field}: {source!r} can't be loaded; {_fix(source, offline)}{why}") from error
     raise WeaverError(f"{field}: {source!r} is a model of kind {there!r}, expected {kind!r}")
+
+
+def _fix(source: str | os.PathLike, offline: bool) -> str:
+    """What to do where a model, of a folder or the Hub, is not all there."""
+    if Path(source).is_dir():
+        return "the folder must hold a model with its processor, as save_pretrained writes them"
+    return f"{hub_fix(offline)}, or name a folder that holds it"
