@@ -24,7 +24,7 @@ from weaver.evaluation.charts import curves
 from weaver.evaluation.drawing import STEPS
 from weaver.evaluation.report import worst_first
 from weaver.evaluation.results import Results
-from weaver.evaluation.runner import picture_path, run_cases, template_path
+from weaver.evaluation.runner import case_path, picture_path, template_path
 from weaver.evaluation.suite import Case, cases
 from weaver.evaluation.sweep import panels_of
 from weaver.folder import whole_file
@@ -73,7 +73,8 @@ def failures(folder: Path) -> Image.Image:
     """The worst cases of the full method in a finished evaluation, one a row: template, then each arm by its letter."""
     arms = {arm.name: arm.chosen for arm in ARMS}
     of = cases()
-    results = Results(tuple(of), tuple(run_cases(folder, of, arms)), arms, STEPS)
+    records = [json.loads(case_path(folder, case.name).read_text(encoding="utf-8")) for case in of]
+    results = Results(tuple(of), tuple(records), arms, STEPS)
     seen: dict[str, Case] = {}
     for _, case, _ in worst_first(results, FULL):
         seen.setdefault(case.prompt.name, case)  # of one prompt the worst seed

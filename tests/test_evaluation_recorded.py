@@ -12,7 +12,7 @@ from benchmarks.embedded_evaluation import END, RESULTS, START, record_sweep, ta
 from weaver.embedded import concept_hashes, model_hash
 from weaver.errors import WeaverError
 from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, arm_of, default_settings
-from weaver.evaluation.sweep import GRID, sweep_cases
+from weaver.evaluation.sweep import GRID, ORIGIN, sweep_cases
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -77,5 +77,6 @@ def test_the_defaults_and_every_arm_are_what_the_recorded_sweep_chose():
     assert record["cases"] == [case.name for case in sweep_cases()]
     for name, found in record["arms"].items():
         best = max(found["tried"], key=lambda one: tuple(one["score"]))
+        assert found["tried"][0]["values"] == {key: ORIGIN[key] for key in found["chosen"]}, name
         assert best["values"] == found["chosen"] and len(found["tried"]) <= record["budget"], name
         assert all(min(GRID[key]) <= value <= max(GRID[key]) for key, value in found["chosen"].items())

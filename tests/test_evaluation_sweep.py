@@ -13,7 +13,7 @@ from weaver.evaluation import sweep as module
 from weaver.evaluation.arms import ARMS, arm_of, default_settings
 from weaver.evaluation.charts import _FULL as COLOUR
 from weaver.evaluation.suite import sweep_cases
-from weaver.evaluation.sweep import GRID, objective, page_of, panels_of, search, sweep
+from weaver.evaluation.sweep import GRID, ORIGIN, objective, page_of, panels_of, search, sweep
 
 GRID_OF_TWO = {"x": (0.0, 1.0, 2.0, 4.0), "n": (0, 1, 2, 3)}
 
@@ -82,9 +82,7 @@ def test_a_sweep_writes_what_it_tried_and_goes_on(tmp_path, monkeypatch):
     record = sweep(tmp_path, **options)
     assert json.loads((tmp_path / "sweep.json").read_text()) == record
     found = record["arms"]["no-injection"]
-    assert len(found["tried"]) == 2 and found["tried"][0]["values"] == {
-        name: getattr(default_settings(), name) for name in arms[0].swept
-    }
+    assert len(found["tried"]) == 2 and found["tried"][0]["values"] == {name: ORIGIN[name] for name in arms[0].swept}
     assert found["chosen"] in [tried["values"] for tried in found["tried"]] and record["cases"] == [case.name]
     monkeypatch.setattr(module, "measured", lambda *args: pytest.fail("drawn again"))
     assert sweep(tmp_path, **options) == record

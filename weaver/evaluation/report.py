@@ -38,6 +38,7 @@ table { border-collapse: collapse; font-size: 14px } th { text-align: left; font
 td, th { padding: 4px 14px 4px 0; border-bottom: 1px solid #e0e3dd; white-space: nowrap }
 td.what { white-space: normal; min-width: 22em } td small { display: block; font-size: 11.5px; line-height: 1.2 }
 tr.full td { background: #fbeee9; font-weight: 600 } .yes { color: #2c7a3f } .no { color: #b3402a }
+.unseen { text-decoration: line-through }
 .chart svg { width: 100%; max-width: 1080px; height: auto }
 .cards, .case div.pictures { display: flex; flex-wrap: wrap; gap: 10px }
 figure { margin: 0; font-size: 12px; line-height: 1.3; width: 112px }
@@ -222,7 +223,8 @@ def _pictures(folder: Path, results: Results, arms: Sequence[Arm]) -> str:
         f"<h2>Pictures, the worst of ({_letter(first)}) first</h2><p class=filter>{boxes}"
         "<label><input type=checkbox id=failed name=failed> only where it fails</label> "
         f"<small><span id=shown>{len(results.cases)}</span> of {len(results.cases)} shown. Under a picture: "
-        "<span class=yes>right</span> and <span class=no>wrong</span> identity of each concept; ! it leaks.</small></p>"
+        "<span class=yes>right</span> and <span class=no>wrong</span> identity of each concept, "
+        '<span class="no unseen">struck out</span> where no animal is seen in its region; ! it leaks.</small></p>'
         f"{cases}"
     )
 
@@ -247,9 +249,11 @@ def _case(folder: Path, faults: int, case: Case, record: Mapping, arms: Sequence
 
 
 def _mark(concept: Mapping) -> str:
-    kind, word = ("yes", "right") if concept["right"] else ("no", "wrong")
+    kind, word = ("yes", "right identity") if concept["right"] else ("no", "wrong identity")
+    if not concept["present"]:
+        kind, word = "no unseen", "no animal is seen there"
     leak = "!" if concept["leaked"] else ""
-    title = f"{concept['name']}: {word} identity{', leaks' if leak else ''}"
+    title = f"{concept['name']}: {word}{', leaks' if leak else ''}"
     return f'<span class={kind} title="{escape(title)}">{CONCEPTS[concept["name"]].word}{leak}</span>'
 
 

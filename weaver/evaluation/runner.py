@@ -31,6 +31,7 @@ from weaver.progress import Stages
 __all__ = [
     "SECONDS",
     "alone",
+    "case_path",
     "drawer_for",
     "expected_minutes",
     "identity",
@@ -170,6 +171,11 @@ def template_path(folder: Path, case: str) -> Path:
     return folder / "cases" / case / "template.png"
 
 
+def case_path(folder: Path, case: str) -> Path:
+    """A case's record, which is there when the case is finished."""
+    return folder / "cases" / case / "case.json"
+
+
 def picture_path(folder: Path, case: str, arm: str) -> Path:
     """A case's picture by an arm."""
     return folder / "cases" / case / f"{arm}.png"
@@ -203,7 +209,7 @@ def _kept(folder: Path, case: Case, steps: int) -> dict[str, dict]:
     try:
         record = json.loads((folder / "case.json").read_text(encoding="utf-8"))
         arms = record["arms"] if record["identity"] == identity(case, {}, steps) else {}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
     return {arm: found for arm, found in arms.items() if (folder / f"{arm}.png").is_file()}
 

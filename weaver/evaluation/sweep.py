@@ -6,11 +6,11 @@ The objective was written down before anything was swept: over all concepts of t
 
 where background concepts count as animals do, and the last part is left out of arms without a template. Of settings
 with an equal J the one with the larger mean margin (own similarity minus the next of base and others) is taken, and of
-those the one that was tried first: the committed defaults.
+those the one that was tried first, `ORIGIN`.
 
-Every arm may try the same number of settings. Its search goes along one setting at a time, from the defaults: first
-over all values of `GRID`, then between those beside the best, in turn, until the budget is spent. An arm with fewer
-settings looks at each more closely.
+Every arm may try the same number of settings. Its search goes along one setting at a time, from `ORIGIN`: first over
+all values of `GRID`, then between those beside the best, in turn, until the budget is spent. An arm with fewer settings
+looks at each more closely.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from weaver.folder import whole_file
 from weaver.progress import Stages
 from weaver.version import __version__
 
-__all__ = ["BUDGET", "GRID", "OBJECTIVE", "Tried", "objective", "page_of", "panels_of", "search", "sweep"]
+__all__ = ["BUDGET", "GRID", "OBJECTIVE", "ORIGIN", "Tried", "objective", "page_of", "panels_of", "search", "sweep"]
 
 BUDGET = 20
 OBJECTIVE = "right - leaked - max(0, 20 dB - background PSNR) / 20 dB; then the margin"
@@ -48,6 +48,8 @@ GRID: dict[str, tuple] = {
     "attention_window": (0.3, 0.5, 0.8, 1.0),
     "dilation": (0, 1, 2, 3),
 }
+ORIGIN = {"suppression": 0.0, "guidance": 3.0, "resnet_window": 0.5, "attention_window": 0.5, "dilation": 1}
+"""Where every search sets out: the defaults before the first sweep. What a sweep chooses does not move it."""
 _LEAST_PSNR = 20.0
 Score = tuple[float, float]
 
@@ -204,7 +206,7 @@ def _search_arm(file: Path, arm: Arm, cases: Sequence[Case], budget: int, steps:
             move(looked, budget)
             return tuple(kept[wanted])
 
-        start = {name: getattr(begun, name) for name in arm.swept}
+        start = {name: ORIGIN[name] for name in arm.swept}
         return search(start, {name: GRID[name] for name in start}, budget, look)
 
 
