@@ -66,10 +66,24 @@ def test_image_alignment_is_the_mean_of_all_pairs(models, kind):
 
 
 def test_dino_reads_the_class_token(models):
-    pixels = models.dino_processor([picture(1)], return_tensors="pt")["pixel_values"]
+    middle = picture(1, 37).crop((2, 2, 34, 34))  # 256 / 224 of 32 pixels, and the middle of that
+    pixels = models.dino_processor([middle], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         token = models.dino(pixel_values=pixels).last_hidden_state[0, 0]
-    assert torch.allclose(models.pictures([picture(1)], "dino")[0], token / token.norm(), atol=1e-5)
+    assert torch.allclose(models.pictures([picture(1, 37)], "dino")[0], token / token.norm(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["clip", "dino"])
+@pytest.mark.parametrize("upright", [False, True])
+def test_of_a_picture_that_is_no_square_the_middle_counts_alone(models, kind, upright):
+    def features(margin: str, middle: str = "blue") -> torch.Tensor:
+        wide = Image.new("RGB", (120, 40), "white")
+        wide.paste(margin, (0, 0, 20, 40))
+        wide.paste(middle, (50, 10, 70, 20))
+        return models.pictures([wide.rotate(90, expand=True) if upright else wide], kind)
+
+    assert torch.allclose(features("red"), features("green"), atol=1e-6)
+    assert not torch.allclose(features("red"), features("red", "black"), atol=1e-3)
 
 
 def test_inside_a_mask_nothing_else_counts():

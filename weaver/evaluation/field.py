@@ -22,6 +22,7 @@ __all__ = ["CLIP", "DINO", "FieldModels", "detect_and_compare", "image_alignment
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
 """The protocol's models."""
 _TEXT_SCALE = 2.5  # of CLIPScore (arXiv 2104.08718), which CustomConcept101 reports
+_SHORTER, _MIDDLE = 256, 224  # pixels, of DINO's pictures
 _GREY = (128, 128, 128)
 
 
@@ -67,7 +68,11 @@ class FieldModels:
 
     @torch.no_grad()
     def pictures(self, pictures: Sequence[Image.Image], kind: str) -> torch.Tensor:
-        """Unit features of pictures [n, D]: "clip", or "dino", the last layer's class token."""
+        """Unit features of pictures [n, D]: "clip", or "dino", the last layer's class token.
+
+        Each sees the middle of a picture as CustomConcept101 shows it: CLIP by its own processor, DINO the middle
+        224 pixels of a picture whose shorter side was brought to 256 (of its own size in that ratio).
+        """
         if kind not in ("clip", "dino"):
             raise WeaverError(f"features are of {kind!r}, expected clip or dino")
         if not pictures:
@@ -75,7 +80,10 @@ class FieldModels:
         of_clip = kind == "clip"
         processor = self.clip_processor.image_processor if of_clip else self.dino_processor
         model = self.clip if of_clip else self.dino
-        pixels = processor([image.convert("RGB") for image in pictures], return_tensors="pt")["pixel_values"]
+        images, options = [image.convert("RGB") for image in pictures], {}
+        if not of_clip:  # Hub's DINO would be shown the whole picture squeezed into a square
+            images, options = [_centred(image, model.config.image_size) for image in images], {"do_resize": False}
+        pixels = processor(images, return_tensors="pt", **options)["pixel_values"]
         pixels = pixels.to(model.device, model.dtype)
         features = (
             _pooled(model.get_image_features(pixel_values=pixels))
@@ -83,6 +91,14 @@ class FieldModels:
             else model(pixel_values=pixels).last_hidden_state[:, 0]
         )
         return F.normalize(features.float(), dim=-1).cpu()
+
+
+def _centred(image: Image.Image, side: int) -> Image.Image:
+    """The middle `side` x `side` pixels of a picture whose shorter side is brought to 256 / 224 of that."""
+    shorter = round(side * _SHORTER / _MIDDLE)
+    width, height = (max(shorter, shorter * one // min(image.size)) for one in image.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
 
 
 def text_alignment(models: FieldModels, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, float]:
