@@ -102,7 +102,7 @@ def test_a_record_follows_from_settings_seed_steps_and_code(monkeypatch):
     full = {FULL: ALL[FULL]}
     known = {identity(case, full, 2), identity(case, full, 3), identity(Case(case.prompt, 1), full, 2)}
     known.add(identity(case, {FULL: ALL["dense-masks"]}, 2))
-    monkeypatch.setattr(runner, "_made_with", lambda: {"code": "other"})
+    monkeypatch.setattr(runner, "made_with", lambda: {"code": "other"})
     known.add(identity(case, full, 2))
     assert len(known) == 5
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from weaver.embedded import concept_hashes, model_hash
+from weaver.embedded import concept_hashes
 from weaver.embedded.catalog import CONCEPTS
 from weaver.evaluation.arms import ARMS, FULL, Settings
 from weaver.evaluation.bootstrap import Interval, difference, mean, resample
+from weaver.evaluation.runner import made_with
 from weaver.evaluation.suite import GROUPS, Case
 from weaver.folder import whole_file
 from weaver.version import __version__
@@ -185,7 +186,7 @@ def write_results(folder: Path, results: Results, told: Mapping, *, quick: bool 
     names = sorted({n for c in results.cases for n in (*c.prompt.concepts, c.prompt.background) if n})
     record = {
         "version": __version__,
-        "model": model_hash(),
+        **made_with(),
         "concepts": concept_hashes(names),
         "quick": quick,
         "steps": results.steps,

@@ -35,6 +35,7 @@ __all__ = [
     "drawer_for",
     "expected_minutes",
     "identity",
+    "made_with",
     "measured",
     "one_thread",
     "picture_path",
@@ -124,7 +125,7 @@ def identity(case: Case, arms: Mapping[str, Settings], steps: int) -> str:
         "arms": {name: settings.as_mapping() for name, settings in arms.items()},
         "steps": steps,
         "concepts": concept_hashes(names),
-        **_made_with(),
+        **made_with(),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -182,8 +183,8 @@ def picture_path(folder: Path, case: str, arm: str) -> Path:
 
 
 @cache
-def _made_with() -> dict:
-    """Model, helpers, library and code."""
+def made_with() -> dict:
+    """SHA-256 of the model, its helpers and the code, and the library's version: figures of one table are of one."""
     return {
         "model": model_hash(),
         "identity": file_hash(IDENTITY_FILE),

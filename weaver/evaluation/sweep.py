@@ -27,11 +27,11 @@ from pathlib import Path
 import numpy as np
 
 from weaver.apart import call_apart
-from weaver.embedded import concept_hashes, model_hash
+from weaver.embedded import concept_hashes
 from weaver.evaluation.arms import ARMS, Arm, arm_of, default_settings
 from weaver.evaluation.charts import curves
 from weaver.evaluation.drawing import STEPS
-from weaver.evaluation.runner import alone, drawer_for, identity, measured, one_thread
+from weaver.evaluation.runner import alone, drawer_for, identity, made_with, measured, one_thread
 from weaver.evaluation.suite import Case, sweep_cases
 from weaver.folder import whole_file
 from weaver.progress import Stages
@@ -144,7 +144,7 @@ def sweep(
         else:
             found = [_search_arm(*job, moved) for job, moved in zip(jobs, moves, strict=True)]
     names = sorted({n for c in cases for n in (*c.prompt.concepts, c.prompt.background) if n})
-    record = {"version": __version__, "model": model_hash(), "concepts": concept_hashes(names)}
+    record = {"version": __version__, **made_with(), "concepts": concept_hashes(names)}
     record |= {"objective": OBJECTIVE, "budget": budget, "steps": steps, "cases": [c.name for c in cases]}
     record["arms"] = {arm.name: _told(tried) for arm, tried in zip(arms, found, strict=True)}
     with whole_file(folder / "sweep.json") as unfinished:
