@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from weaver.cli import main as weaver
 from weaver.errors import WeaverError
-from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL
+from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, arm_of
 from weaver.evaluation.charts import curves
 from weaver.evaluation.drawing import STEPS
 from weaver.evaluation.report import worst_first
@@ -46,10 +46,9 @@ COLUMNS = {
 
 def table(record: Mapping) -> str:
     """The arms of a `results.json` as a table in Markdown, each figure with its interval."""
-    letters = {arm.name: arm for arm in ARMS}
     lines = ["| arm | " + " | ".join(label for label, _ in COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, found in record["table"].items():
-        arm = letters[name]
+        arm = arm_of(name)
         cells = [f"({arm.letter}) {arm.what}"]
         for metric, (_, form) in COLUMNS.items():
             value, low, high = (found[metric][key] for key in ("value", "low", "high"))

@@ -188,6 +188,14 @@ def test_a_mask_says_the_same_in_whatever_way_it_is_drawn(tmp_path, drawn):
     assert mask.mode == "L" and np.array_equal(np.asarray(mask), np.uint8(255 * inside))
 
 
+def test_a_mask_that_is_transparent_everywhere_is_empty(tmp_path):
+    save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        Image.new("RGBA", picture.size, (255, 255, 255, 0)).save(tmp_path / "a.mask.png")
+    with pytest.raises(WeaverError, match="its mask is empty"):
+        load_images(tmp_path, "<v1>", "dog")
+
+
 def test_soft_masks_stay_soft_and_captions_may_have_their_encoding_marked(tmp_path):
     save(tmp_path / "a.png")
     grey = np.arange(0, 96, dtype=np.uint8).reshape(8, 12)

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from weaver.errors import WeaverError
 
-__all__ = ["PictureError", "fit", "grid", "open_picture", "open_rgb"]
+__all__ = ["PictureError", "fit", "grid", "open_picture", "open_rgb", "telling_alpha"]
 
 
 class PictureError(WeaverError):
@@ -53,6 +53,15 @@ def open_rgb(path: str | os.PathLike) -> Image.Image:
     if alpha is not None:
         image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
     return image
+
+
+def telling_alpha(image: Image.Image) -> Image.Image | None:
+    """A picture's alpha (mode L) where it tells inside from outside: it varies, or all of it is transparent."""
+    if not image.has_transparency_data:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    least, most = alpha.getextrema()
+    return alpha if least != most or most == 0 else None
 
 
 # What the colours of pictures with alpha or a palette are, which profiles are not applied to as they are.

@@ -14,7 +14,7 @@ from weaver.concepts.framing import Framing
 from weaver.concepts.picture_folder import caption_file, mask_file, picture_files, picture_paths, tell_passed_over
 from weaver.concepts.prompts import names_token
 from weaver.errors import WeaverError
-from weaver.pictures import PictureError, open_picture, open_rgb
+from weaver.pictures import PictureError, open_picture, open_rgb, telling_alpha
 
 __all__ = ["TrainingSet", "caption_of", "load_class_images", "load_images", "mask_of"]
 
@@ -165,11 +165,8 @@ def mask_of(picture: Path) -> Image.Image | None:
     beside = mask_file(picture)
     if beside is None:
         return None
-    image = open_picture(beside)
-    if image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
-        if alpha.getextrema()[0] != alpha.getextrema()[1]:
-            return alpha
+    if (alpha := telling_alpha(open_picture(beside))) is not None:
+        return alpha
     grey = open_rgb(beside).convert("L")
     return grey.point(lambda level: 255 * level) if grey.getextrema() == (0, 1) else grey
 

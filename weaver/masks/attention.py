@@ -30,38 +30,20 @@ __all__ = ["attention_maps", "attention_masks", "attention_objects", "capture_cr
 _REACH = 2  # cells of latents, about which maps are drawn along the picture's edges
 
 
-def attention_masks(
-    pipe,
-    image: Image.Image,
-    prompt: str,
-    words: Sequence[str],
-    *,
-    noise_levels: Sequence[float] = (0.1, 0.25, 0.4, 0.55),
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> torch.Tensor:
+def attention_masks(pipe, image: Image.Image, prompt: str, words: Sequence[str], **options) -> torch.Tensor:
     """Find the object of every class word in a picture that `prompt` describes.
 
-    A word that stands k times in `words` gets k objects, left to right; they are found as `attention_objects` says.
+    A word that stands k times in `words` gets k objects, left to right; they are found as `attention_objects` says,
+    whose `options` are noise_levels, seed and progress.
 
     Returns [N, height, width] bool, one for each of `words`. Raises `MaskError` when a word is not in the prompt, and,
     showing what was found, when it is nowhere in the picture or holds too few objects.
     """
     wishes = [Wish(word) for word in words]
-    options = {"noise_levels": noise_levels, "seed": seed, "progress": progress}
     return assigned_masks(attention_objects(pipe, image, prompt, wishes, **options), wishes)
 
 
-def attention_objects(
-    pipe,
-    image: Image.Image,
-    prompt: str,
-    wishes: Sequence[Wish],
-    *,
-    noise_levels: Sequence[float] = (0.1, 0.25, 0.4, 0.55),
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Found]:
+def attention_objects(pipe, image: Image.Image, prompt: str, wishes: Sequence[Wish], **options) -> list[Found]:
     """Find every object that wishes may mean in a picture that `prompt` describes; `weaver.masks.assign` tells which is
     whose.
 
@@ -72,10 +54,10 @@ def attention_objects(
     Parameters
     ----------
     wishes : each with a word; `MaskError` where the prompt does not have it
-    noise_levels, seed, progress : as in `attention_maps`
+    options : noise_levels, seed and progress of `attention_maps`
     """
     words = list(dict.fromkeys(wish.word for wish in wishes))
-    maps = attention_maps(pipe, image, prompt, words, noise_levels=noise_levels, seed=seed, progress=progress)
+    maps = attention_maps(pipe, image, prompt, words, **options)
     size = (image.height, image.width)
     maps = F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0][: len(words)]
     maps = follow_edges(maps, image, _REACH * vae_scale_factor(pipe.vae)).float()

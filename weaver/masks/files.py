@@ -10,7 +10,7 @@ from PIL import Image, ImageColor
 
 from weaver.masks.compose import MaskError
 from weaver.masks.given import is_shapes_file, same_shape, shapes_mask
-from weaver.pictures import fit, open_picture
+from weaver.pictures import fit, open_picture, telling_alpha
 
 __all__ = ["load_mask"]
 
@@ -74,10 +74,8 @@ def _inside(image: Image.Image, path, label: int | str | None) -> np.ndarray:
             there = ", ".join(str(int(level)) for level in np.unique(levels)[:_SHOWN])
             raise MaskError(f"{path}: label {label} is nowhere in it; it holds {there}")
         return levels == label
-    if image.has_transparency_data:
-        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-        if alpha.min() != alpha.max() or not alpha.any():
-            return alpha >= 128
+    if (alpha := telling_alpha(image)) is not None:
+        return np.asarray(alpha) >= 128
     values, inside = _opaque(image)
     if inside.all() and np.ptp(values, axis=(0, 1)).max() > _EVEN:
         raise MaskError(

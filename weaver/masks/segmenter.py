@@ -34,23 +34,17 @@ def segmenter_reasons(words: Sequence[str]) -> list[str]:
     return [f"the segmenter does not know {', '.join(unknown)} (only {known}): give a mask file, a box or another word"]
 
 
-def segmenter_masks(
-    image: Image.Image,
-    words: Sequence[str],
-    prompt: str | None = None,
-    *,
-    segmenter: Segmenter | None = None,
-    threshold: float = 0.5,
-) -> torch.Tensor:
+def segmenter_masks(image: Image.Image, words: Sequence[str], prompt: str | None = None, **options) -> torch.Tensor:
     """Find the object of every class word in a picture.
 
-    A word that stands k times in `words` gets k objects, left to right; they are found as `segmenter_objects` says.
+    A word that stands k times in `words` gets k objects, left to right; they are found as `segmenter_objects` says,
+    whose `options` are segmenter and threshold.
 
     Returns [N, height, width] bool, one for each of `words`. Raises `MaskError`, which shows what was found, when a
     word is not found, or holds too few objects.
     """
     wishes = [Wish(word) for word in words]
-    return assigned_masks(segmenter_objects(image, wishes, prompt, segmenter=segmenter, threshold=threshold), wishes)
+    return assigned_masks(segmenter_objects(image, wishes, prompt, **options), wishes)
 
 
 def segmenter_objects(
