@@ -22,10 +22,11 @@ from weaver.errors import WeaverError
 from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, arm_of
 from weaver.evaluation.charts import curves
 from weaver.evaluation.drawing import STEPS
+from weaver.evaluation.prompts import Case
 from weaver.evaluation.report import worst_first
 from weaver.evaluation.results import Results
 from weaver.evaluation.runner import case_path, picture_path, template_path
-from weaver.evaluation.suite import Case, cases
+from weaver.evaluation.suite import cases
 from weaver.evaluation.sweep import panels_of
 from weaver.folder import whole_file
 from weaver.pictures import grid, open_rgb

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from weaver.evaluation.arms import ARMS, FULL, default_settings
+from weaver.evaluation.prompts import Case
 from weaver.evaluation.report import write_report
 from weaver.evaluation.results import Results, summarise
 from weaver.evaluation.runner import picture_path, template_path
-from weaver.evaluation.suite import Case, suite
+from weaver.evaluation.suite import suite
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 PROBE = """<script>

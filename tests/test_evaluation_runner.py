@@ -18,10 +18,11 @@ from weaver.embedded import model_hash
 from weaver.errors import WeaverError
 from weaver.evaluation import runner
 from weaver.evaluation.arms import ARMS, FULL, default_settings
+from weaver.evaluation.prompts import Case
 from weaver.evaluation.report import worst_first, write_report
 from weaver.evaluation.results import METRICS, Results, aims, summarise, write_results
 from weaver.evaluation.runner import expected_minutes, identity, picture_path, run_cases, template_path
-from weaver.evaluation.suite import Case, quick_cases, suite
+from weaver.evaluation.suite import quick_cases, suite
 from weaver.folder import writing_alone
 
 STEPS = 2

@@ -33,7 +33,7 @@ def test_similar_prompts_have_two_animals_of_one_class():
 
 def test_the_sweep_has_neither_a_prompt_nor_a_seed_of_the_table():
     def seen(of):
-        return {(case.prompt.animals, case.prompt.ground, case.prompt.layout) for case in of}
+        return {case.prompt.text_with_tokens for case in of}
 
     assert {case.prompt.group for case in sweep_cases()} == set(GROUPS)
     assert not seen(sweep_cases()) & seen(cases())

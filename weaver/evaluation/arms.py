@@ -4,72 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from weaver.defaults import default_dilation, embedded_defaults
 from weaver.embedded.world import IMAGE_SIZE
 from weaver.errors import WeaverError
+from weaver.evaluation.settings import Settings
 
-__all__ = ["ARMS", "CHOSEN_FILE", "FULL", "Arm", "Settings", "arm_of", "default_settings"]
+__all__ = ["ARMS", "CHOSEN_FILE", "FULL", "Arm", "arm_of", "default_settings"]
 
 CHOSEN_FILE = Path(__file__).with_name("chosen.json")
 """What the recorded sweep chose: {arm: {setting: value}}. The full method's are the embedded model's defaults."""
-KINDS = ("merged", "prompt", "mixed", "fused")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that one picture is drawn with besides its prompt, seed and concepts.
-
-    Parameters
-    ----------
-    kind : "merged", all concepts' weights in one model; "prompt", the base model; "mixed", a pass of the U-Net for
-        each concept; "fused", one pass
-    merge : of "merged": "averaged" or "closed-form"
-    guidance, suppression, eta : omega, lambda and DDIM's eta (`weaver.defaults`)
-    resnet_window, attention_window : parts of the steps in which features are injected
-    dilation : pixels that masks grow by
-    injected : whether the template's features are injected at all
-    shared_prompt : every concept reads one prompt with all tokens, in the place of its own
-    parts : "whole" or "cross-attention", see `weaver.ConceptUse`
-
-    What a kind does not use is None, so that equal settings are equal pictures.
-    """
-
-    kind: str
-    guidance: float
-    merge: str | None = None
-    suppression: float | None = None
-    eta: float | None = None
-    resnet_window: float | None = None
-    attention_window: float | None = None
-    dilation: int | None = None
-    injected: bool | None = None
-    shared_prompt: bool | None = None
-    parts: str | None = None
-
-    @property
-    def has_template(self) -> bool:
-        """Whether the picture is to keep a template's composition."""
-        return self.kind in ("mixed", "fused")
-
-    @property
-    def swept_values(self) -> str:
-        """For a reader: "omega 3, lambda 0, windows 0.5 and 1, dilation 1"; what is not used is left out."""
-        told = [f"omega {self.guidance:g}"]
-        if self.suppression is not None:
-            told.append(f"lambda {self.suppression:g}")
-        if self.resnet_window is not None:
-            told.append(f"windows {self.resnet_window:g} and {self.attention_window:g}")
-        if self.dilation is not None:
-            told.append(f"dilation {self.dilation}")
-        return ", ".join(told)
-
-    def as_mapping(self) -> dict:
-        """Plain values, without what is not used."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from weaver.defaults import embedded_defaults
 from weaver.embedded.catalog import CONCEPTS
 from weaver.embedded.identity import classify_animal
 from weaver.embedded.world import Spot, draw_scene
-from weaver.evaluation.arms import Settings
 from weaver.evaluation.measures import find_animals
 from weaver.evaluation.merging import merge, with_tokens
 from weaver.evaluation.mixing import sample_score_mix
-from weaver.evaluation.suite import Case
+from weaver.evaluation.prompts import Case
+from weaver.evaluation.settings import Settings
 from weaver.features import collect_features
 from weaver.fusion.contexts import ConceptUse
 from weaver.fusion.plan import FusionPlan

@@ -13,12 +13,14 @@ from PIL import Image
 
 from weaver.embedded import concept_images, model_hash
 from weaver.embedded.catalog import CONCEPTS
-from weaver.evaluation.arms import ARMS, FULL, Arm, Settings
+from weaver.evaluation.arms import ARMS, FULL, Arm
 from weaver.evaluation.bootstrap import Interval
 from weaver.evaluation.charts import dots
+from weaver.evaluation.prompts import Case
 from weaver.evaluation.results import METRICS, Aim, Metric, Results, aims
 from weaver.evaluation.runner import picture_path, template_path
-from weaver.evaluation.suite import GROUPS, Case
+from weaver.evaluation.settings import Settings
+from weaver.evaluation.suite import GROUPS
 from weaver.folder import whole_file
 from weaver.pictures import open_rgb
 from weaver.version import __version__

@@ -13,10 +13,12 @@ import numpy as np
 
 from weaver.embedded import concept_hashes
 from weaver.embedded.catalog import CONCEPTS
-from weaver.evaluation.arms import ARMS, FULL, Settings
+from weaver.evaluation.arms import ARMS, FULL
 from weaver.evaluation.bootstrap import Interval, difference, mean, resample
+from weaver.evaluation.prompts import Case
 from weaver.evaluation.runner import made_with
-from weaver.evaluation.suite import GROUPS, Case
+from weaver.evaluation.settings import Settings
+from weaver.evaluation.suite import GROUPS
 from weaver.folder import whole_file
 from weaver.version import __version__
 

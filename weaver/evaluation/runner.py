@@ -19,10 +19,10 @@ from weaver.embedded import concept_hashes, concept_path, load_pipeline, model_h
 from weaver.embedded.identity import IDENTITY_FILE
 from weaver.embedded.segmenter import SEGMENTER_FILE
 from weaver.errors import WeaverError
-from weaver.evaluation.arms import Settings
 from weaver.evaluation.drawing import STEPS, Drawer
 from weaver.evaluation.measures import Measures, measure
-from weaver.evaluation.suite import Case
+from weaver.evaluation.prompts import Case
+from weaver.evaluation.settings import Settings
 from weaver.folder import whole_file, writing_alone
 from weaver.hashing import file_hash
 from weaver.models import quiet_libraries
@@ -52,7 +52,8 @@ _NOT_DRAWING = (
     "commands",
     "cli.py",
     "embedded/training",
-    *(f"evaluation/{name}.py" for name in ("bootstrap", "charts", "field", "report", "results", "sweep")),
+    *(f"evaluation/{name}.py" for name in ("arms", "bootstrap", "charts", "field", "report", "results")),
+    *(f"evaluation/{name}.py" for name in ("suite", "sweep")),
 )
 
 

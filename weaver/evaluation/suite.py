@@ -1,7 +1,7 @@
-"""The prompts that are evaluated: what stands in each picture, before what, and how its template is had.
+"""The prompts that are evaluated: those of the table, and those of the sweep.
 
-Animals are concepts that ship ("tuxedo-cat") or the base model's own ("cat"). Everything follows from one shuffle with
-a fixed seed, of which the table and the sweep take different parts: they share neither a prompt nor a seed.
+Everything follows from one shuffle with a fixed seed, of which the two take different parts: they share neither a
+prompt, in words, nor a seed.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 
 from weaver.embedded.backgrounds import BACKGROUNDS
-from weaver.embedded.captions import caption_of
 from weaver.embedded.catalog import CONCEPTS
+from weaver.evaluation.prompts import Case, Prompt
 
-__all__ = ["GROUPS", "LAYOUTS", "Case", "Prompt", "cases", "quick_cases", "suite", "sweep_cases", "sweep_suite"]
-
-LAYOUTS = ("made", "touching", "overlapping")
-"""Templates: made by the model from the prompt; or drawn by the world, with animals that touch or overlap."""
+__all__ = ["GROUPS", "cases", "quick_cases", "suite", "sweep_cases", "sweep_suite"]
 
 GROUPS = {
     "one": "one concept",
@@ -33,73 +30,6 @@ GROUPS = {
 }
 SEEDS = (0, 1, 2)
 SWEEP_SEEDS = (1000,)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt of the suite.
-
-    Parameters
-    ----------
-    name : of the prompt, such as "two-03"
-    group : key of `GROUPS`
-    animals : from left to right, each the name of a concept that ships, or a class word for the base model's own
-    ground : the background, a word of the world or the name of a background concept
-    layout : one of `LAYOUTS`
-    """
-
-    name: str
-    group: str
-    animals: tuple[str, ...]
-    ground: str
-    layout: str = "made"
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """The class word of each animal."""
-        return tuple(CONCEPTS[name].word if name in CONCEPTS else name for name in self.animals)
-
-    @property
-    def concepts(self) -> tuple[str, ...]:
-        """The animals that are concepts, in their order."""
-        return tuple(name for name in self.animals if name in CONCEPTS)
-
-    @property
-    def background(self) -> str | None:
-        """The background where it is a concept."""
-        return self.ground if self.ground in CONCEPTS else None
-
-    @property
-    def ground_word(self) -> str:
-        """The background's class word."""
-        return CONCEPTS[self.ground].word if self.ground in CONCEPTS else self.ground
-
-    @property
-    def text(self) -> str:
-        """p_base, without any concept's token: "a cat and a panda, forest background"."""
-        return caption_of([f"a {word}" for word in self.words], self.ground_word)
-
-    @property
-    def text_with_tokens(self) -> str:
-        """The same with every concept's token before its class word."""
-        animals = [f"a {_named(name)}" for name in self.animals]
-        return caption_of(animals, _named(self.ground))
-
-
-@dataclass(frozen=True)
-class Case:
-    """One picture of the suite: a prompt and a seed, of the template's noise and of the fusion's."""
-
-    prompt: Prompt
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.prompt.name}-s{self.seed}"
-
-
-def _named(name: str) -> str:
-    return f"{CONCEPTS[name].token} {CONCEPTS[name].word}" if name in CONCEPTS else name
 
 
 def _kinds(kind: str) -> list[str]:
@@ -138,26 +68,26 @@ _TABLE = {"one": 4, "two": 12, "three": 10, "four": 6, "similar": 6, "touching":
 _SWEEP = {"one": 1, "two": 3, "three": 2, "four": 1, "similar": 1, "touching": 1, "overlapping": 1, "background": 3}
 
 
-def _named_prompts(counts: dict[str, int], start: dict[str, int], prefix: str = "") -> tuple[Prompt, ...]:
-    found = []
-    for group, prompts in _candidates().items():
-        chosen = prompts[start.get(group, 0) :][: counts[group]]
-        for number, prompt in enumerate(chosen, start=1):
-            name = f"{prefix}{group}-{number:02}"
-            found.append(Prompt(name, group, prompt.animals, prompt.ground, prompt.layout))
-    return tuple(found)
+def _named_prompts(found: dict[str, list[Prompt]], counts: dict[str, int], prefix: str = "") -> tuple[Prompt, ...]:
+    return tuple(
+        replace(prompt, name=f"{prefix}{group}-{number:02}")
+        for group, prompts in found.items()
+        for number, prompt in enumerate(prompts[: counts[group]], start=1)
+    )
 
 
 @cache
 def suite() -> tuple[Prompt, ...]:
     """The prompts of the table."""
-    return _named_prompts(_TABLE, {})
+    return _named_prompts(_candidates(), _TABLE)
 
 
 @cache
 def sweep_suite() -> tuple[Prompt, ...]:
-    """The prompts of the sweep, none of which is in the table."""
-    return _named_prompts(_SWEEP, _TABLE, "sweep-")
+    """The prompts of the sweep: none is in the table, with whatever template."""
+    taken = {prompt.text_with_tokens for prompt in suite()}
+    left = {group: [p for p in found if p.text_with_tokens not in taken] for group, found in _candidates().items()}
+    return _named_prompts(left, _SWEEP, "sweep-")
 
 
 def cases() -> list[Case]:

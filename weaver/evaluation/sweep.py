@@ -15,7 +15,6 @@ looks at each more closely.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +30,9 @@ from weaver.embedded import concept_hashes
 from weaver.evaluation.arms import ARMS, Arm, arm_of, default_settings
 from weaver.evaluation.charts import curves
 from weaver.evaluation.drawing import STEPS
+from weaver.evaluation.prompts import Case
 from weaver.evaluation.runner import alone, drawer_for, identity, made_with, measured, one_thread
-from weaver.evaluation.suite import Case, sweep_cases
+from weaver.evaluation.suite import sweep_cases
 from weaver.folder import whole_file
 from weaver.progress import Stages
 from weaver.version import __version__
@@ -43,7 +43,7 @@ BUDGET = 20
 OBJECTIVE = "right - leaked - max(0, 20 dB - background PSNR) / 20 dB; then the margin"
 GRID: dict[str, tuple] = {
     "suppression": (0.0, 0.1, 0.2, 0.4, 0.8),
-    "guidance": (1.5, 2.0, 3.0, 4.0, 6.0),
+    "guidance": (1.5, 2.0, 3.0, 4.0, 6.0, 9.0),
     "resnet_window": (0.0, 0.3, 0.5, 0.8),
     "attention_window": (0.3, 0.5, 0.8, 1.0),
     "dilation": (0, 1, 2, 3),
@@ -184,7 +184,7 @@ def panels_of(found: Mapping) -> list[tuple[str, tuple, float]]:
 
 
 def _search_arm(file: Path, arm: Arm, cases: Sequence[Case], budget: int, steps: int, move) -> list[Tried]:
-    """One arm's search; templates are made once, and every score is kept in `file`.
+    """One arm's search; templates are made once, and what each picture measures is kept in `file`.
 
     Equal settings are equal pictures: what another arm's file beside it has is not drawn again.
     """
@@ -195,22 +195,24 @@ def _search_arm(file: Path, arm: Arm, cases: Sequence[Case], budget: int, steps:
         def look(values: dict) -> Score:
             nonlocal looked
             settings = replace(begun, **values)
-            wanted = hashlib.sha256("".join(identity(c, {"": settings}, steps) for c in cases).encode()).hexdigest()
-            if wanted not in kept:
-                kept.update((key, score) for f in file.parent.glob("*.json") for key, score in _kept(f).items())
-            if wanted not in kept:
-                kept[wanted] = list(objective([asdict(measured(d, settings, d.draw(settings))) for d in drawers]))
+            wanted = {identity(drawer.case, {"": settings}, steps): drawer for drawer in drawers}
+            if not wanted.keys() <= kept.keys():
+                kept.update((key, of) for beside in file.parent.glob("*.json") for key, of in _kept(beside).items())
+            missing = [key for key in wanted if key not in kept]
+            for key in missing:
+                kept[key] = asdict(measured(wanted[key], settings, wanted[key].draw(settings)))
+            if missing:
                 with whole_file(file) as unfinished:
-                    unfinished.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+                    unfinished.write_text(json.dumps(kept) + "\n", encoding="utf-8")
             looked += 1
             move(looked, budget)
-            return tuple(kept[wanted])
+            return objective([kept[key] for key in wanted])
 
         start = {name: ORIGIN[name] for name in arm.swept}
         return search(start, {name: GRID[name] for name in start}, budget, look)
 
 
-def _kept(file: Path) -> dict[str, list[float]]:
+def _kept(file: Path) -> dict[str, dict]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
