@@ -1,9 +1,9 @@
-"""The table in the README: ``python -m benchmarks.embedded_evaluation --record``
+"""The tables in the README: ``python -m benchmarks.embedded_evaluation --record``
 
-Runs ``weaver evaluate`` on the whole suite (forty minutes of two quiet cores; what is finished is not drawn again),
-prints its table, and with ``--record`` keeps ``results.json`` in ``benchmarks/results``, the worst pictures of the full
-method beside the other arms' in ``docs/failures.png``, and writes the table into the README, between the two comments
-that mark its place. ``--sweep`` runs the settings' sweep, an hour; recorded, what it chose for each arm is what the
+Runs ``weaver evaluate`` on the whole suite (an hour of two quiet cores; what is finished is not drawn again), prints
+its tables, and with ``--record`` keeps ``results.json`` in ``benchmarks/results``, the worst pictures of the full
+method beside the other arms' in ``docs/failures.png``, and writes the tables into the README, between the two comments
+that mark their place. ``--sweep`` runs the settings' sweep, an hour; recorded, what it chose for each arm is what the
 table is drawn with, and its curves for the full method are ``docs/sweep.svg``.
 """
 
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from weaver.cli import main as weaver
 from weaver.errors import WeaverError
-from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, arm_of
+from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, PARTS, Arm
 from weaver.evaluation.charts import curves
 from weaver.evaluation.drawing import STEPS
 from weaver.evaluation.prompts import Case
@@ -45,28 +45,47 @@ COLUMNS = {
 }
 
 
-def table(record: Mapping) -> str:
-    """The arms of a `results.json` as a table in Markdown, each figure with its interval."""
-    lines = ["| arm | " + " | ".join(label for label, _ in COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, found in record["table"].items():
-        arm = arm_of(name)
-        cells = [f"({arm.letter}) {arm.what}"]
-        for metric, (_, form) in COLUMNS.items():
-            value, low, high = (found[metric][key] for key in ("value", "low", "high"))
-            told = "–" if value is None else f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
-            cells.append(told)
-        lines.append("| " + " | ".join(cells) + " |")
+def table(record: Mapping, arms: Sequence[Arm] = ARMS) -> str:
+    """Arms of a `results.json` as a table in Markdown, each figure with its interval.
+
+    The last column is what the full method has more of right identity on the same pictures, in points of per cent.
+    """
+    heads = ["arm", *(label for label, _ in COLUMNS.values()), "identity, (h) minus it"]
+    lines = [_line(heads), "|---" * len(heads) + "|"]
+    for arm in arms:
+        found, pair = record["table"][arm.name], record["full_minus"].get(arm.name)
+        cells = [f"({arm.letter}) {arm.what}", *(_told(found[metric], form) for metric, (_, form) in COLUMNS.items())]
+        lines.append(_line([*cells, _told(pair and pair["identity"], "{:+.1f}", 100)]))
     return "\n".join(lines)
 
 
+def tables(record: Mapping) -> str:
+    """Every arm at its best settings; then what of `PARTS` was drawn, the full method with one part changed."""
+    of = f"{record['prompts']} prompts, {record['pictures']} pictures an arm, 95 % intervals over prompts:"
+    found = f"{of}\n\n{table(record)}"
+    if changed := [arm for arm in PARTS if arm.name in record["table"]]:
+        found += f"\n\nOne part of the full method (h) changed, all else as it is:\n\n{table(record, changed)}"
+    return found
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _told(found: Mapping | None, form: str, times: float = 1) -> str:
+    if found is None or found["value"] is None:
+        return "–"
+    value, low, high = (form.format(times * found[key]) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
 def with_table(text: str, record: Mapping) -> str:
-    """The README's text with the table of a record in its place; raises `WeaverError` where its marks are missing."""
+    """The README's text with a record's tables in their place; raises `WeaverError` where its marks are missing."""
     before, mark, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not (mark and end):
-        raise WeaverError(f"README.md has no place for the table: put {START} and {END} around it")
-    told = f"{record['prompts']} prompts, {record['pictures']} pictures an arm, 95 % intervals over prompts:"
-    return f"{before}{mark}\n{told}\n\n{table(record)}\n{end}{after}"
+        raise WeaverError(f"README.md has no place for the tables: put {START} and {END} around it")
+    return f"{before}{mark}\n{tables(record)}\n{end}{after}"
 
 
 def failures(folder: Path) -> Image.Image:
@@ -118,7 +137,7 @@ def main() -> int:
             record_sweep(args.out / "sweep.json")
         return 0
     record = json.loads((args.out / "results.json").read_text(encoding="utf-8"))
-    print(table(record))
+    print(tables(record))
     if args.record:
         shutil.copyfile(args.out / "results.json", RESULTS / "embedded_evaluation.json")
         failures(args.out).save(FAILURES, optimize=True)

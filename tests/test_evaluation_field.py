@@ -9,7 +9,14 @@ from conftest import make_tokenizer
 from PIL import Image
 
 from weaver.errors import WeaverError
-from weaver.evaluation.field import FieldModels, detect_and_compare, image_alignment, inside, text_alignment
+from weaver.evaluation.field import (
+    FieldModels,
+    detect_and_compare,
+    field_measures,
+    image_alignment,
+    inside,
+    text_alignment,
+)
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +161,19 @@ def test_unknown_features_are_told(models):
         models.pictures([picture(1)], "vgg")
     with pytest.raises(WeaverError, match="no picture"):
         models.pictures([], "clip")
+
+
+def test_a_picture_s_measures_say_whether_they_are_of_the_whole_or_inside_masks(models):
+    image, own = picture(1), {"rex": [picture(2), picture(3)], "tom": [picture(4)]}
+    masks = {name: np.zeros((40, 40)) for name in own}
+    masks["rex"][:, :20], masks["tom"][10:30, 20:] = 1, 1
+    whole = field_measures(models, image, "a dog", own)
+    assert set(whole) == {"clip_text", "clip_score", "clip_image", "dino_image"}
+    assert whole["clip_text"] == text_alignment(models, [image], ["a dog"])["cosine"]
+    assert whole["dino_image"]["rex"] == image_alignment(models, [image], own["rex"], "dino")
+    found = field_measures(models, image, "a dog", own, masks)
+    parts = [inside(image, masks[name]) for name in own]
+    assert found["clip_image_inside_mask"]["tom"] == image_alignment(models, parts[1:], own["tom"])
+    assert found["dino_image_inside_mask"]["rex"] == image_alignment(models, parts[:1], own["rex"], "dino")
+    assert found["detect_and_compare"] == detect_and_compare(models, parts, list(own.values()))
+    assert {name: found[name] for name in whole} == whole

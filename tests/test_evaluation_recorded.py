@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import embedded_evaluation as module
-from benchmarks.embedded_evaluation import END, RESULTS, START, record_sweep, table, with_table
+from benchmarks.embedded_evaluation import END, RESULTS, START, record_sweep, table, tables, with_table
 from weaver.embedded import concept_hashes, model_hash
 from weaver.errors import WeaverError
-from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, arm_of, default_settings
+from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, PARTS, arm_of, default_settings
 from weaver.evaluation.sweep import GRID, ORIGIN, sweep_cases
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -20,15 +20,20 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 def record_of(value: float | None) -> dict:
     figure = {"value": value, "low": value, "high": value, "prompts": 0 if value is None else 60}
     metrics = dict.fromkeys(("identity", "leakage", "similarity", "psnr", "edges"), figure)
-    return {"prompts": 60, "pictures": 180, "table": {arm.name: metrics for arm in ARMS}}
+    every = {arm.name: metrics for arm in (*ARMS, *PARTS)}
+    others = {name: found for name, found in every.items() if name != FULL}
+    return {"prompts": 60, "pictures": 180, "table": every, "full_minus": others}
 
 
 def test_a_row_for_every_arm_and_nothing_for_what_was_not_measured():
     rows = table(record_of(0.5)).splitlines()
-    assert len(rows) == 2 + len(ARMS) and {row.count("|") for row in rows} == {7}
+    assert len(rows) == 2 + len(ARMS) and {row.count("|") for row in rows} == {8}
     assert all(f"({arm.letter}) {arm.what}" in row for arm, row in zip(ARMS, rows[2:], strict=True))
     assert "50.0% (50.0% to 50.0%)" in rows[2] and "0.50 (0.50 to 0.50)" in rows[2]
-    assert table(record_of(None)).splitlines()[2].count("–") == 5
+    assert "+50.0 (+50.0 to +50.0) |" in rows[2] and rows[2 + ARMS.index(arm_of(FULL))].endswith("| – |")
+    assert table(record_of(None)).splitlines()[2].count("–") == 6
+    both = tables(record_of(0.5))
+    assert all(f"({arm.letter}) {arm.what}" in both.split("(h) changed")[1] for arm in PARTS)
 
 
 def test_the_table_takes_the_place_of_the_one_before():
@@ -37,7 +42,7 @@ def test_the_table_takes_the_place_of_the_one_before():
     assert once.split(END)[1] == README.split(END)[1]
     again = with_table(once, record_of(0.75))
     assert "25.0%" not in again.split(START)[1].split(END)[0] and "75.0%" in again
-    with pytest.raises(WeaverError, match="no place for the table"):
+    with pytest.raises(WeaverError, match="no place for the tables"):
         with_table("nothing", record_of(0.5))
 
 
@@ -64,8 +69,10 @@ def test_recorded_figures_are_of_this_model_and_these_concepts(name):
 
 def test_the_readme_has_the_recorded_table_of_the_whole_suite():
     record = json.loads((RESULTS / "embedded_evaluation.json").read_text(encoding="utf-8"))
-    assert table(record) in README and not record["quick"]
-    assert record["settings"] == {arm.name: arm.chosen.as_mapping() for arm in ARMS}, "drawn with other settings"
+    assert tables(record) in README and not record["quick"]
+    drawn = record["settings"]
+    assert set(drawn) >= {arm.name for arm in ARMS}
+    assert drawn == {name: arm_of(name).chosen.as_mapping() for name in drawn}, "drawn with other settings"
 
 
 def test_the_defaults_and_every_arm_are_what_the_recorded_sweep_chose():

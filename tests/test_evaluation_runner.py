@@ -17,7 +17,7 @@ from weaver.cli import main
 from weaver.embedded import model_hash
 from weaver.errors import WeaverError
 from weaver.evaluation import runner
-from weaver.evaluation.arms import ARMS, FULL, default_settings
+from weaver.evaluation.arms import ARMS, FULL, PARTS, default_settings
 from weaver.evaluation.prompts import Case
 from weaver.evaluation.report import worst_first, write_report
 from weaver.evaluation.results import METRICS, Results, aims, summarise, write_results
@@ -35,7 +35,7 @@ def case_of(group: str, **wanted) -> Case:
 
 CASES = [case_of("overlapping")]
 SIMILAR = case_of("similar", animals=("tuxedo-cat", "cat"))
-ALL = {arm.name: arm.settings(default_settings()) for arm in ARMS}
+ALL = {arm.name: arm.settings(default_settings()) for arm in (*ARMS, PARTS[0])}
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +211,7 @@ def test_the_report_needs_no_other_file(finished, results):
     for source in reader.images:
         kind, data = source.split(",", 1)
         assert kind == "data:image/webp;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size[0] >= 64
+    assert "One part of the full method changed" in page and "(h1) full-no-injection" in page
     assert "<svg" in page and CASES[0].prompt.text_with_tokens.replace("<", "&lt;").replace(">", "&gt;") in page
     write_report(folder, results, summarise(results))
     assert (folder / "report.html").read_text(encoding="utf-8") == page
@@ -222,8 +223,9 @@ def test_the_report_needs_no_other_file(finished, results):
         (["--arms", "full,best"], "there is no arm 'best'"),
         (["--processes", "0"], "--processes: is 0, expected 1 or more"),
         (["--sweep", "--arms", "best"], "there is no arm 'best'"),
+        (["--sweep", "--arms", "full,full-suppression"], "--arms: full-suppression has the full method's settings"),
     ],
-    ids=["unknown arm", "no process", "unknown arm of a sweep"],
+    ids=["unknown arm", "no process", "unknown arm of a sweep", "nothing to sweep"],
 )
 def test_wrong_arguments_are_told_in_one_line(tmp_path, capsys, arguments, told):
     assert main(["evaluate", "--out", str(tmp_path), *arguments]) == 2
@@ -239,6 +241,10 @@ def test_the_command_draws_and_reports(tmp_path, capsys, monkeypatch):
     assert "1 cases by 2 arms: about " in printed and "with one quiet core" in printed
     assert "aims that the full method misses: " in printed and "report.html shows it all" in printed
     assert {path.name for path in tmp_path.iterdir()} >= {"results.json", "results.csv", "report.html", "cases"}
+    before = (tmp_path / "results.json").read_bytes()
+    assert main(["evaluate", "--quick", "--out", str(tmp_path), "--arms", "full"]) == 2
+    assert f"--out: {tmp_path} has results of 1 pictures by 2 arms" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_bytes() == before
 
 
 def test_the_quick_look_has_every_group_but_single_concepts():

@@ -8,7 +8,7 @@ import pytest
 
 from weaver.embedded.catalog import CONCEPTS
 from weaver.errors import WeaverError
-from weaver.evaluation.arms import ARMS, FULL, arm_of, default_settings
+from weaver.evaluation.arms import ARMS, FULL, PARTS, arm_of, default_settings
 from weaver.evaluation.suite import GROUPS, SEEDS, cases, quick_cases, suite, sweep_cases
 
 
@@ -64,6 +64,14 @@ def test_each_arm_differs_from_the_full_method_in_one_thing():
         assert changed.pop(name) == [setting]
     assert changed.pop("no-suppression") in (["suppression"], [])  # nothing where the default lambda is 0
     assert not changed
+
+
+def test_parts_are_changed_one_at_a_time_and_have_no_settings_of_their_own():
+    full = default_settings()
+    changed = {arm.name: {n for n in vars(full) if getattr(arm.chosen, n) != getattr(full, n)} for arm in PARTS}
+    assert changed.pop("full-no-injection") == {"injected", "resnet_window", "attention_window"}
+    assert sorted(map(len, changed.values())) == [1] * len(changed) and len(set.union(*changed.values())) == 5
+    assert not any(arm.swept for arm in PARTS) and len({arm.letter for arm in (*ARMS, *PARTS)}) == len(ARMS + PARTS)
 
 
 def test_plain_prompts_have_no_setting_of_fusion():

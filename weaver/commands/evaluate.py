@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def add_parser(commands, epilog: str) -> None:
     kind.add_argument(
         "--sweep", action="store_true", help="search each arm's settings on other prompts and seeds: sweep.json"
     )
-    parser.add_argument("--arms", metavar="NAMES", help="some of the arms only, with commas between (all)")
+    parser.add_argument("--arms", metavar="NAMES", help="some of the arms only, with commas between")
     parser.add_argument("--processes", type=int, metavar="N", help="how many work at once (one a core)")
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
     parser.set_defaults(command=_evaluate, offline=False, ended="the same command goes on where it was")
@@ -46,12 +47,13 @@ def add_parser(commands, epilog: str) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     with args.stages.step("starting"):
         from weaver.apart import cores
-        from weaver.evaluation.arms import ARMS, arm_of
+        from weaver.evaluation.arms import ARMS, PARTS, arm_of
 
         processes = args.processes
         if processes is not None and processes < 1:
             raise WeaverError(f"--processes: is {processes}, expected 1 or more")
-        chosen = ARMS if args.arms is None else [arm_of(name.strip()) for name in args.arms.split(",")]
+        every = ARMS if args.quick or args.sweep else (*ARMS, *PARTS)
+        chosen = every if args.arms is None else [arm_of(name.strip()) for name in args.arms.split(",")]
         check_folder(args.out, map(Path, _RESULTS))
         processes = processes or cores()
     return (_sweep if args.sweep else _table)(args, chosen, processes)
@@ -67,6 +69,7 @@ def _table(args: argparse.Namespace, chosen: Sequence[Arm], processes: int) -> i
 
     arms = {arm.name: arm.chosen for arm in chosen}
     of = quick_cases() if args.quick else cases()
+    _keep_larger(args.out, len(of), arms)
     minutes = expected_minutes(len(of), list(arms.values()), processes)
     print(f"{len(of)} cases by {len(arms)} arms: about {_time(minutes)} with {_cores(processes)}", flush=True)
     records = run_cases(args.out, of, arms, processes=processes, steps=STEPS, stages=args.stages)
@@ -92,6 +95,9 @@ def _sweep(args: argparse.Namespace, chosen: Sequence[Arm], processes: int) -> i
     from weaver.evaluation.suite import sweep_cases
     from weaver.evaluation.sweep import BUDGET, OBJECTIVE, sweep
 
+    for arm in chosen:
+        if not arm.swept:
+            raise WeaverError(f"--arms: {arm.name} has the full method's settings: leave it out of a sweep")
     count, full = len(sweep_cases()), default_settings()
     minutes = expected_minutes(count, [arm.settings(full) for arm in chosen], processes, times=BUDGET)
     about = f"about {_time(minutes)} with {_cores(processes)}"
@@ -103,6 +109,18 @@ def _sweep(args: argparse.Namespace, chosen: Sequence[Arm], processes: int) -> i
         print(f"({arm.letter}) {arm.name:16} {best['score'][0]:6.3f}   {values}")
     print(f"{args.out / 'sweep.html'} shows the curves, sweep.json has all that was tried")
     return 0
+
+
+def _keep_larger(folder: Path, pictures: int, arms: Collection[str]) -> None:
+    """Raise a `WeaverError` where a folder has results of more pictures or other arms than it is to get."""
+    try:
+        there = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        others, more = set(there["settings"]) - set(arms), there["pictures"] > pictures
+    except (OSError, ValueError, KeyError, TypeError):  # nothing there that could be lost
+        return
+    if others or more:
+        of = f"{there['pictures']} pictures by {len(there['settings'])} arms"
+        raise WeaverError(f"--out: {folder} has results of {of}, more than are asked for: name another folder")
 
 
 def _time(minutes: float) -> str:

@@ -13,7 +13,7 @@ from weaver.embedded.world import IMAGE_SIZE
 from weaver.errors import WeaverError
 from weaver.evaluation.settings import Settings
 
-__all__ = ["ARMS", "CHOSEN_FILE", "FULL", "Arm", "arm_of", "default_settings"]
+__all__ = ["ARMS", "CHOSEN_FILE", "FULL", "PARTS", "Arm", "arm_of", "default_settings"]
 
 CHOSEN_FILE = Path(__file__).with_name("chosen.json")
 """What the recorded sweep chose: {arm: {setting: value}}. The full method's are the embedded model's defaults."""
@@ -29,12 +29,14 @@ class Arm:
     letter : in tables
     what : one line for a reader
     changes : what it changes of the full method's `Settings`, "kind" among it
+    fixed : drawn with the full method's settings but for `changes`, in the place of its own best
     """
 
     name: str
     letter: str
     what: str
     changes: dict = field(default_factory=dict)
+    fixed: bool = False
 
     def settings(self, full: Settings) -> Settings:
         """This arm's settings beside those of the full method."""
@@ -42,12 +44,15 @@ class Arm:
 
     @property
     def chosen(self) -> Settings:
-        """This arm's best settings by the recorded sweep, in which every arm had the same budget."""
-        return replace(self.settings(default_settings()), **_chosen()[self.name])
+        """What it is drawn with: its best settings by the recorded sweep, in which every arm had the same budget."""
+        begun = self.settings(default_settings())
+        return begun if self.fixed else replace(begun, **_chosen()[self.name])
 
     @property
     def swept(self) -> tuple[str, ...]:
-        """Which settings can be chosen for it, see `weaver.evaluation.sweep`."""
+        """Which settings can be chosen for it, see `weaver.evaluation.sweep`; none where they are fixed."""
+        if self.fixed:
+            return ()
         taken = self.settings(default_settings()).as_mapping()
         return tuple(name for name in _SWEPT if name in taken and name not in self.changes)
 
@@ -81,6 +86,24 @@ ARMS: tuple[Arm, ...] = (
         {"parts": "cross-attention"},
     ),
 )
+"""Each at its best settings, so that none is judged by what suits another."""
+
+_CHANGED = (
+    ("full-no-injection", "without the template's features", {"injected": False}),
+    ("full-shared-prompt", "all contexts under one prompt with all tokens", {"shared_prompt": True}),
+    ("full-dense-masks", "masks that are not dilated", {"dilation": 0}),
+    ("full-suppression", "lambda 0.2", {"suppression": 0.2}),
+    ("full-deterministic", "DDIM steps without noise (eta 0), the paper's", {"eta": 0.0}),
+    (
+        "full-cross-attention",
+        "the cross-attention alone of concepts that were learned whole",
+        {"parts": "cross-attention"},
+    ),
+)
+PARTS: tuple[Arm, ...] = tuple(
+    Arm(name, f"h{number}", what, changes, fixed=True) for number, (name, what, changes) in enumerate(_CHANGED, start=1)
+)
+"""The full method with one part changed, all else as it is."""
 
 
 def default_settings() -> Settings:
@@ -102,10 +125,10 @@ def default_settings() -> Settings:
 
 def arm_of(name: str) -> Arm:
     """The arm called `name`; a `WeaverError` names those there are."""
-    for arm in ARMS:
+    for arm in (*ARMS, *PARTS):
         if arm.name == name:
             return arm
-    raise WeaverError(f"there is no arm {name!r}: choose of {', '.join(arm.name for arm in ARMS)}")
+    raise WeaverError(f"there is no arm {name!r}: choose of {', '.join(arm.name for arm in (*ARMS, *PARTS))}")
 
 
 @cache

@@ -58,7 +58,7 @@ def curves(panels: Sequence[tuple[str, Sequence[tuple[float, float]], float]]) -
 
     Parameters
     ----------
-    panels : (setting, its (value, objective), the value that was chosen); the objectives share one axis
+    panels : (setting, its (value, objective), the value that was chosen); the objectives share one axis, J
     """
     size, gap, foot = 150, 46, 34
     scores = [score for _, points, _ in panels for _, score in points]
@@ -90,6 +90,8 @@ def curves(panels: Sequence[tuple[str, Sequence[tuple[float, float]], float]]) -
                     f'<text x="{x:.1f}" y="{size + _HEAD + 20}" fill="{colour}" font-size="10" text-anchor="middle">'
                     f"{value:.3g}</text>"
                 )
+    middle = _HEAD + size // 2
+    parts.append(f'<text x="8" y="{middle}" fill="{_PALE}" font-size="11" font-style="italic">J</text>')
     for score, y in ((high, _HEAD + 4), (low, _HEAD + size + 4)):
         parts.append(f'<text x="0" y="{y}" fill="{_PALE}" font-size="10">{score:.2f}</text>')
     return "".join([*parts, "</svg>"])

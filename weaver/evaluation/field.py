@@ -6,7 +6,7 @@ tables. Inside masks (`inside`) they say more of several concepts, and are compa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,16 @@ from PIL import Image
 from weaver.errors import WeaverError
 from weaver.models import choose_device
 
-__all__ = ["CLIP", "DINO", "FieldModels", "detect_and_compare", "image_alignment", "inside", "text_alignment"]
+__all__ = [
+    "CLIP",
+    "DINO",
+    "FieldModels",
+    "detect_and_compare",
+    "field_measures",
+    "image_alignment",
+    "inside",
+    "text_alignment",
+]
 
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
 """The protocol's models."""
@@ -121,6 +130,37 @@ def image_alignment(
     `pictures` are whole ones, to compare with published tables, or their parts `inside` masks.
     """
     return (models.pictures(pictures, kind) @ models.pictures(references, kind).T).mean().item()
+
+
+def field_measures(
+    models: FieldModels,
+    image: Image.Image,
+    prompt: str,
+    references: Mapping[str, Sequence[Image.Image]],
+    masks: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, float | dict[str, float]]:
+    """All of these measures of one picture, under names that say what each is of.
+
+    Parameters
+    ----------
+    prompt : of the picture, without any token
+    references : for each concept the pictures that it was learned from
+    masks : for each concept its region [height, width] in the picture
+
+    Returns ``clip_text`` (cosine) and ``clip_score``; for each concept ``clip_image`` and ``dino_image``, of the whole
+    picture; and with masks ``clip_image_inside_mask`` and ``dino_image_inside_mask``, and ``detect_and_compare``, by
+    DINO, of what is inside the masks beside the references, which should then be crops too.
+    """
+    text = text_alignment(models, [image], [prompt])
+    found: dict = {"clip_text": text["cosine"], "clip_score": text["score"]}
+    parts = {} if masks is None else {name: inside(image, masks[name]) for name in references}
+    for kind in ("clip", "dino"):
+        for label, shown in ((f"{kind}_image", dict.fromkeys(references, image)), (f"{kind}_image_inside_mask", parts)):
+            if shown:
+                found[label] = {n: image_alignment(models, [shown[n]], own, kind) for n, own in references.items()}
+    if parts:
+        found["detect_and_compare"] = detect_and_compare(models, list(parts.values()), list(references.values()))
+    return found
 
 
 def inside(image: Image.Image, mask: np.ndarray) -> Image.Image:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from weaver.embedded import concept_images, model_hash
 from weaver.embedded.catalog import CONCEPTS
-from weaver.evaluation.arms import ARMS, FULL, Arm
+from weaver.evaluation.arms import ARMS, FULL, PARTS, Arm, arm_of
 from weaver.evaluation.bootstrap import Interval
 from weaver.evaluation.charts import dots
 from weaver.evaluation.prompts import Case
@@ -71,7 +71,7 @@ def write_report(folder: Path, results: Results, told: Mapping, *, quick: bool =
 
     `told` is what `summarise` makes of the results.
     """
-    arms = [arm for arm in ARMS if arm.name in results.arms]
+    arms, changed = ([arm for arm in of if arm.name in results.arms] for of in (ARMS, PARTS))
     drawn = sum(record["template"] == "drawn" for record in results.records)
     kind = "quick look, a few prompts" if quick else "whole suite"
     parts = [
@@ -83,16 +83,17 @@ def write_report(folder: Path, results: Results, told: Mapping, *, quick: bool =
         "the template, in the others the model. Intervals are of 95 %, by the bootstrap over prompts. "
         "<small>All of it is made by <code>weaver evaluate</code>.</small></p>",
         "<h2>Arms</h2>",
-        _table(arms, METRICS, told["table"], results.arms),
+        _table(arms, told["table"], results.arms),
         _definitions(),
         _chart(arms, told["table"]),
-        _paired(arms, told),
+        _paired(arms, told, "The full method minus each arm"),
+        _parts(changed, told, results.arms),
         _aims(aims(results, told)),
         _split("By number of concepts", arms, told["by_concepts"]),
         _split("By group", arms, told["by_group"]),
         f"<p><small>{'; '.join(f'<b>{group}</b>: {GROUPS[group]}' for group in told['by_group'])}.</small></p>",
         _concepts(results),
-        _pictures(folder, results, arms),
+        _pictures(folder, results, [*arms, *changed]),
         f"<script>{_SCRIPT}</script></html>",
     ]
     path = folder / "report.html"
@@ -125,11 +126,11 @@ def _row(arm: Arm, cells: str) -> str:
     return f"<tr{full}><td>({arm.letter}) {arm.name}{cells}"
 
 
-def _table(arms: Sequence[Arm], metrics: Sequence[Metric], of: Mapping, settings: Mapping[str, Settings]) -> str:
-    head = "".join(f"<th>{metric.label}" for metric in metrics)
+def _table(arms: Sequence[Arm], of: Mapping, settings: Mapping[str, Settings]) -> str:
+    head = "".join(f"<th>{metric.label}" for metric in METRICS)
     rows = []
     for arm in arms:
-        cells = "".join(_figure(of[arm.name][m.name], m) for m in metrics)
+        cells = "".join(_figure(of[arm.name][m.name], m) for m in METRICS)
         what = f"<td class=what>{escape(arm.what)}<small class=pale>{settings[arm.name].swept_values}</small>"
         rows.append(_row(arm, cells + what))
     return f"<div class=scroll><table><tr><th>arm{head}<th>what it is{''.join(rows)}</table></div>"
@@ -154,7 +155,16 @@ def _chart(arms: Sequence[Arm], of: Mapping) -> str:
     return f"<div class=chart>{dots(list(names.values()), panels, marked=names.get(FULL, ''))}</div>"
 
 
-def _paired(arms: Sequence[Arm], told: Mapping) -> str:
+def _parts(changed: Sequence[Arm], told: Mapping, settings: Mapping[str, Settings]) -> str:
+    if not changed:
+        return ""
+    return (
+        "<h2>One part of the full method changed, all else as it is</h2>"
+        f"{_table(changed, told['table'], settings)}{_paired(changed, told, 'The full method minus each of these')}"
+    )
+
+
+def _paired(arms: Sequence[Arm], told: Mapping, title: str) -> str:
     if "full_minus" not in told:
         return ""
     others = [arm for arm in arms if arm.name != FULL]
@@ -164,7 +174,7 @@ def _paired(arms: Sequence[Arm], told: Mapping) -> str:
         cells = "".join(_gain(told["full_minus"][arm.name][m.name], m) for m in METRICS)
         rows.append(_row(arm, cells))
     return (
-        "<h2>The full method minus each arm</h2><p><small>On the same prompts and seeds, in points of per cent, dB, or "
+        f"<h2>{title}</h2><p><small>On the same prompts and seeds, in points of per cent, dB, or "
         "of a cosine. Green: better beyond the interval; red: worse.</small></p>"
         f"<div class=scroll><table><tr><th>arm{head}{''.join(rows)}</table></div>"
     )
@@ -186,11 +196,16 @@ def _aims(found: Sequence[Aim]) -> str:
         return ""
     verdict = {True: "<td class=yes>reached", False: "<td class=no>missed", None: "<td class=pale>not measured"}
     rows = "".join(
-        f"<tr><td>{escape(a.what)}<td>{escape(a.sign)} {a.bound:g}<td>{'–' if a.met is None else f'{a.value:.3f}'}"
+        f"<tr><td>{escape(a.what)}<td>{escape(a.sign)} {_aimed(a, a.bound)}"
+        f"<td>{'–' if a.met is None else _aimed(a, a.value)}"
         f"{verdict[a.met]}"
         for a in found
     )
     return f"<h2>Aims, set beforehand</h2><table><tr><th>what<th>aim<th>full method<th>{rows}</table>"
+
+
+def _aimed(aim: Aim, value: float) -> str:
+    return _FORMS[aim.unit].format(value) + (" dB" if aim.unit == "dB" else "")
 
 
 def _split(title: str, arms: Sequence[Arm], columns: Mapping[str, Mapping]) -> str:
@@ -232,7 +247,7 @@ def _pictures(folder: Path, results: Results, arms: Sequence[Arm]) -> str:
 
 
 def _letter(name: str) -> str:
-    return next(arm.letter for arm in ARMS if arm.name == name)
+    return arm_of(name).letter
 
 
 def _case(folder: Path, faults: int, case: Case, record: Mapping, arms: Sequence[Arm]) -> str:

@@ -83,12 +83,14 @@ class Aim:
     what : for readers
     value : a share of 1, or dB; NaN where nothing was measured
     sign : how it is to compare with `bound`: ">=", "<=", ">" or "<"
+    unit : "share" of 1, or "dB"
     """
 
     what: str
     value: float
     sign: str
     bound: float
+    unit: str = "share"
 
     @property
     def met(self) -> bool | None:
@@ -175,7 +177,7 @@ def aims(results: Results, told: Mapping) -> list[Aim]:
         for n, word, bound in ((2, "two", 0.9), (3, "three", 0.85), (4, "four", 0.85))
     ]
     found.append(Aim("leakage", told["table"][FULL]["leakage"].value, "<=", 0.03))
-    found.append(Aim("background, dB", told["table"][FULL]["psnr"].value, ">=", 20.0))
+    found.append(Aim("background PSNR", told["table"][FULL]["psnr"].value, ">=", 20.0, "dB"))
     for arm in (arm for arm in ARMS if arm.name in _RIVALS and arm.name in results.arms):
         gain, leak = (told["full_minus"][arm.name][name] for name in ("identity", "leakage"))
         found.append(Aim(f"right identity above ({arm.letter}), lower end of the interval", gain.low, ">", 0.0))
