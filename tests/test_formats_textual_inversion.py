@@ -169,3 +169,10 @@ def test_what_does_not_hold_together_is_refused(content, message, tmp_path):
     with pytest.raises(ConceptError, match=message) as raised:
         read_concept_file(path)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_parameter_dict_of_the_first_code_is_told(tmp_path):
+    vectors = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.randn(2, 8))})
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": vectors}, tmp_path / "rex.pt")
+    with pytest.raises(ConceptError, match=r"rex\.pt: its vectors are a torch\.nn\.ParameterDict, .* by safetensors"):
+        read_concept_file(tmp_path / "rex.pt")

@@ -164,7 +164,15 @@ def test_the_embedded_models_own_defaults(tmp_path):
     [
         (["--rank", "4"], "--rank: is 4 with --method custom-diffusion; add --method lora"),
         (["--method", "lora", "--rank", "0"], "--rank: is 0 with --method lora"),
-        (["--validate", "a cat"], "token '<v1>' is not in its prompt 'a cat'"),
+        (
+            ["--validate", "a cat", "--model", "nowhere"],
+            "--validate: 'a cat' lacks the token '<v1>': put it before 'cat'",
+        ),
+        (
+            ["--token", "a b", "--out", "a.safetensors", "--model", "nowhere"],
+            "--token: token 'a b' is empty or has white",
+        ),
+        (["--token", "cat", "--model", "nowhere"], "--token: token 'cat' stands in the class word 'cat'; take one"),
         (["--validate", "a <v1> cat", "--validate-every", "0"], "validation: every is 0, expected 1 or more"),
         (["--token", "<../esc>"], "--token: '<../esc>' makes no name of a file; tell the concept's by --out"),
         (["--out", "."], "--out: . must end in .safetensors"),

@@ -78,13 +78,19 @@ def _train(args: argparse.Namespace) -> int:
         from weaver.concepts.bank import prior_and_scenes
         from weaver.concepts.checkpoints import Checkpoint
         from weaver.concepts.images import load_class_images, load_images
-        from weaver.concepts.train import train_concept
+        from weaver.concepts.prompts import names_token
+        from weaver.concepts.train import naming_reasons, train_concept
         from weaver.concepts.validation import Validation
     out = _destination(args)
     if args.at_once is not None and args.at_once < 1:
         raise WeaverError(f"--at-once: is {args.at_once}, expected 1 or more")
+    for reason in naming_reasons(args.token, args.word):
+        raise WeaverError(f"--token: {reason}")
     validation = None
     if args.validate:
+        for prompt in args.validate:
+            if not names_token(prompt, args.token):
+                raise WeaverError(f"--validate: {prompt!r} lacks the token {args.token!r}: put it before {args.word!r}")
         validation = Validation(args.validate, out.with_suffix(".validation"), args.validate_every)
     pictures = load_images(args.images, args.token, args.word)
     given = None

@@ -39,7 +39,7 @@ from weaver.defaults import model_size
 from weaver.errors import WeaverError, raise_if
 from weaver.version import __version__
 
-__all__ = ["train_concept"]
+__all__ = ["naming_reasons", "train_concept"]
 
 _LEAST_SIDE = 8  # times smaller than the model's pictures may those be that a concept is learned from
 
@@ -185,12 +185,17 @@ def _identity(base_hash: str, images: TrainingSet, prior: TrainingSet | None, wo
     }
 
 
-def _check(pipe, images: TrainingSet, prior: TrainingSet | None, token: str, word: str) -> None:
-    reasons = []
+def naming_reasons(token: str, word: str) -> list[str]:
+    """What is wrong with a token that is to be learned with a class word; empty when nothing is."""
     if not token.strip("<>") or any(letter.isspace() for letter in token):
-        reasons.append(f"token {token!r} is empty or has white space in it; write one such as '<v1>'")
-    elif names_token(f"a {word}", token):
-        reasons.append(f"token {token!r} stands in the class word {word!r}; take one that is no word, as '<{token}>'")
+        return [f"token {token!r} is empty or has white space in it; write one such as '<v1>'"]
+    if names_token(f"a {word}", token):
+        return [f"token {token!r} stands in the class word {word!r}; take one that is no word, as '<{token}>'"]
+    return []
+
+
+def _check(pipe, images: TrainingSet, prior: TrainingSet | None, token: str, word: str) -> None:
+    reasons = naming_reasons(token, word)
     least = min(model_size(pipe)) // _LEAST_SIDE
     if small := [number for number, image in enumerate(images.images) if min(image.size) < least]:
         width, height = images.images[small[0]].size

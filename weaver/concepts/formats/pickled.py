@@ -21,6 +21,7 @@ _STORAGES = {f"torch {name}Storage": size for name, size in _SIZES.items()} | {"
 _ORDERED = "collections OrderedDict"
 _TENSOR = "torch._utils _rebuild_tensor_v2"
 _PARAMETER = "torch._utils _rebuild_parameter"
+_PARAMETERS = "torch.nn.modules.container ParameterDict"
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -107,6 +108,11 @@ def _popped(stack: list[object], count: int | None) -> list[object]:
 
 def _known(name: str) -> _Global:
     if name not in _STORAGES and name not in (_ORDERED, _TENSOR, _PARAMETER):
+        if name == _PARAMETERS:
+            raise Refusal(
+                "its vectors are a torch.nn.ParameterDict, as the first code of textual inversion saved them, a module "
+                "that is not loaded here: where you trust the file, load it, and save {token: vectors} by safetensors"
+            )
         raise Refusal(
             f"it is a pickle with code in it (it asks for {name.replace(' ', '.')!r}), which was not run: ask for a "
             "safetensors file, or have whoever made it save tensors alone"
