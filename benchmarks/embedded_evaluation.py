@@ -17,8 +17,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.tables import put_between
 from weaver.cli import main as weaver
-from weaver.errors import WeaverError
 from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, PARTS, Arm
 from weaver.evaluation.charts import curves
 from weaver.evaluation.drawing import STEPS
@@ -28,14 +28,13 @@ from weaver.evaluation.results import Results
 from weaver.evaluation.runner import case_path, picture_path, template_path
 from weaver.evaluation.suite import cases
 from weaver.evaluation.sweep import panels_of
-from weaver.folder import whole_file
 from weaver.pictures import grid, open_rgb
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FAILURES, CURVES = ROOT / "docs" / "failures.png", ROOT / "docs" / "sweep.svg"
 WORST = 6
-START, END = "<!-- evaluation: written by make evaluate -->", "<!-- evaluation ends -->"
+MARKS = "<!-- evaluation: written by make evaluate -->", "<!-- evaluation ends -->"
 COLUMNS = {
     "identity": ("right identity", "{:.1%}"),
     "leakage": ("leakage", "{:.1%}"),
@@ -77,15 +76,6 @@ def _told(found: Mapping | None, form: str, times: float = 1) -> str:
         return "–"
     value, low, high = (form.format(times * found[key]) for key in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
-
-
-def with_table(text: str, record: Mapping) -> str:
-    """The README's text with a record's tables in their place; raises `WeaverError` where its marks are missing."""
-    before, mark, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not (mark and end):
-        raise WeaverError(f"README.md has no place for the tables: put {START} and {END} around it")
-    return f"{before}{mark}\n{tables(record)}\n{end}{after}"
 
 
 def failures(folder: Path) -> Image.Image:
@@ -141,10 +131,7 @@ def main() -> int:
     if args.record:
         shutil.copyfile(args.out / "results.json", RESULTS / "embedded_evaluation.json")
         failures(args.out).save(FAILURES, optimize=True)
-        readme = ROOT / "README.md"
-        text = with_table(readme.read_text(encoding="utf-8"), record)
-        with whole_file(readme) as partial:
-            partial.write_text(text, encoding="utf-8")
+        put_between(ROOT / "README.md", MARKS, tables(record))
     return 0
 
 

@@ -2,9 +2,10 @@
 
 Scenes of the embedded world in drawings that the embedded model never saw, whose true masks are known. For every word
 that stands in a scene: the intersection over union of its mask with the true one, and whether it lies on the right
-object at all (half of the mask and more). A word that is not found counts as 0. Prints a table, and how many contexts
-the tokens of the model's largest map attend to with the true masks, down-sampled both ways. ``--record`` keeps the
-figures in ``benchmarks/results/mask_sources.json``.
+object at all (half of the mask and more). A word that is not found counts as 0. And of every scene one word that the
+prompt names beside the others, but that is not drawn: whether a mask is given for it all the same. Prints a table, and
+how many contexts the tokens of the model's largest map attend to with the true masks, down-sampled both ways.
+``--record`` keeps the figures in ``benchmarks/results/mask_sources.json``, and writes the table into the README.
 """
 
 from __future__ import annotations
@@ -16,26 +17,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
+from benchmarks.tables import put_between
+from benchmarks.tables import table as markdown
 from weaver.embedded import load_pipeline, model_hash
+from weaver.embedded.drawings import ANIMALS
 from weaver.embedded.training.segmenter import held_out_scenes
 from weaver.embedded.world import Scene
 from weaver.fusion.weights import token_weights
 from weaver.masks import MaskError, attention_masks, compose_masks, mask_pyramid, segmenter_masks
+from weaver.masks.assign import NotFoundError
 from weaver.models import quiet_libraries
 
 RESULTS = Path(__file__).parent / "results" / "mask_sources.json"
+README = Path(__file__).parents[1] / "README.md"
+MARKS = "<!-- mask sources: written by python -m benchmarks.mask_sources --record -->", "<!-- mask sources end -->"
 
-# Finds words in a scene: [N, height, width] bool, one mask a word.
-Source = Callable[[Scene, Sequence[str]], torch.Tensor]
+# Finds words in a picture that a prompt describes: [N, height, width] bool, one mask a word.
+Source = Callable[[Image.Image, str, Sequence[str]], torch.Tensor]
 
 
 def sources(pipe) -> dict[str, Source]:
     """Every source that needs no other weights than the embedded model's, by its name in the table."""
     return {
-        "segmenter": lambda scene, words: segmenter_masks(scene.image, words, scene.caption),
-        "segmenter, without the prompt": lambda scene, words: segmenter_masks(scene.image, words),
-        "attention": lambda scene, words: attention_masks(pipe, scene.image, scene.caption, words),
+        "segmenter": lambda image, prompt, words: segmenter_masks(image, words, prompt),
+        "segmenter, without the prompt": lambda image, prompt, words: segmenter_masks(image, words),
+        "attention": lambda image, prompt, words: attention_masks(pipe, image, prompt, words),
     }
 
 
@@ -63,7 +71,7 @@ def measure(source: Source, scenes: Sequence[Scene]) -> dict:
     for scene in scenes:
         words, truth = true_masks(scene)
         try:
-            found = source(scene, words)
+            found = source(scene.image, scene.caption, words)
         except MaskError:
             found = torch.zeros_like(truth)
         rows += [(len(scene.objects), *row) for row in overlaps(found, truth)]
@@ -73,7 +81,20 @@ def measure(source: Source, scenes: Sequence[Scene]) -> dict:
         "iou": _mean(iou for _, iou, _ in rows),
         "iou_by_animals": {str(n): _mean(iou for count, iou, _ in rows if count == n) for n in counts},
         "right_object": _mean(hit for _, _, hit in rows),
+        "invented": _mean(invented(source, scene, number) for number, scene in enumerate(scenes)),
     }
+
+
+def invented(source: Source, scene: Scene, number: int) -> bool:
+    """Whether a word that the prompt names, and that is not drawn, is given a mask; `number` picks the word."""
+    words = true_masks(scene)[0]
+    absent = [word for word in ANIMALS if word not in words]
+    word, (animals, _, ground) = absent[number % len(absent)], scene.caption.rpartition(", ")
+    try:
+        found = source(scene.image, f"{animals} and a {word}, {ground}", [*words, word])
+    except NotFoundError as error:
+        return word not in error.words
+    return bool(found[-1].any())
 
 
 def live_contexts(scenes: Sequence[Scene], size: tuple[int, int], downsampling: str) -> float:
@@ -89,12 +110,12 @@ def live_contexts(scenes: Sequence[Scene], size: tuple[int, int], downsampling: 
 def table(figures: Mapping[str, Mapping]) -> str:
     """The figures of the sources as a table in Markdown."""
     counts = sorted({n for row in figures.values() for n in row["iou_by_animals"]})
-    lines = ["| source | IoU | " + " | ".join(f"with {n}" for n in counts) + " | on the right object |"]
-    lines.append("|---" * (len(counts) + 3) + "|")
+    head = ["source", "IoU", *(f"of {n}" for n in counts), "on the right object", "given for what is not there"]
+    lines = []
     for name, row in figures.items():
-        by = " | ".join(f"{row['iou_by_animals'][n]:.2f}" for n in counts)
-        lines.append(f"| {name} | {row['iou']:.3f} | {by} | {row['right_object']:.0%} |")
-    return "\n".join(lines)
+        by = [f"{row['iou_by_animals'][n]:.2f}" for n in counts]
+        lines.append([name, f"{row['iou']:.2f}", *by, f"{row['right_object']:.0%}", f"{row['invented']:.0%}"])
+    return markdown(head, lines)
 
 
 def _mean(values) -> float:
@@ -118,6 +139,7 @@ def main() -> None:
     if args.record:
         told = {"model": model_hash(), "scenes": len(scenes), "sources": figures, "live_contexts": live}
         RESULTS.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        put_between(README, MARKS, table(figures))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-__all__ = ["MISSING", "is_gpu", "table"]
+from weaver.errors import WeaverError
+from weaver.folder import whole_file
+
+__all__ = ["MISSING", "between", "is_gpu", "put_between", "table"]
 
 MISSING = "not yet measured"
 
@@ -17,3 +21,19 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def is_gpu(rows: Sequence[Mapping]) -> bool:
     """Whether any of these rows is of a GPU, as `benchmarks.machine.device_name` names it."""
     return any("(sm_" in row["device"] for row in rows)
+
+
+def between(text: str, marks: tuple[str, str], found: str) -> str:
+    """A text with what was found between two comments that mark its place; a `WeaverError` where they are missing."""
+    before, start, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not (start and end):
+        raise WeaverError(f"there is no place for the table: put {marks[0]} and {marks[1]} around it")
+    return f"{before}{start}\n{found}\n{end}{after}"
+
+
+def put_between(file: Path, marks: tuple[str, str], found: str) -> None:
+    """Write into a file what was found, between the two comments that mark its place."""
+    text = between(file.read_text(encoding="utf-8"), marks, found)
+    with whole_file(file) as partial:
+        partial.write_text(text, encoding="utf-8")

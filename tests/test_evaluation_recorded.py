@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import embedded_evaluation as module
-from benchmarks.embedded_evaluation import END, RESULTS, START, record_sweep, table, tables, with_table
+from benchmarks.embedded_evaluation import MARKS, RESULTS, record_sweep, table, tables
+from benchmarks.tables import between
 from weaver.embedded import concept_hashes, model_hash
 from weaver.errors import WeaverError
 from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, PARTS, arm_of, default_settings
@@ -37,13 +38,14 @@ def test_a_row_for_every_arm_and_nothing_for_what_was_not_measured():
 
 
 def test_the_table_takes_the_place_of_the_one_before():
-    once = with_table(README, record_of(0.25))
-    assert once.count("25.0%") and once.split(START)[0] == README.split(START)[0]
-    assert once.split(END)[1] == README.split(END)[1]
-    again = with_table(once, record_of(0.75))
-    assert "25.0%" not in again.split(START)[1].split(END)[0] and "75.0%" in again
-    with pytest.raises(WeaverError, match="no place for the tables"):
-        with_table("nothing", record_of(0.5))
+    start, end = MARKS
+    once = between(README, MARKS, tables(record_of(0.25)))
+    assert once.count("25.0%") and once.split(start)[0] == README.split(start)[0]
+    assert once.split(end)[1] == README.split(end)[1]
+    again = between(once, MARKS, tables(record_of(0.75)))
+    assert "25.0%" not in again.split(start)[1].split(end)[0] and "75.0%" in again
+    with pytest.raises(WeaverError, match="no place for the table"):
+        between("nothing", MARKS, "")
 
 
 def test_a_recorded_sweep_is_kept_with_its_choice_and_curves(tmp_path, monkeypatch):

@@ -162,6 +162,7 @@ MISTAKES = {
     ),
     "caption without token": (with_train(caption="a cat"), "concepts[0].train.caption: 'a cat' lacks the token"),
     "the same name twice": (with_concept(name="rex"), "concepts[1].name: 'rex' is taken by concepts[0]"),
+    "a name but for its case": (with_concept(name="Rex"), "concepts[1].name: 'rex' is taken by concepts[0]"),
     "name that is no file name": (with_concept(name="../tom"), "concepts[0].name: '../tom' must be letters"),
     "negative strength": (with_concept(strength=-1), "concepts[0].strength: must be at least 0, is -1"),
     "window turned round": (with_concept(window=[0.8, 0.2]), "concepts[0].window: must be [start, end]"),

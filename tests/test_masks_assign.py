@@ -183,3 +183,13 @@ def test_what_can_not_be_had_is_told_with_what_was_found(items, wishes, message)
     with pytest.raises(MaskError, match=message) as caught:
         assign(items, wishes)
     assert "\n" not in str(caught.value)
+
+
+def test_phrases_are_of_one_class_where_their_noun_is_the_same():
+    """One dog, found twice, its tail apart: seven tenths of both together, and all of the smaller."""
+    for first, second in (("white dog", "dog with a hat"), ("dog on the left", "small dog"), ("dog", "the dog")):
+        twice = [found(first, 10, 0.9, right=20), found(second, 10, 0.8, right=17)]
+        with pytest.raises(NotFoundError, match="each an object of its own"):
+            assign(twice, [Wish(first), Wish(second)])
+    apart = [found("hat", 10, 0.9, right=20), found("dog with a hat", 10, 0.8, right=17)]
+    assert assign(apart, [Wish("hat"), Wish("dog with a hat")]) == [0, 1]

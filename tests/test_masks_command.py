@@ -26,7 +26,7 @@ def write_job(job_folder, path, concepts=None, **changes):
     ]
     for concept in concepts:
         concept["file"] = str(job_folder / concept["file"])
-        if "file" in concept["mask"]:
+        if "file" in concept.get("mask", {}):
             concept["mask"]["file"] = str(job_folder / concept["mask"]["file"])
     job = {"model": str(job_folder / "model"), "prompt": "a cat and a dog, mountain background", "concepts": concepts}
     path.write_text(json.dumps(job | {"template": {"image": str(job_folder / "template.png")}} | changes))
@@ -118,7 +118,11 @@ def test_a_layer_with_nothing_left_is_an_empty_mask(job_file, tmp_path, capsys):
     assert weaver(capsys, "masks", job_file, "--edit", "--out", out)[0] == 0
     Image.new("RGBA", (SIDE, SIDE), (255, 255, 255, 0)).save(out / "layers" / "tom.png")
     code, _, err = weaver(capsys, "masks", job_file, "--masks", out)
-    assert code == 2 and "concepts[0].mask: " in err and err.endswith("tom.png: the mask is empty\n")
+    assert (
+        code == 2
+        and "concepts[0].mask: " in err
+        and err.endswith("the mask is empty: none of it is opaque by a half; paint it solid\n")
+    )
 
 
 def test_a_layer_is_not_saved_together_with_the_template(job_file, tmp_path, capsys):
@@ -224,3 +228,12 @@ def test_what_is_not_found_is_told_with_its_field(job_folder, tmp_path, capsys):
     code, _, err = weaver(capsys, "masks", job)
     assert code == 2 and "concepts[0].mask: no 'cat' number 50 from the left; found 'cat' in box [" in err
     assert files(tmp_path) == ["job.yaml"]
+
+
+def test_a_mask_of_attention_is_told_to_be_a_guess(job_folder, tmp_path, capsys):
+    for source, told in ({"mask": {"box": [0.1, 0.1, 0.9, 0.9]}}, False), ({}, True):
+        concepts = [{"file": "tom.safetensors"} | source]
+        options = {"prompt": "a cat", "masks": {"source": "attention"}}
+        job = write_job(job_folder, tmp_path / "job.yaml", concepts, **options)
+        code, out, _ = weaver(capsys, "masks", job, "--out", tmp_path / f"out{told}")
+        assert code == 0 and ("attention finds a place for every word, there or not" in out) == told

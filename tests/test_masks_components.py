@@ -1,9 +1,14 @@
 """Objects of one class word, told apart."""
 
+import random
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
 
+from weaver.embedded.drawings import ANIMALS, HELD_OUT_VENDORS
+from weaver.embedded.world import draw_scene
 from weaver.masks.assign import Wish
 from weaver.masks.components import found_in, split_objects, tidy
 from weaver.masks.compose import MaskError
@@ -126,3 +131,31 @@ def test_tidy_keeps_parts_of_like_size_bays_and_extremes():
     assert torch.equal(tidy(mask), mask)
     for value in (True, False):
         assert torch.equal(tidy(torch.full((3, 3), value)), torch.full((3, 3), value))
+
+
+def drawing(animals, seed, spots=None):
+    options = {"background": "beach", "vendors": HELD_OUT_VENDORS, "varied": False, "spots": spots}
+    scene = draw_scene(random.Random(seed), animals=animals, **options)
+    return torch.from_numpy(scene.labels > 0)
+
+
+def test_one_animal_is_not_cut_in_two():
+    """The shapes of every animal in held-out drawings: some have necks between their ears, none are two animals."""
+    wishes = [Wish("animal")] * 2
+    masks = [drawing([word], seed) for word in ANIMALS for seed in range(4)]
+    assert all(len(found_in(mask[None], ["animal"], wishes)) == 1 for mask in masks)
+    cut = [mask for mask in masks if falls_apart(mask)]
+    assert cut, "none of these falls apart when it is worn, so that this shows nothing"
+
+
+def falls_apart(mask):
+    with suppress(MaskError):
+        return len(split_objects(mask, 2)) == 2
+    return False
+
+
+def test_animals_that_touch_are_cut_apart():
+    spots = [((0.28, 0.3), (0.56, 0.64), (0.44, 0.46)), ((0.7, 0.72), (0.56, 0.64), (0.44, 0.46))]
+    masks = [drawing([word] * 2, seed, spots) for word in ANIMALS for seed in range(3)]
+    found = [len(found_in(mask[None], ["animal"], [Wish("animal")] * 2)) for mask in masks]
+    assert found.count(2) >= 0.85 * len(masks)

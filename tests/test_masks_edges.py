@@ -1,13 +1,15 @@
 """Maps that follow a picture's edges, and the figures of the sources of masks."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks.mask_sources import live_contexts, measure, table, true_masks
+from benchmarks.mask_sources import MARKS, README, RESULTS, invented, live_contexts, measure, table, true_masks
 from weaver.embedded.training.segmenter import held_out_scenes
-from weaver.masks import MaskError
+from weaver.masks.assign import NotFoundError
 from weaver.masks.edges import follow_edges
 
 
@@ -62,16 +64,42 @@ def test_even_maps_and_even_pictures():
 
 def test_figures_of_sources():
     scenes = held_out_scenes(6, seed=3)
-    perfect = measure(lambda scene, words: true_masks(scene)[1], scenes)
-    assert perfect["iou"] == perfect["right_object"] == 1 and perfect["words"] >= 6
-    swapped = measure(lambda scene, words: ~true_masks(scene)[1], scenes)
-    assert swapped["iou"] == swapped["right_object"] == 0
 
-    def blind(scene, words):
-        raise MaskError("nothing found")
+    def true_of(image, prompt, words):
+        """The true mask of every word that is there, the whole picture for the others."""
+        scene = next(scene for scene in scenes if scene.image is image)
+        found = dict(zip(*true_masks(scene), strict=True))
+        return torch.stack([found.get(word, torch.ones(64, 64, dtype=torch.bool)) for word in words])
 
-    assert measure(blind, scenes)["iou"] == 0
+    perfect = measure(true_of, scenes)
+    assert perfect["iou"] == perfect["right_object"] == perfect["invented"] == 1 and perfect["words"] >= 6
+    swapped = measure(lambda *asked: ~true_of(*asked), scenes)
+    assert swapped["iou"] == swapped["right_object"] == swapped["invented"] == 0
+
+    def blind(image, prompt, words):
+        raise NotFoundError("nothing found", words)
+
+    found = measure(blind, scenes)
+    assert found["iou"] == found["invented"] == 0
     lines = table({"truth": perfect, "its complement": swapped}).splitlines()
-    assert len(lines) == 4 and lines[2].startswith("| truth | 1.000 |") and lines[3].endswith("| 0% |")
+    assert len(lines) == 4 and lines[2].startswith("| truth | 1.00 |") and lines[3].endswith("| 0% | 0% |")
     hard, soft = (live_contexts(scenes, (16, 16), name) for name in ("nearest", "area"))
     assert 1 <= hard < soft < 3
+
+
+def test_what_is_invented_is_named_by_the_prompt_and_not_drawn():
+    scene, asked = held_out_scenes(1, seed=3)[0], []
+
+    def listening(image, prompt, words):
+        asked.append((prompt, words))
+        return torch.zeros(len(words), 64, 64, dtype=torch.bool)
+
+    assert not any(invented(listening, scene, number) for number in range(6))
+    for prompt, (*there, word) in asked:
+        assert there == true_masks(scene)[0] and word not in scene.caption and f" and a {word}, " in prompt
+    assert len({words[-1] for _, words in asked}) == 6 - len(true_masks(scene)[0])
+
+
+def test_the_readme_has_the_recorded_table():
+    record = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert table(record["sources"]) in README.read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0]

@@ -160,3 +160,29 @@ def test_empty_and_unreadable_masks(tmp_path):
         load_mask(path, SHAPE.shape)
     with pytest.raises(PictureError, match="no such picture file"):
         load_mask(tmp_path / "none.png", SHAPE.shape)
+
+
+def test_an_empty_mask_says_what_may_have_been_meant(tmp_path):
+    path = tmp_path / "mask.png"
+    levels = np.zeros(SHAPE.shape, np.uint8)
+    levels[:2], levels[4:] = 1, 2
+    for picture, told in (
+        (Image.fromarray(levels), r"empty, nothing in it is bright; pick one of its levels 0, 1, 2 by label"),
+        (colour((20, 30, 40), (0, 0, 0)), r"empty: nothing in it is as bright as half of white"),
+        (Image.fromarray(np.dstack([np.full((*SHAPE.shape, 3), 200), 100 * SHAPE]).astype(np.uint8)), "paint it solid"),
+    ):
+        picture.save(path)
+        with pytest.raises(MaskError, match=told):
+            load_mask(path, SHAPE.shape)
+    Image.fromarray(levels).save(path)
+    assert np.array_equal(load_mask(path, SHAPE.shape, label=2).numpy(), levels == 2)
+
+
+def test_what_is_larger_is_averaged_over_areas(tmp_path):
+    """Nine of a token's sixteen pixels are inside, none of its neighbours', which a smoother reduction would mix in."""
+    fine = np.zeros((64, 64), np.uint8)
+    fine[8:11, 20:23] = 255
+    Image.fromarray(fine).save(tmp_path / "fine.png")
+    expected = np.zeros((16, 16), bool)
+    expected[2, 5] = True
+    assert np.array_equal(load_mask(tmp_path / "fine.png", (16, 16)).numpy(), expected)

@@ -170,3 +170,14 @@ def test_labels_and_outlines_that_are_not_there(tmp_path):
         load_mask(path, (6, 4), label="rex")
     with pytest.raises(MaskError, match="can't be read"):
         load_mask(tmp_path / "none.json", (6, 8))
+
+
+def test_only_the_shapes_of_the_label_are_judged(tmp_path):
+    """labelme's files hold points, lines and circles beside what is asked for."""
+    others = [{"label": "eye", "points": [[1, 1]], "shape_type": "point"}, {"label": "edge", "points": 3}, 7]
+    path = written(tmp_path / "shapes.json", {"shapes": [*others, {"label": "rex", "box": [2, 1, 7, 4]}]})
+    assert torch.equal(load_mask(path, (6, 8), label="rex"), box_mask((2, 1, 7, 4), (6, 8)))
+    with pytest.raises(MaskError, match=r"shapes\[0\]: shape_type is 'point'.*shapes\[2\]: is 7"):
+        load_mask(path, (6, 8))
+    with pytest.raises(MaskError, match=r"label 'tom' is nowhere in it; it holds 'eye', 'edge', None, 'rex'"):
+        read_shapes(path, "tom")

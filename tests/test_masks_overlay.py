@@ -1,9 +1,11 @@
 """The drawing of masks for people."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from weaver.masks.compose import compose_masks
 from weaver.masks.overlay import concept_colour, draw_masks
@@ -63,3 +65,23 @@ def test_what_masks_share_is_outlined_and_named():
     assert concept_colour(1) in colours
     named, other = (np.asarray(draw_masks(image, shared, ["", name])) for name in ("cat", "panda"))
     assert (named != other)[24 * 8 : 40 * 8, 16 * 8 : 48 * 8].any()
+
+
+def test_names_do_not_cover_each_other_and_keep_their_beginning(monkeypatch):
+    """Two masks about one centre, one of them with a name that is too long at any size."""
+    boxes, letters = [], []
+    rectangle, text = ImageDraw.ImageDraw.rectangle, ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "rectangle", lambda draw, box, **kw: boxes.append(box) or rectangle(draw, box, **kw)
+    )
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda draw, at, told, **kw: letters.append(told) or text(draw, at, told, **kw)
+    )
+    both = torch.zeros(3, 64, 64)
+    both[0, 20:44, 20:32] = both[1, 20:44, 32:44] = 1
+    both[2] = 1 - both[:2].sum(0)
+    draw_masks(Image.new("RGB", (64, 64)), both, ["long " * 40, "short", "ground"])
+    assert letters[0].startswith("long long") and letters[0].endswith("…") and letters[1:] == ["short", "ground"]
+    assert all(0 <= left < right <= 512 and 0 <= top < low <= 512 for left, top, right, low in boxes)
+    for (left, top, right, low), (x0, y0, x1, y1) in itertools.combinations(boxes, 2):
+        assert left > x1 or right < x0 or top > y1 or low < y0

@@ -178,3 +178,30 @@ def test_a_tokenizer_that_is_not_there_is_told(folder, tmp_path):
         file.unlink()
     with pytest.raises(WeaverError, match=r"detector: '.*dino' has no tokenizer with any words; the folder must hold"):
         GroundingDino.load(copied)
+
+
+def test_a_detector_that_sees_nothing(dino, sam):
+    """The real one: of no box transformers tells one empty text."""
+    assert dino.detect(PICTURE, "dog", 1.0, 0.25) == []
+    assert TextMasks(sam, dino, box_threshold=1.0).find(PICTURE, ["dog", "white cat"]) == []
+
+
+def test_a_box_s_surest_word_is_read_however_low_the_box_s_threshold(dino, sam, monkeypatch):
+    """Else a box between the two thresholds would be dropped, which a lower box threshold is to let in."""
+    unread = [one for one in dino.detect(PICTURE, "cat", 0.2, 0.5) if not one.text]
+    assert len(unread) == 1 and 0.2 < unread[0].score < 0.5
+    told, detect = [], dino.detect
+    monkeypatch.setattr(dino, "detect", lambda *arguments: told.append(detect(*arguments)) or told[-1])
+    TextMasks(sam, dino, box_threshold=0.2, text_threshold=0.5).find(PICTURE, ["cat"])
+    assert [one.text for one in told[0] if one.box == unread[0].box] != [""] and all(one.text for one in told[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [("co ##rgi", 0.8), ("co", 0.8), ("##rgi", 0.8), ("white co ##rgi", 0.8), ("a", None), ("dog", None)],
+)
+def test_pieces_of_a_word_count_as_the_word(sam, text, score):
+    found = TextMasks(sam, Seen(Detection(BOXES[0], 0.8, text))).find(PICTURE, ["a corgi"])
+    assert [item.score for item in found] == ([] if score is None else [score])
+    half = TextMasks(sam, Seen(Detection(BOXES[0], 0.8, "co"))).find(PICTURE, ["white corgi"])
+    assert [item.score for item in half] == [0.4]

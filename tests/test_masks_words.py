@@ -1,5 +1,7 @@
 """Masks of words: from the model's own attention, and from a segmenter."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 
 from weaver.latents import encode_image
 from weaver.masks import attention
-from weaver.masks.attention import attention_maps, attention_masks, capture_cross_attention
+from weaver.masks.attention import attention_maps, attention_masks, capture_cross_attention, word_positions
 from weaver.masks.compose import MaskError
 from weaver.masks.segmenter import segmenter_masks, segmenter_reasons
 
@@ -170,3 +172,20 @@ def test_attention_shows_what_it_found(tiny_pipe, monkeypatch):
     ):
         with pytest.raises(MaskError, match=told):
             attention_masks(tiny_pipe, image, prompt, words)
+
+
+def test_layers_count_by_how_well_they_tell_the_words_apart(tiny_pipe, monkeypatch):
+    """Of two layers, one sees each word in a half of its own, the other everything everywhere, which says nothing."""
+    prompt, words = "dog cat", ["dog", "cat"]
+    (dog, cat, _), length = word_positions(tiny_pipe, prompt, words), tiny_pipe.tokenizer.model_max_length
+    sharp, flat = torch.ones(1, 64, length), torch.ones(1, 64, length)
+    sharp[:, :32, cat] = sharp[:, 32:, dog] = 0
+
+    @contextmanager
+    def seen(unet):
+        yield {"a": sharp, "b": flat}
+
+    monkeypatch.setattr(attention, "capture_cross_attention", seen)
+    monkeypatch.setattr(attention, "layer_size", lambda path, levels, size: (8, 8))
+    maps = attention_maps(tiny_pipe, picture(), prompt, words, noise_levels=[0.5])
+    assert maps[0, 0].min() == maps[1, -1].min() == 2 and maps[0, -1].max() == maps[1, 0].max() == 0

@@ -17,7 +17,7 @@ from weaver.job import MaskSpec
 from weaver.masks import compose_masks, load_mask
 from weaver.pictures import PictureError, open_rgb
 from weaver.pipeline import weave
-from weaver.template import file_size, load_template
+from weaver.template import load_template, shown_size
 
 CARRIED = Path(__file__).parent / "photos"
 MORE = Path(os.environ.get("WEAVER_PHOTOS", Path(__file__).parents[2] / "shared" / "data" / "photos"))
@@ -39,8 +39,8 @@ def test_a_photo_stored_on_its_side_is_upright():
     path = CARRIED / "cat.jpg"
     stored = Image.open(path)
     upright = stored.rotate(-90, expand=True)
-    assert file_size(path) == (upright.height, upright.width) == (stored.width, stored.height)
-    assert load_template(path, file_size(path)).tobytes() == upright.tobytes()
+    assert shown_size(path) == (upright.height, upright.width) == (stored.width, stored.height)
+    assert load_template(path, shown_size(path)).tobytes() == upright.tobytes()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 96), (96, 40)])
@@ -49,9 +49,9 @@ def test_a_photo_and_a_mask_drawn_on_it_are_cut_alike(name, size):
     """What the mask holds has the colours that it has in the whole photo."""
     path = CARRIED / f"{name}.jpg"
     picture = np.asarray(load_template(path, size), dtype=float)
-    mask = load_mask(path.with_suffix(".mask.png"), size, source_size=file_size(path)).numpy()
+    mask = load_mask(path.with_suffix(".mask.png"), size, source_size=shown_size(path)).numpy()
     assert picture.shape == (*size, 3) and mask.shape == size
-    whole = load_mask(path.with_suffix(".mask.png"), file_size(path)).numpy()
+    whole = load_mask(path.with_suffix(".mask.png"), shown_size(path)).numpy()
     inside = np.asarray(open_rgb(path), dtype=float)[whole].mean(0)
     assert abs(picture[mask].mean(0) - inside).max() < 25
 
@@ -72,7 +72,7 @@ def test_a_photo_is_woven_and_its_background_kept(tiny_pipe, concepts, name):
 @pytest.mark.parametrize("name", sorted(path.name for path in MORE.iterdir()) if MORE.is_dir() else ["none"])
 def test_masks_of_objects_in_further_photos_fill_the_plane(name):
     folder = MORE / name
-    size = file_size(folder / "photo.jpg")
+    size = shown_size(folder / "photo.jpg")
     dense = torch.stack([load_mask(path, size) for path in sorted(folder.glob("mask*.png"))])
     masks = compose_masks(dense, dilation=0.02, overlap="share", min_area=0.01, fill_holes=True, feather=9)
     torch.testing.assert_close(masks.sum(0), torch.ones(size))
@@ -135,3 +135,27 @@ def test_a_photo_of_which_next_to_nothing_is_left_is_refused(tmp_path, size, tim
         load_template(tmp_path / "dot.png", (64, 64))
     Image.new("RGB", (8, 900)).save(tmp_path / "strip.png")
     assert load_template(tmp_path / "strip.png", (64, 64)).size == (64, 64)
+
+
+@pytest.mark.parametrize("kind", ["turned", "16 bits", "transparent", "larger"])
+def test_a_picture_is_read_as_its_file_would_be(kind, tmp_path, tiny_pipe, concepts):
+    rng = np.random.default_rng(0)
+    picture, exif = Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)), Image.Exif()
+    exif[274] = 6
+    if kind == "16 bits":
+        picture = Image.fromarray(rng.integers(0, 65536, (48, 32), dtype=np.uint16))
+    elif kind == "transparent":
+        picture.putalpha(Image.fromarray(rng.integers(0, 256, (32, 48), dtype=np.uint8)))
+    elif kind == "larger":
+        picture = picture.resize((131, 90))
+    path = tmp_path / "photo.png"
+    picture.save(path, **({"exif": exif} if kind == "turned" else {}))
+    size = (32, 48) if kind in ("larger", "transparent") else (48, 32)
+    masks = np.zeros((1, *size))
+    masks[:, :20] = 1
+    opened = Image.open(path)
+    assert shown_size(opened) == shown_size(path)
+    options = {"masks": masks, "size": size, "steps": 1, "keep_background": True}
+    first, again = (weave(tiny_pipe, "a dog", concepts[:1], template=one, **options) for one in (path, opened))
+    assert first.template.tobytes() == again.template.tobytes() == load_template(path, size).tobytes()
+    assert first.image.tobytes() == again.image.tobytes()

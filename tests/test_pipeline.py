@@ -40,8 +40,8 @@ def test_weave_tells_everything_that_does_not_fit(pipe):
         weave(pipe, "a dog", [])
     with pytest.raises(WeaverError, match=r"masks have shape \(1, 8, 8\)"):
         weave(pipe, "a cat", [tom], masks=np.ones((1, 8, 8)))
-    with pytest.raises(WeaverError, match="the template is 16x16, expected 32x32"):
-        weave(pipe, "a cat", [tom], masks=np.ones((1, SIDE, SIDE)), template=picture(0, 16))
+    with pytest.raises(WeaverError, match="template: is 2x2, which would have to be enlarged 16 times"):
+        weave(pipe, "a cat", [tom], masks=np.ones((1, SIDE, SIDE)), template=picture(0, 2))
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt", "source_prompt"])

@@ -187,11 +187,13 @@ def quiet_libraries() -> None:
     """Keep notices, warnings and loading bars of the libraries off the terminal; errors still show."""
     warnings.filterwarnings("ignore", module=r"(diffusers|transformers|huggingface_hub)\b.*")
     import diffusers
+    import huggingface_hub
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # of every try to reach the Hub; that none succeeded is told
 
 
 @contextmanager
@@ -204,6 +206,7 @@ def quietly() -> Iterator[None]:
     logs = [library.utils.logging for library in (diffusers, transformers)]
     before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
     hub_bars = not huggingface_hub.utils.are_progress_bars_disabled()
+    hub_verbosity = huggingface_hub.utils.logging.get_verbosity()
     try:
         with warnings.catch_warnings():
             quiet_libraries()
@@ -212,6 +215,7 @@ def quietly() -> Iterator[None]:
         for log, (verbosity, bars) in zip(logs, before, strict=True):
             log.set_verbosity(verbosity)
             (log.enable_progress_bar if bars else log.disable_progress_bar)()
+        huggingface_hub.utils.logging.set_verbosity(hub_verbosity)
         if hub_bars:  # which go with transformers'
             huggingface_hub.utils.enable_progress_bars()
         else:

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from weaver.errors import WeaverError
 
-__all__ = ["PictureError", "fit", "grid", "open_picture", "open_rgb", "telling_alpha"]
+__all__ = ["PictureError", "as_rgb", "fit", "grid", "open_picture", "open_rgb", "telling_alpha"]
 
 
 class PictureError(WeaverError):
@@ -34,18 +34,24 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
     except Image.DecompressionBombError as error:
         most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
         raise PictureError(f"{path}: has more than {most} million pixels; save it smaller") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, RuntimeError) as error:  # the last of AVIF
         raise PictureError(f"{path}: not a readable picture ({error})") from error
 
 
 def open_rgb(path: str | os.PathLike) -> Image.Image:
-    """Read a picture as 8-bit sRGB, by its colour profile where it has one; what is transparent shows white.
+    """Read a picture as `as_rgb` shows it; raises `PictureError` for a file that can't be read, too."""
+    return as_rgb(open_picture(path), str(path))
 
-    Raises `PictureError` for a file that can't be read, and for 32-bit pictures, which do not tell what white is.
+
+def as_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A picture in 8-bit sRGB, turned as its EXIF orientation says, by its colour profile where it has one; what is
+    transparent shows white.
+
+    Raises `PictureError` with its `name` for 32-bit pictures, which do not tell what white is.
     """
-    image = open_picture(path)
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
-        raise PictureError(f"{path}: has 32 bits a channel, and does not tell what white is; save it with 8 or 16 bits")
+        raise PictureError(f"{name}: has 32 bits a channel, and does not tell what white is; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None

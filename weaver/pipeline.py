@@ -38,7 +38,7 @@ from weaver.models import threads_for
 from weaver.places import Places, places_of
 from weaver.progress import Stages
 from weaver.schedule import ddim_scheduler
-from weaver.template import file_size, template_picture
+from weaver.template import load_template, shown_size, template_picture
 
 __all__ = ["WeaveResult", "template_picture", "weave"]
 
@@ -140,7 +140,8 @@ def weave(
     negative_prompt : p_neg; None is what the pipeline takes where none is given
     concepts : N concepts, in the order of their priority where masks overlap
     background : a concept for what no mask covers; None leaves that to the base model
-    template : a picture or its file; None makes one from `prompt` with `pipe`, `seed` and `template_steps`
+    template : a picture or its file, brought to `size` by `load_template`; None makes one from `prompt` with `pipe`,
+        `seed` and `template_steps`
     places : where each concept stands; None finds each by its class word
     masks : [N, height, width] instead of `places`, in the template's pixels, 0.5 and more is inside; or
         [N + 1, height, width] as `compose_masks` returns them, the background last, which are taken as they are; or a
@@ -193,7 +194,7 @@ def weave(
     reasons += token_reasons(source, [use.concept for use in everyone if use.concept])
     reasons += encode_contexts(pipe, prompt, negative_prompt, uses, ground)[2]
     try:
-        own_size = None if template is None or isinstance(template, Image.Image) else file_size(template)
+        own_size = None if template is None else shown_size(template)
         places = places_of(pipe, uses, places, masks, source=mask_source, size=size, source_size=own_size)
         reasons += places.word_reasons(pipe, source_prompt)
         known = places.compose(size, names=names, **shaping)
@@ -204,7 +205,9 @@ def weave(
     raise_if(reasons, "Cannot weave")
 
     of_stages = CUDAGraphs() if graphs is True else graphs or None
-    if not isinstance(template, Image.Image):
+    if isinstance(template, Image.Image):
+        template = load_template(template, size)
+    else:
         template = template_picture(
             pipe,
             prompt if template is None else Path(template),
@@ -216,9 +219,6 @@ def weave(
             graphs=of_stages,
             stages=stages,
         )
-    if template.size != (size[1], size[0]):
-        raise WeaverError(f"the template is {template.width}x{template.height}, expected {size[1]}x{size[0]}")
-    template = template.convert("RGB")
     with stages.stage("masks"):
         places = places.find(pipe, template, source_prompt, stages)
         final = places.compose(size, names=names, **shaping)

@@ -7,16 +7,16 @@ import os
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from weaver.defaults import defaults_for
 from weaver.errors import WeaverError, raise_if
 from weaver.graphs import CUDAGraphs, captured, graph_reasons
 from weaver.memory.resting import lent, modules_of
-from weaver.pictures import PictureError, fit, open_picture, open_rgb
+from weaver.pictures import PictureError, as_rgb, fit, open_picture, open_rgb
 from weaver.progress import Stages
 
-__all__ = ["file_size", "load_template", "make_template", "template_picture"]
+__all__ = ["load_template", "make_template", "shown_size", "template_picture"]
 
 _MOST_ENLARGED = 8  # times: a cell of Stable Diffusion's latents is then one pixel
 
@@ -66,8 +66,8 @@ def make_template(
     return image if size is None else fit(image, size)
 
 
-def load_template(path: str | os.PathLike, size: tuple[int, int]) -> Image.Image:
-    """Read a template from a picture file, at `size` (height, width).
+def load_template(source: str | os.PathLike | Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A template of a picture or its file, at `size` (height, width).
 
     EXIF rotation and colour profile are applied, transparency shows white, the picture is cut about its centre to the
     shape of `size` and resized by Lanczos. Raises `WeaverError` naming the file when it can't be read, and when what
@@ -75,20 +75,22 @@ def load_template(path: str | os.PathLike, size: tuple[int, int]) -> Image.Image
     """
     if reasons := _size_reasons(size):
         raise WeaverError("; ".join(reasons))
-    image = open_rgb(path)
+    given = isinstance(source, Image.Image)
+    name = "template" if given else str(source)
+    image = as_rgb(source, name) if given else open_rgb(source)
     larger = max(size[0] / image.height, size[1] / image.width)
     if larger > _MOST_ENLARGED:
         least = [-(-side // _MOST_ENLARGED) for side in size]
         raise PictureError(
-            f"{path}: is {image.width}x{image.height}, which would have to be enlarged {larger:.0f} times; a template "
+            f"{name}: is {image.width}x{image.height}, which would have to be enlarged {larger:.0f} times; a template "
             f"of {size[1]}x{size[0]} needs a picture of {least[1]}x{least[0]} at least"
         )
     return fit(image, size)
 
 
-def file_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(height, width) of a picture file as it is shown; `PictureError` when it can't be read."""
-    image = open_picture(path)
+def shown_size(source: str | os.PathLike | Image.Image) -> tuple[int, int]:
+    """(height, width) of a picture or its file as it is shown; `PictureError` when it can't be read."""
+    image = ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else open_picture(source)
     return image.height, image.width
 
 

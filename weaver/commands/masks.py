@@ -13,6 +13,7 @@ from weaver.errors import WeaverError
 __all__ = ["add_masks_option", "add_parser", "with_masks"]
 
 _OVERLAY = "masks.png"
+_GUESSED = "attention"
 
 
 def add_parser(commands, epilog: str) -> None:
@@ -90,6 +91,8 @@ def _masks(args: argparse.Namespace) -> int:
     shares = preview.final.mean((1, 2)).tolist()
     for name, source, share in zip(preview.names, (*preview.sources, "what is left"), shares, strict=False):
         print(f"{name:20} {share:6.1%} of the picture, {source}")
+    if any(source.startswith(_GUESSED) for source in preview.sources):
+        print(f"{_GUESSED} finds a place for every word, there or not: look before you draw")
     print(f"{out / _OVERLAY}: the masks over the template")
     if args.edit:
         print(f"{out / LAYERS}: paint or erase, then `weaver run {args.job} --masks {out}`")

@@ -115,8 +115,9 @@ def _files(job: Job, problems: list[str]) -> Iterator[tuple[str, Path, Callable[
             problems.append(f"{field}: {error}")
         mask = getattr(spec, "mask", None)
         if mask and mask.file:
-            read = read_shapes if is_shapes_file(mask.file) else open_picture
-            yield f"{place}.mask.file", mask.file, partial(read, mask.file)
+            label = None if mask.label is None else str(mask.label)
+            of_shapes, of_picture = partial(read_shapes, mask.file, label), partial(open_picture, mask.file)
+            yield f"{place}.mask.file", mask.file, of_shapes if is_shapes_file(mask.file) else of_picture
 
 
 def _unknown(name: str) -> str | None:

@@ -180,6 +180,7 @@ def _check_whole(job: Job, fields: Fields) -> None:
     for place, spec in job.places():
         if spec.file is None and spec.train is None:
             continue  # told already; it has no name of its own
-        if other := names.get(spec.name):
+        name = spec.name.casefold()  # of files, which many disks do not tell apart by case
+        if other := names.get(name):
             fields.complain(f"{place}.name", f"{spec.name!r} is taken by {other}; give each concept its own name")
-        names.setdefault(spec.name, place)
+        names.setdefault(name, place)

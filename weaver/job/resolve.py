@@ -18,7 +18,7 @@ from weaver.masks import MaskError
 from weaver.masks.grounded import DETECTOR, OUTLINER
 from weaver.models import ModelError, is_embedded
 from weaver.places import Places, best_source
-from weaver.template import file_size
+from weaver.template import shown_size
 
 __all__ = [
     "TEMPLATE_MODEL",
@@ -112,7 +112,7 @@ def place_concepts(job: Job, known: dict[str, Concept], pipe, source: str) -> Pl
 
     They are composed to see that each leaves the others something; what is still to be found can only take more away.
     """
-    own_size = file_size(job.template.image) if job.template.image else None
+    own_size = shown_size(job.template.image) if job.template.image else None
     specs = [spec.mask for spec in job.concepts]
     words = [spec.word or known[spec.name].word for spec in job.concepts]
     labels = mask_fields(job)

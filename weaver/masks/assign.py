@@ -19,6 +19,12 @@ other classes, this part of both together: glasses are not their man."""
 _LEAST_AGREEMENT = 0.1  # of a box that tells which object is meant
 _SHOWN = 8  # objects in a message
 
+_FOLLOWERS = frozenset(
+    "above at behind below beside between by carrying facing from holding in inside looking lying near next of on "
+    "running sitting standing that to under wearing which who with without".split()
+)
+"""Words that end a noun in a phrase."""
+
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
@@ -96,10 +102,11 @@ class Wish:
 def assign(found: Sequence[Found], wishes: Sequence[Wish]) -> list[int]:
     """Give every concept one of the objects that were found.
 
-    Detections of one object count as one, whatever words they were found for; words are of one class where their last
-    one is the same ("white dog", "dog"). Wishes that choose go first, in the order in which they stand. The others of a
-    word get its surest objects that are left, from left to right; where objects answer to several words ("white dog",
-    "black dog"), those for which the scores add up to most. Of a source without scores the largest are the surest.
+    Detections of one object count as one, whatever words they were found for; words are of one class where their
+    noun is the same ("white dog", "dog with a hat"). Wishes that choose go first, in the order in which they stand. The
+    others of a word get its surest objects that are left, from left to right; where objects answer to several words
+    ("white dog", "black dog"), those for which the scores add up to most. Of a source without scores the largest are
+    the surest.
     Where there are too few, a detection that is no more than several others together is taken for a group of them, and
     left out.
 
@@ -146,10 +153,17 @@ def assigned_masks(found: Sequence[Found], wishes: Sequence[Wish]) -> torch.Tens
 def _same(masks: torch.Tensor, words: Sequence[str]) -> torch.Tensor:
     """Which of the masks [K, pixels] are of one object, [K, K] bool."""
     areas, shared = masks.sum(1), masks @ masks.T
-    classes = [word.split()[-1].lower() for word in words]
+    classes = [_noun(word) for word in words]
     alike = torch.tensor([[a == b for b in classes] for a in classes], dtype=torch.bool).view(len(words), len(words))
     smaller, both = torch.minimum(areas[:, None], areas[None]), areas[:, None] + areas[None] - shared
     return shared >= _SAME * torch.where(alike, smaller, both)
+
+
+def _noun(phrase: str) -> str:
+    """What a phrase is of: the last word before what tells it apart, "dog" of "the white dog with a hat"."""
+    words = phrase.lower().split()
+    ends = [place for place, word in enumerate(words) if word in _FOLLOWERS and place]
+    return words[(ends or [len(words)])[0] - 1]
 
 
 def _is_group(index: int, others: Sequence[int], masks: torch.Tensor, same: torch.Tensor) -> bool:
@@ -243,7 +257,7 @@ def _too_few(found: Sequence[Found], lacking: Mapping[str, int], some_taken: boo
     left = " besides those that were chosen" if some_taken else ""
     message = (
         f"{asked} asked for{left}, each an object of its own; {_shown(found, set(lacking))}: use another template, "
-        "give these concepts a box or a mask file, or lower masks.text.box_threshold where a detector finds them"
+        "give these concepts a box or a mask file, or lower masks.text.box_threshold where the source is text"
     )
     return NotFoundError(message, list(lacking))
 

@@ -1,7 +1,8 @@
 """Masks from the cross-attention of the model itself: where in the template does it look for a word?
 
-Needs no other model and works for every word the model knows. Its maps are coarse, so they are drawn along the edges of
-the picture. `python -m benchmarks.mask_sources` measures it beside the embedded segmenter.
+Needs no other model and works for every word the model knows. It says where a word would be, not whether it is: of
+what the prompt names every word is found somewhere. Its maps are coarse, so they are drawn along the edges of the
+picture. `python -m benchmarks.mask_sources` measures it beside the embedded segmenter.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def attention_masks(pipe, image: Image.Image, prompt: str, words: Sequence[str],
     whose `options` are noise_levels, seed and progress.
 
     Returns [N, height, width] bool, one for each of `words`. Raises `MaskError` when a word is not in the prompt, and,
-    showing what was found, when it is nowhere in the picture or holds too few objects.
+    showing what was found, when there are too few objects of it. A word that the picture lacks is not told: no
+    threshold of its map parts such words from those that are there.
     """
     wishes = [Wish(word) for word in words]
     return assigned_masks(attention_objects(pipe, image, prompt, wishes, **options), wishes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -16,6 +17,9 @@ __all__ = ["found_in", "split_objects", "tidy"]
 
 # Of the objects that are cut apart, the smallest has at least this part of the largest's area: an ear is no animal.
 _ALIKE = 0.25
+# Where a mask is cut into objects it is no wider than the narrowest of them: one animal has no such neck. Nine tenths
+# of the drawings that touch have one, and a third of those of which one covers a third of the other.
+_NECK = 1.0
 
 
 def found_in(masks: torch.Tensor, words: Sequence[str], wishes: Sequence[Wish]) -> list[Found]:
@@ -38,40 +42,65 @@ def found_in(masks: torch.Tensor, words: Sequence[str], wishes: Sequence[Wish]) 
 
 
 def _objects_in(mask: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """The objects of mask [h, w] from left to right, [h, w] bool each: its parts, where it has `count` or more that are
-    alike in size, else as `split_objects` cuts it; where it can't be cut so often, the parts that there are."""
+    """The objects of mask [h, w] from left to right, [h, w] bool each.
+
+    They are its parts, where it has `count` or more that are alike in size, else what `split_objects` cuts at necks;
+    where it can't be cut so often, the parts that there are.
+    """
     parts = connected_components(tidy(mask))
     objects = [torch.from_numpy(parts == number) for number in range(1, parts.max(initial=0) + 1)]
     if len(objects) < count:
         with suppress(MaskError):
-            return list(split_objects(mask, count))
+            return list(split_objects(mask, count, widest_neck=_NECK))
     return sorted(objects, key=_middle)
 
 
-def split_objects(mask: torch.Tensor, count: int, what: str = "object") -> torch.Tensor:
+def split_objects(
+    mask: torch.Tensor, count: int, what: str = "object", *, widest_neck: float = math.inf
+) -> torch.Tensor:
     """Cut mask [h, w] into its `count` largest objects [count, h, w], ordered from left to right by their centres.
 
     Objects that touch are cut apart at their thinnest place: the mask is worn down until it falls apart, and the
-    parts grow back into it. Whatever is not of the `count` largest belongs to none of them.
+    parts grow back into it. Whatever is not of the `count` largest belongs to none of them. Raises `MaskError` where it
+    does not fall into so many, or only at a place that is wider than `widest_neck` times the narrowest object.
     """
     worn = mask = mask.bool()
-    step = max(1, min(mask.shape) // 128)
+    step, wear = max(1, min(mask.shape) // 128), 0
     while True:
         parts = connected_components(worn)
         areas = np.sort(np.bincount(parts[parts > 0], minlength=count + 1)[1:])[::-1]
         if len(areas) >= count and areas[count - 1] >= max(1, _ALIKE * areas[0]):
             break
-        worn = ~dilate(~worn[None], step)[0]
+        worn, wear = _worn(worn, step), wear + 1
         if not worn.any():
-            alone = len(np.unique(connected_components(mask))) - 1
-            raise MaskError(
-                f"{count} {what!r} asked for, but the mask of {what!r} holds {alone} objects that could be one: "
-                "give these concepts a box or a mask file each"
-            )
+            raise _one_piece(mask, count, what)
     order = np.argsort(-np.bincount(parts.ravel())[1:], kind="stable")[:count] + 1
     seeds = torch.stack([torch.from_numpy(parts == label) for label in order])
     objects = _grow_back(seeds, mask)
+    if wear > widest_neck * min(_thickness(part, step) for part in objects):
+        raise _one_piece(mask, count, what)
     return torch.stack(sorted(objects, key=_middle))
+
+
+def _worn(mask: torch.Tensor, step: int) -> torch.Tensor:
+    """A mask [h, w] without its outermost `step` pixels."""
+    return ~dilate(~mask[None], step)[0]
+
+
+def _thickness(mask: torch.Tensor, step: int) -> int:
+    """How often `step` pixels can be worn from a mask [h, w] before nothing is left."""
+    times = 0
+    while mask.any():
+        mask, times = _worn(mask, step), times + 1
+    return times
+
+
+def _one_piece(mask: torch.Tensor, count: int, what: str) -> MaskError:
+    alone = len(np.unique(connected_components(mask))) - 1
+    return MaskError(
+        f"{count} {what!r} asked for, but the mask of {what!r} holds {alone} objects that could be one: "
+        "give these concepts a box or a mask file each"
+    )
 
 
 def tidy(mask: torch.Tensor) -> torch.Tensor:

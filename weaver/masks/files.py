@@ -59,8 +59,21 @@ def load_mask(
         way = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
         values = np.asarray(fit(picture, size, way)) >= 0.5
     if not values.any():
-        raise MaskError(f"{path}: the mask is empty")
+        raise MaskError(f"{path}: the mask is empty{_hint(path, label)}")
     return torch.from_numpy(np.array(values))
+
+
+def _hint(path: str | os.PathLike, label: int | str | None) -> str:
+    """What a picture without anything inside may have been meant to be."""
+    if is_shapes_file(path) or label is not None:
+        return "" if label is None else f": label {label} covers too little of it to be seen at the template's size"
+    image = open_picture(path)
+    if telling_alpha(image) is not None:
+        return ": none of it is opaque by a half; paint it solid"
+    levels = np.unique(np.asarray(image)) if image.mode in ("L", "P") else ()
+    if 1 < len(levels) <= _SHOWN:
+        return f", nothing in it is bright; pick one of its levels {', '.join(map(str, levels))} by label"
+    return ": nothing in it is as bright as half of white"
 
 
 def _inside(image: Image.Image, path, label: int | str | None) -> np.ndarray:

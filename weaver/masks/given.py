@@ -92,15 +92,17 @@ def is_shapes_file(path: str | os.PathLike) -> bool:
     return Path(path).suffix.lower() == ".json"
 
 
-def read_shapes(path: str | os.PathLike) -> tuple[list[tuple[str | None, str, list]], tuple[int, int] | None]:
+def read_shapes(
+    path: str | os.PathLike, label: str | None = None
+) -> tuple[list[tuple[str | None, str, list]], tuple[int, int] | None]:
     """Read the outlines of a JSON file: of labelme, or written by hand in the same layout.
 
     ``{"imageWidth": 640, "imageHeight": 480, "shapes": [{"label": "rex", "polygon": [[x, y], ...]}, {"label": "tom",
     "box": [left, top, right, bottom]}]}``, or labelme's `points` and `shape_type` ("polygon" or "rectangle"). Without
     a size, outlines are in pixels of the template's file, or in parts of 1.
 
-    Returns (label, "box" or "polygon", numbers) of every shape, and (height, width) or None. Raises `MaskError` with
-    every entry that is wrong.
+    Returns (label, "box" or "polygon", numbers) of every shape, with `label` of those that have it, and (height, width)
+    or None. Raises `MaskError` with every entry among them that is wrong, or with the labels there are.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -112,7 +114,13 @@ def read_shapes(path: str | os.PathLike) -> tuple[list[tuple[str | None, str, li
     if not isinstance(entries, list) or not entries:
         raise MaskError(f'{path}: holds no shapes, expected {{"shapes": [{{"label": "rex", "box": [...]}}, ...]}}')
     shapes, reasons = [], []
+    labels = [_label(entry) for entry in entries]
+    if label is not None and label not in labels:
+        there = ", ".join(dict.fromkeys(map(repr, labels)))
+        raise MaskError(f"{path}: label {label!r} is nowhere in it; it holds {there}")
     for number, entry in enumerate(entries):
+        if label is not None and labels[number] != label:
+            continue
         try:
             shapes.append(_shape(entry))
         except MaskError as error:
@@ -139,14 +147,10 @@ def shapes_mask(path: str | os.PathLike, size: tuple[int, int], label: str | int
     shape, that picture's size. A box that is outside by a pixel at most, as tools leave it, ends at the edge. Raises
     `MaskError`.
     """
-    shapes, own = read_shapes(path)
+    shapes, own = read_shapes(path, None if label is None else str(label))
     drawn_at = size if own is None or same_shape(own, size) else own
-    chosen = [(kind, numbers) for name, kind, numbers in shapes if label is None or name == str(label)]
-    if not chosen:
-        there = ", ".join(dict.fromkeys(repr(name) for name, _, _ in shapes))
-        raise MaskError(f"{path}: label {str(label)!r} is nowhere in it; it holds {there}")
     try:
-        drawn = [_drawn(kind, numbers, own or size, drawn_at) for kind, numbers in chosen]
+        drawn = [_drawn(kind, numbers, own or size, drawn_at) for _, kind, numbers in shapes]
     except MaskError as error:
         raise MaskError(f"{path}: {error}") from error
     return torch.stack(drawn).any(0)
@@ -165,11 +169,15 @@ def _drawn(kind: str, given: list, own: tuple[int, int], size: tuple[int, int]) 
     return _in_box(numbers, size, given)
 
 
+def _label(entry: object) -> str | None:
+    label = entry.get("label") if isinstance(entry, Mapping) else None
+    return None if label is None else str(label)
+
+
 def _shape(entry: object) -> tuple[str | None, str, list]:
     """(label, kind, numbers) of one entry, labelme's or ours."""
     if not isinstance(entry, Mapping):
         raise MaskError(f"is {told(entry)}, expected a label with a box or a polygon")
-    label = entry.get("label")
     kinds = [kind for kind in ("box", "polygon", "points") if isinstance(entry.get(kind), list)]
     if len(kinds) != 1:
         raise MaskError(f"expected one of box, polygon and points, found {' and '.join(kinds) or 'none'}")
@@ -188,4 +196,4 @@ def _shape(entry: object) -> tuple[str | None, str, list]:
         raise MaskError(f"box {told(numbers)} is not four numbers (left, top, right, bottom)")
     if kind == "polygon":
         _corners(numbers)
-    return None if label is None else str(label), kind, numbers
+    return _label(entry), kind, numbers

@@ -12,6 +12,7 @@ __all__ = ["concept_colour", "draw_masks"]
 
 # Told apart on light and dark ground, and by people who see red and green alike (Okabe and Ito's colours).
 _COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0), (0, 114, 178))
+_SMALLEST = 12  # pixels of a name's letters
 _SAME = 1e-3  # part of a pixel by which equal shares may differ
 
 
@@ -41,14 +42,12 @@ def draw_masks(
         pixels += (region * tint)[..., None] * (np.array(colour, np.float32) - pixels)
         pixels[_outline(inside, max(1, canvas.height // 256))] = colour
     canvas = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(max(12, canvas.height // 24))
+    labels = _Labels(canvas)
     for number, (inside, name) in enumerate(zip(insides, names, strict=False)):
         if inside.any():
-            _label(draw, _middle(inside), name, font, concept_colour(number))
+            labels.add(_middle(inside), name, concept_colour(number))
     if len(names) > len(regions):
-        margin = font.size
-        _label(draw, (None, canvas.height - margin), names[len(regions)], font, (255, 255, 255))
+        labels.add((0, canvas.height), names[len(regions)], (255, 255, 255))
     return canvas
 
 
@@ -78,11 +77,40 @@ def _middle(inside: np.ndarray) -> tuple[int, int]:
     return int(x[nearest]), int(y[nearest])
 
 
-def _label(draw: ImageDraw.ImageDraw, at: tuple[int | None, int], text: str, font, colour) -> None:
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-    width, height, pad = right - left, bottom - top, font.size // 4
-    room = draw.im.size
-    x = pad * 2 if at[0] is None else min(max(at[0] - width // 2, pad * 2), room[0] - width - pad * 2)
-    y = min(max(at[1] - height // 2, pad * 2), room[1] - height - pad * 2)
-    draw.rectangle((x - pad, y - pad, x + width + pad, y + height + pad), fill=(20, 20, 20))
-    draw.text((x - left, y - top), text, font=font, fill=colour)
+class _Labels:
+    """Names on a drawing: each as near to its place as it can be without leaving the drawing or covering another."""
+
+    def __init__(self, canvas: Image.Image):
+        self._size, self._draw = canvas.size, ImageDraw.Draw(canvas)
+        self._there: list[tuple[int, int, int, int]] = []
+
+    def add(self, at: tuple[int, int], text: str, colour: tuple[int, int, int]) -> None:
+        """Write `text` about the pixel `at`, smaller where it is too long, and shortened where that is not enough."""
+        size = max(_SMALLEST, self._size[1] // 24)
+        font = ImageFont.load_default(size)
+        pad = size // 4
+        while (box := self._draw.textbbox((0, 0), text, font=font))[2] - box[0] > self._size[0] - 4 * pad:
+            if size > _SMALLEST:
+                size -= 1
+                font = ImageFont.load_default(size)
+            elif len(text) > 2:
+                text = text[:-2] + "…"
+            else:
+                break
+        width, height = box[2] - box[0] + 2 * pad, box[3] - box[1] + 2 * pad
+        x = _within(at[0] - width // 2, pad, self._size[0] - width - pad)
+        wanted = _within(at[1] - height // 2, pad, self._size[1] - height - pad)
+        free = [y for y in range(pad, max(pad, self._size[1] - height - pad) + 1) if self._free(x, y, width, height)]
+        y = min(free, key=lambda y: abs(y - wanted), default=wanted)
+        self._there.append((x, y, x + width, y + height))
+        self._draw.rectangle((x, y, x + width, y + height), fill=(20, 20, 20))
+        self._draw.text((x + pad - box[0], y + pad - box[1]), text, font=font, fill=colour)
+
+    def _free(self, x: int, y: int, width: int, height: int) -> bool:
+        return all(
+            x > right or x + width < left or y > low or y + height < top for left, top, right, low in self._there
+        )
+
+
+def _within(value: int, least: int, most: int) -> int:
+    return max(min(value, most), least)

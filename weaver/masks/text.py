@@ -68,7 +68,7 @@ class TextMasks:
     outliner : makes the masks
     detector : finds the boxes; None where only points are asked for
     box_threshold : how sure, 0..1, the detector must be of a box
-    text_threshold : how sure it must be of a word to have read it there
+    text_threshold : how sure it must be of a word to have read it there; no surer than of the box
     """
 
     outliner: Outliner
@@ -116,7 +116,8 @@ class TextMasks:
         found, phrases = [], list(dict.fromkeys(phrases))
         for done, phrase in enumerate(phrases, start=1):
             boxes, scores = [], []
-            detections = self.detector.detect(image, phrase, self.box_threshold, self.text_threshold)
+            of_words = min(self.text_threshold, self.box_threshold)  # a box is as sure as its surest word
+            detections = self.detector.detect(image, phrase, self.box_threshold, of_words)
             for detection in sorted(detections, key=lambda one: -one.score)[:_MOST]:
                 box, share = _clipped(detection.box, image.size), _read(phrase, detection.text)
                 if box[0] < box[2] and box[1] < box[3] and share:
@@ -153,9 +154,15 @@ def _words(text: str) -> list[str]:
 
 
 def _read(phrase: str, text: str) -> float:
-    """The part of a phrase's words, articles left out, that stand in the text that was read."""
-    wanted, there = set(_words(phrase)) - _ARTICLES, set(_words(text))
-    return len(wanted & there) / len(wanted)
+    """The part of a phrase's words, articles left out, that were read, whole or a piece of each.
+
+    Detectors read pieces of words, of which those that they are not sure of are missing: of "corgi" perhaps "co",
+    "##rgi" alone, or "co ##rgi", where ## joins a piece to what stands before it.
+    """
+    wanted = set(_words(phrase)) - _ARTICLES
+    whole = set(_words(re.sub(r"\s+##", "", text)))
+    pieces = {piece for piece in _words(text) if piece not in wanted | _ARTICLES}
+    return sum(word in whole or any(map(word.__contains__, pieces)) for word in wanted) / len(wanted)
 
 
 def _clipped(box: Box, size: tuple[int, int]) -> Box:
