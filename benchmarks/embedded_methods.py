@@ -8,7 +8,7 @@ so many seeds every concept `shows`, both animals and the background: `own` is t
 
 The textual inversion is the token's vectors of the first way alone, as diffusers writes them.
 Results go to ``outputs/methods``: one folder a run, ``embedded_methods.json`` and ``methods.png``, a row a way;
-``--record`` keeps them, and ``docs/methods.png``.
+``--record`` keeps them, and ``docs/methods.png``, and writes the table into the README.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +30,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.embedded_lora import for_docs
 from benchmarks.embedded_seeds import RESULTS
+from benchmarks.tables import put_between, table
 from weaver import Concept, TrainSettings, train_concept
 from weaver.commands.seeds import with_seed
 from weaver.concepts.bank import prior_and_scenes
@@ -42,7 +44,12 @@ from weaver.pictures import grid
 from weaver.run import run_job
 from weaver.version import __version__
 
-PICTURE = Path(__file__).parents[1] / "docs" / "methods.png"
+README = Path(__file__).parents[1] / "README.md"
+PICTURE = README.parent / "docs" / "methods.png"
+MARKS = (
+    "<!-- ways to learn: written by python -m benchmarks.embedded_methods --record -->",
+    "<!-- ways to learn end -->",
+)
 ANIMALS, GROUND = ("tuxedo-cat", "blue-panda"), "autumn-forest"
 _ADAMW = {"optimiser": "adamw", "learning_rate": 2e-3, "steps": 350, "woven_batch": 3, "prior_batch": 2}
 
@@ -116,6 +123,17 @@ def figures(name: str, rows: list[dict], files: dict[str, Path], seconds: float 
     }
 
 
+def markdown(rows: Sequence[Mapping]) -> str:
+    """The rows as a table for the README."""
+    head = ["learned as", "own", "base class", "nearest other", "every concept shows", "kB", "seconds"]
+    lines = []
+    for row in rows:
+        seconds = "" if row["seconds"] is None else row["seconds"]
+        similar = [f"{row[key] + 0.0:.2f}" for key in ("own", "base", "others")]
+        lines.append([row["method"], *similar, row["shows"], f"{row['bytes'] / 1000:.3g}", seconds])
+    return table(head, lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
@@ -137,18 +155,19 @@ def main() -> None:
     ways[TOKEN_ONLY] = {name: _file(folder, TOKEN_ONLY, name) for name in ANIMALS}
     for name in ANIMALS:
         save_token(full[name], ways[TOKEN_ONLY][name])
-    table, sheet = [], []
+    found, sheet = [], []
     for name, files in ways.items():
         rows, pictures = fuse(files, args.out / name.replace(" ", "-").lower(), args.seeds)
-        table.append(figures(name, rows, files, seconds.get(name)))
+        found.append(figures(name, rows, files, seconds.get(name)))
         sheet.append(pictures)
-        print("  ".join(f"{key} {value}" for key, value in table[-1].items()), flush=True)
+        print("  ".join(f"{key} {value}" for key, value in found[-1].items()), flush=True)
     told = {"model": model_hash(), "concepts": concept_hashes([GROUND]), "animals": ANIMALS, "seeds": args.seeds}
-    told |= {"versions": {"concept-weaver": __version__, "torch": torch.__version__}, "rows": table}
+    told |= {"versions": {"concept-weaver": __version__, "torch": torch.__version__}, "rows": found}
     whole = grid(sheet, 160)
     whole.save(args.out / "methods.png")
     if args.record:
         for_docs(whole).save(PICTURE, optimize=True)
+        put_between(README, MARKS, markdown(found))
         told["docs/methods.png"] = hashlib.sha256(PICTURE.read_bytes()).hexdigest()
     for place in [args.out] + [RESULTS] * args.record:
         (place / "embedded_methods.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
