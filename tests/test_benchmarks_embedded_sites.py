@@ -1,0 +1,36 @@
+"""The sweep of injection sites: what is in a row, and that what was recorded is of the defaults that there are."""
+
+from __future__ import annotations
+
+import json
+import random
+
+from benchmarks.embedded_sites import RESULTS, Arm, Template, arms, figures
+from weaver.embedded.world import draw_scene
+from weaver.layers import EMBEDDED
+
+
+def template(ground: str | None, kind: str, vendor: str = "noto") -> Template:
+    options = {"background": kind, "vendors": (vendor,), "varied": False}
+    scene = draw_scene(random.Random(1), animals=["cat", "dog"], **options)
+    return Template(scene, ("tuxedo-cat", "pug"), ground, None)
+
+
+def test_backgrounds_count_as_animals_do_and_psnr_is_of_the_base_models():
+    before = [template(None, "beach"), template("sunset-mountain", "mountain")]
+    drawn = [template(None, "beach", "emojione"), template(None, "sunset-mountain", "emojione")]
+    right = figures(before, [one.scene.image for one in drawn])
+    assert right["animals right"] == "4 of 4" and right["backgrounds right"] == "1 of 1" and right["J"] == 1
+    kept = figures(before, [drawn[0].scene.image, template(None, "mountain", "emojione").scene.image])
+    assert kept["backgrounds right"] == "0 of 1" and kept["J"] == 0.8 and kept["margin"] < right["margin"]
+    assert kept["background_psnr"] == right["background_psnr"] > 20
+    same = figures(before, [one.scene.image for one in before])
+    assert same["animals right"] == "0 of 4" and same["J"] == 0
+
+
+def test_the_recorded_sweep_is_of_the_defaults():
+    record = json.loads((RESULTS / "embedded_sites.json").read_text(encoding="utf-8"))
+    assert record["defaults"] == Arm(EMBEDDED).label, "the defaults changed since: record it again"
+    assert [row["arm"] for row in record["rows"]] == [arm.label for arm in arms()]
+    scores = {row["arm"]: row["J"] for row in record["rows"]}
+    assert scores[record["defaults"]] == max(scores.values())
