@@ -1,5 +1,6 @@
-"""Everything that is derived from the trained model, rebuilt by one command: ``... training derive``.
+"""What ships beside the trained model and follows from it, rebuilt by one command: ``... training derive``.
 
+Figures, tables and pictures outside of the package follow from these again: ``python -m benchmarks.rederive``.
 Helpers, concept files and figures are worth nothing with another model, so ``derived.json`` records for each file its
 own hash, the part of the model it was made with and that part's hash, and a test compares them. The helpers learn from
 pictures through the autoencoder alone: while that stays, ``derive`` keeps them, and their own stages train them anew.
