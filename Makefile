@@ -1,5 +1,5 @@
 # make demo | test | test-original-masks | style | sprites | train-embedded | compile-check | fuzz | stress | test-gpu
-#      tune | gpu | bench | bench-whole | evaluate
+#      tune | gpu | bench | bench-whole | evaluate | rederive
 # make <target> PYTHON=python3   uses that interpreter as it is
 #
 # Without PYTHON the targets set up .venv once and reuse it until setup.py or constraints.txt change.
@@ -7,7 +7,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-original-masks style sprites train-embedded compile-check fuzz stress test-gpu tune gpu bench
-.PHONY: bench-whole evaluate
+.PHONY: bench-whole evaluate rederive
 SHELL := /bin/sh
 ARGS ?=
 VENV := .venv
@@ -42,6 +42,7 @@ help:
 	@echo "make style            ruff"
 	@echo "make sprites          render the drawings of the embedded world again (needs npm)"
 	@echo "make train-embedded   train the embedded model on, and all derived from it            (ARGS=--help)"
+	@echo "make rederive         make all anew that follows from the embedded model's weights    (ARGS=--list: only tell)"
 	@echo "make compile-check    compile the kernels for every GPU of the table, without one              (ARGS='--arch 90')"
 	@echo "make fuzz             random cases of the operations against float64 (N=2000 INTERPRETED=200; ARGS='--replay live:7')"
 	@echo "make stress           kill, fill up and damage what the cache writes; damaged concept files   (ARGS='--kills 20' FILES=2000)"
@@ -106,12 +107,10 @@ sprites: $(READY_TRAIN)
 
 train-embedded: $(READY_TRAIN)
 	@$(PY) -m weaver.embedded.training all $(ARGS)
-	@$(PY) -m benchmarks.embedded_sites --record
-	@$(PY) -m benchmarks.embedded_seeds --record
-	@$(PY) -m benchmarks.embedded_lora --record
-	@$(PY) -m benchmarks.mask_sources --record
-	@$(PY) -m weaver demo --out outputs/demo
-	@$(PY) -m benchmarks.embedded_demo outputs/demo
+	@$(PY) -m benchmarks.rederive --after derive
+
+rederive: $(READY)
+	@$(PY) -m benchmarks.rederive $(ARGS)
 
 $(VENV)/.ready: $(SETUP_FILES)
 	@for candidate in python3 python3.13 python3.12 python3.11 python; do \

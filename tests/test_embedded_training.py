@@ -1,12 +1,16 @@
 """The training command of the embedded model."""
 
+import inspect
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from weaver.embedded.training import __main__ as command
-from weaver.embedded.training import loop
+from weaver.embedded.training import card, derive, loop, segmenter
+from weaver.errors import WeaverError
 
 
 def test_processes_of_a_training_start_no_others():
@@ -38,3 +42,70 @@ def test_muon_is_used_where_bfloat16_is(monkeypatch, bfloat16):
     steps = loop.train([matrix, bias], loss_of, settings, save=lambda: None, matrices=[matrix])
     assert bool(used) is bfloat16 and steps >= 1
     assert not torch.equal(matrix.detach(), before)
+
+
+def test_a_training_writes_down_all_it_follows_from(tmp_path):
+    weight, curve = torch.nn.Parameter(torch.ones(3)), tmp_path / "curve.jsonl"
+    settings = loop.LoopSettings(minutes=1e-3, learning_rate=0.1, batch=2)
+    given = {"seed": 3, "bank": {"scenes": 500, "seed": 3}}
+    loop.train([weight], lambda step: weight.sum(), settings, save=lambda: None, curve=curve, arguments=given)
+    told = json.loads(curve.read_text().splitlines()[0])["settings"]
+    assert asdict(settings).items() <= told.items() and told["arguments"] == given
+    assert (told["optimiser"], told["processes"], told["device"]) == ("adamw", 1, "cpu")
+    assert len(told["code"]["weaver/embedded"]) == 64 and told["code"]["torch"] == torch.__version__
+
+
+def test_the_card_says_of_which_trainings_not_all_was_written_down(tmp_path):
+    curve = tmp_path / "curve_unet.jsonl"
+    old = {"minutes": 16, "learning_rate": 1e-3, "batch": 20, "processes": 2, "device": "cpu"}
+    rows = [{"settings": old}, {"samples": 40, "held_out": 0.5}]
+    rows += [{"settings": old | {"code": {}, "arguments": {}}}, {"samples": 80, "held_out": 0.4}]
+    curve.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [line.split(" | ")[-1] for line in card._trainings(curve, "held_out")] == ["these |", "all |"]
+
+
+def test_the_card_tells_how_each_concept_was_learned_from_its_file():
+    text = card.CARD_FILE.read_text(encoding="utf-8")
+    assert "token and LoRA of rank 8 of all layers: 280 steps of muon at 0.005" in card._learned("pug")
+    assert "token and whole matrices of keys and values: 450 steps" in card._learned("autumn-forest")
+    for name in card.CONCEPTS:
+        assert any(f"`{name}`" in line and card._learned(name) in line for line in text.splitlines()), name
+
+
+def test_no_card_is_written_of_other_gates(tmp_path, monkeypatch):
+    assert len(derive._recorded_gates()) == len(json.loads(derive.GATES_FILE.read_text()))
+    monkeypatch.setattr(derive, "_made", lambda file, part: {"model": "another"})
+    with pytest.raises(WeaverError, match="gates.json was not measured with this model: run the stage gates"):
+        derive._recorded_gates()
+
+
+def test_the_segmenter_is_gated_on_scenes_that_its_training_did_not_watch():
+    assert inspect.signature(segmenter.held_out_scenes).parameters["seed"].default == segmenter.GATE_SEED
+    watched = {scene.caption for scene in segmenter.held_out_scenes(20, segmenter._WATCHED_SEED)}
+    assert segmenter._WATCHED_SEED != segmenter.GATE_SEED
+    assert watched != {scene.caption for scene in segmenter.held_out_scenes(20)}
+    assert "held_out_scenes(seed=_WATCHED_SEED)" in inspect.getsource(segmenter.train_segmenter)
+
+
+@pytest.mark.parametrize(
+    ("stage", "left"), [("diffusion", {"vae", "curve_vae.jsonl"}), ("autoencoder", set()), ("all", set())]
+)
+def test_from_scratch_removes_what_the_stage_makes(tmp_path, monkeypatch, stage, left):
+    for folder in ("vae", "unet", "text_encoder"):
+        (tmp_path / folder).mkdir()
+    for file in ("curve_vae.jsonl", "curve_unet.jsonl", "model_index.json"):
+        (tmp_path / file).write_text("")
+    ran = []
+    monkeypatch.setattr(command, "run", lambda stage, args: ran.append(stage))
+    monkeypatch.setattr(command, "MODEL_DIR", tmp_path)
+    command.main([stage, "--model", str(tmp_path), "--processes", "1", "--from-scratch"])
+    assert ran[-1] == ("derive" if stage == "all" else stage)
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+@pytest.mark.parametrize("stage", ["bank", "gates", "derive"])
+def test_from_scratch_is_refused_where_no_model_is_trained(capsys, monkeypatch, stage):
+    monkeypatch.setattr(command, "_forget", lambda *args, **options: pytest.fail("something was removed"))
+    with pytest.raises(SystemExit):
+        command.main([stage, "--from-scratch"])
+    assert f"--from-scratch: {stage} does not train the model" in capsys.readouterr().err

@@ -155,16 +155,21 @@ MISTAKES = {
     ),
     "pictures missing": (with_train(images="nowhere"), "concepts[0].train.images: 'nowhere' is not there"),
     "no class word": (with_concept(word=None), "concepts[0].word: is missing"),
-    "token with white space": (with_train(token="<v 1>"), "concepts[0].train.token: '<v 1>' has white space"),
+    "token with white space": (with_train(token="<v 1>"), "concepts[0].train.token: token '<v 1>' is empty or has"),
     "token missing in the prompt": (
         with_concept(prompt="a cat"),
         "concepts[0].prompt: lacks the concept's token '<v1>'",
+    ),
+    "token that is the class word": (
+        with_train(token="cat"),
+        "concepts[0].train.token: token 'cat' stands in the class word 'cat'; take one that is no word, as '<cat>'",
     ),
     "caption without token": (with_train(caption="a cat"), "concepts[0].train.caption: 'a cat' lacks the token"),
     "the same name twice": (with_concept(name="rex"), "concepts[1].name: 'rex' is taken by concepts[0]"),
     "a name but for its case": (with_concept(name="Rex"), "concepts[1].name: 'rex' is taken by concepts[0]"),
     "name that is no file name": (with_concept(name="../tom"), "concepts[0].name: '../tom' must be letters"),
-    "negative strength": (with_concept(strength=-1), "concepts[0].strength: must be at least 0, is -1"),
+    "negative strength": (with_concept(strength=-1), "concepts[0].strength: must be between 0 and 2, is -1"),
+    "strength far past the concept": (with_concept(strength=3), "concepts[0].strength: must be between 0 and 2, is 3"),
     "window turned round": (with_concept(window=[0.8, 0.2]), "concepts[0].window: must be [start, end]"),
     "box of three": (
         with_concept(mask={"box": [0, 0, 1]}),
@@ -213,6 +218,8 @@ MISTAKES = {
     ),
     "kept that is no truth value": (changed(keep_background="all"), "keep_background: expected true or false"),
     "dilation between pixels": (changed(masks={"dilation": 2.5}), "masks.dilation: must be whole pixels or a part of"),
+    "negative dilation": (changed(masks={"dilation": -1}), "masks.dilation: must be at least 0, is -1"),
+    "dilation beyond 32 bits": (changed(masks={"dilation": 2**33}), "masks.dilation: must be at most 4294967295"),
     "feather between pixels": (changed(masks={"feather": 0.5}), "masks.feather: expected a whole number"),
     "unknown mask source": (changed(masks={"source": "atention"}), "masks.source: 'atention' is not one of"),
     "negative lambda": (changed(fusion={"lambda": -0.5}), "fusion.lambda: must be at least 0"),
@@ -226,6 +233,10 @@ MISTAKES = {
         "fusion.injection.features: 'kept' is not one of stored",
     ),
     "unknown sites": (changed(fusion={"injection": {"sites": "mine"}}), "fusion.injection.sites: 'mine' is not one of"),
+    "sites of no model that jobs are for": (
+        changed(fusion={"injection": {"sites": "sdxl"}}),
+        "fusion.injection.sites: 'sdxl' is not one of paper, plug-and-play, embedded",
+    ),
     "size of one number": (changed(size=512), "size: expected [width, height]"),
     "seed beyond 64 bits": (changed(seed=10**23), "seed: must be at most 4294967295"),
     "training seed beyond 64 bits": (with_train(seed=10**23), "concepts[0].train.seed: must be at most 4294967295"),
@@ -248,6 +259,12 @@ MISTAKES = {
         "template.prompt: has no meaning beside image",
     ),
 }
+
+
+def test_the_words_of_a_choice_are_told_once(folder):
+    with pytest.raises(JobError) as caught:
+        job_from_mapping(changed(masks={"overlap": "zzz"}), folder=folder, source="my.yaml")
+    assert str(caught.value) == "my.yaml: masks.overlap: 'zzz' is not one of priority, share"
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

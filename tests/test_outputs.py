@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from jobs import TRAINED, job_of, picture
 from weaver import folder, outputs
 from weaver.errors import WeaverError
 from weaver.folder import check_folder
-from weaver.job import prepare
+from weaver.job import TemplateSpec, prepare
 from weaver.run import run_job
 
 
@@ -43,6 +44,32 @@ def test_the_sheet_tells_whether_the_background_was_kept(job_folder, tmp_path, m
     monkeypatch.setattr(outputs, "contact_sheet", noted)
     run_job(job_of(job_folder, template={"image": "template.png"}, steps=1, keep_background=kept), tmp_path / "run")
     assert panels[-1][1].endswith(", the template's background kept") == kept
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        (TemplateSpec(image=Path("photo.jpg")), "from a picture"),
+        (TemplateSpec(model="same"), "from the prompt, by the base model"),
+        (TemplateSpec(), "from the prompt, by the base model"),
+        (TemplateSpec(model="embedded"), "from the prompt, by the embedded model"),
+        (TemplateSpec(model="stabilityai/sdxl-turbo"), "from the prompt, by stabilityai/sdxl-turbo"),
+    ],
+    ids=["picture", "same", "untold", "embedded", "hub"],
+)
+def test_the_sheet_names_the_model_of_the_template(spec, told):
+    assert outputs._template_source(spec) == told
+
+
+def test_a_template_of_another_folder_is_called_by_its_name(job_folder, tmp_path, monkeypatch):
+    panels, sheet = [], outputs.contact_sheet
+    monkeypatch.setattr(
+        outputs, "contact_sheet", lambda cards, shown, **k: panels.extend(shown) or sheet(cards, shown, **k)
+    )
+    other = tmp_path / "painter"
+    shutil.copytree(job_folder / "model", other)
+    run_job(job_of(job_folder, template={"model": str(other), "steps": 1}, steps=1), tmp_path / "run")
+    assert panels[0][:2] == ("Template", "from the prompt, by painter")
 
 
 def test_results_can_not_go_into_a_file(job_folder, tmp_path):

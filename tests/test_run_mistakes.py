@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from jobs import TRAINED, job_of
 
@@ -116,3 +118,13 @@ def test_a_mistake_is_one_line_before_any_sampling_and_leaves_nothing(job_folder
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).startswith("job.yaml: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sites_that_the_model_lacks_are_told_with_their_field(job_folder, tmp_path):
+    """No name that a job takes lacks a layer in the models it takes; a model of one's own may."""
+    job = job_of(job_folder)
+    job = replace(job, fusion=replace(job.fusion, sites="sdxl"))
+    with pytest.raises(
+        WeaverError, match="^job.yaml: fusion.injection.sites: injection sites 'sdxl' name attention l=1"
+    ):
+        run_job(job, tmp_path / "out", source="job.yaml")

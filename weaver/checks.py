@@ -54,6 +54,7 @@ def fusion_reasons(
     sites: InjectionSites,
     amounts: Mapping[str, float],
     base_hash: str | None = None,
+    sites_field: str = "sites",
 ) -> list[str]:
     """Everything that stands against a fusion, short of its prompts and masks; empty when nothing does.
 
@@ -64,6 +65,7 @@ def fusion_reasons(
     sites : where features will be injected
     amounts : omega and lambda, by what to call them
     base_hash : `attn2_hash` of the pipeline's U-Net where it is known
+    sites_field : what to call where `sites` come from
     """
     if reasons := model_reasons(pipe):
         return [f"model: {reason}" for reason in reasons]
@@ -71,7 +73,7 @@ def fusion_reasons(
         *step_reasons(pipe, steps),
         *size_reasons(pipe, size),
         *amount_reasons(amounts),
-        *site_reasons(pipe.unet, sites),
+        *(f"{sites_field}: {reason}" for reason in site_reasons(pipe.unet, sites)),
         *(f"model: {reason}" for reason in installable_reasons(pipe.unet, sites)),
         *use_reasons(pipe, uses, base_hash),
     ]

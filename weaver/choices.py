@@ -10,6 +10,7 @@ __all__ = [
     "LAYERS",
     "LAYOUTS",
     "MASK_SOURCES",
+    "MOST_STRENGTH",
     "ON_UNUSED",
     "OPTIMISERS",
     "OVERLAPS",
@@ -28,6 +29,7 @@ DOWNSAMPLINGS = ("area", "nearest")  # how masks are reduced to the tokens of a 
 KEPT_AND_CHANGED = "keep_background: the background is a concept, which changes it; leave one of the two out"
 LAYERS = ("keys-values", "all")  # of a U-Net in which a concept is learned
 LAYOUTS = ("weaver", "custom-diffusion", "diffusers-lora", "kohya-lora")  # that a concept is converted to
+MOST_STRENGTH = 2.0  # of a concept: then it is as far past itself as the base model lies before it
 PRECISIONS = ("float32", "float16", "bfloat16")  # of a model's weights while a concept is learned
 OPTIMISERS = ("adamw", "muon")  # of a concept's changes of weights
 PARTS = ("whole", "cross-attention")  # what of a concept is used

@@ -37,7 +37,10 @@ from weaver.version import __version__
 
 __all__ = ["main"]
 
-_EPILOG = "exit codes: 0 done; 2 bad input, told in one line; 1 unexpected error; 130 interrupted, 143 terminated"
+_EPILOG = (
+    "exit codes: 0 done; 2 bad input, told in one line; 1 unexpected error; 129 hung up, 130 interrupted, "
+    "143 terminated"
+)
 _COMMANDS = "demo | run | masks | train | estimate | inspect | bank | cache | evaluate"
 _RESUMED = "no results were written; the same command goes on from its trainings' checkpoints, if there are any"
 _ENDING_SIGNALS = ("SIGTERM", "SIGHUP")

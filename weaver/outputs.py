@@ -13,7 +13,7 @@ from PIL import Image
 from weaver.concepts.concept import Concept
 from weaver.errors import WeaverError
 from weaver.folder import all_or_nothing
-from weaver.job import BackgroundSpec, Job
+from weaver.job import SAME_MODEL, BackgroundSpec, Job, TemplateSpec
 from weaver.job.inputs import InputFile, shipped_name, training_pictures
 from weaver.manifest import make_manifest, save_png
 from weaver.masks import draw_masks
@@ -128,7 +128,7 @@ def _sheet(job: Job, result: WeaveResult, concepts: Sequence[Concept], overlay: 
     dilation = settings["masks"]["dilation"]
     grown = f"{dilation:.0%} of each" if 0 < dilation < 1 else f"{dilation} px"
     panels = [
-        ("Template", "from a picture" if job.template.image else "from the prompt, by the base model", result.template),
+        ("Template", _template_source(job.template), result.template),
         ("Masks", f"{' and '.join(sources)}, grown by {grown}", overlay),
         ("Result", f"{settings['steps']} steps, guidance {settings['guidance']:g}, lambda {settings['lambda']:g}"
          + (f", eta {settings['eta']:g}" if settings["eta"] else "")
@@ -138,6 +138,15 @@ def _sheet(job: Job, result: WeaveResult, concepts: Sequence[Concept], overlay: 
     told = "features of the inversion" if quality is None else f"template drawn again at {quality:.1f} dB"
     footnote = f"Concept Weaver {__version__}, seed {job.seed}, {told}"
     return contact_sheet(cards, panels, title=job.prompt, footnote=footnote)
+
+
+def _template_source(spec: TemplateSpec) -> str:
+    """Where a template is from; a folder's model by the folder's name."""
+    if spec.image:
+        return "from a picture"
+    names = {None: "the base model", SAME_MODEL: "the base model", "embedded": "the embedded model"}
+    model = names.get(spec.model) or (Path(spec.model).name if Path(spec.model).is_dir() else spec.model)
+    return f"from the prompt, by {model}"
 
 
 def _card_caption(spec: BackgroundSpec, concept: Concept) -> str:

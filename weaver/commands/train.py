@@ -78,8 +78,8 @@ def _train(args: argparse.Namespace) -> int:
         from weaver.concepts.bank import prior_and_scenes
         from weaver.concepts.checkpoints import Checkpoint
         from weaver.concepts.images import load_class_images, load_images
-        from weaver.concepts.prompts import names_token
-        from weaver.concepts.train import naming_reasons, train_concept
+        from weaver.concepts.prompts import names_token, naming_reasons
+        from weaver.concepts.train import train_concept
         from weaver.concepts.validation import Validation
     out = _destination(args)
     if args.at_once is not None and args.at_once < 1:

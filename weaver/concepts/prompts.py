@@ -13,7 +13,16 @@ from weaver.concepts.concept import Concept
 from weaver.conditioning import text_encoders
 from weaver.errors import WeaverError
 
-__all__ = ["PromptError", "caption_with", "TokenIds", "derive_prompt", "names_token", "read_prompts", "tokenize"]
+__all__ = [
+    "PromptError",
+    "caption_with",
+    "TokenIds",
+    "derive_prompt",
+    "names_token",
+    "naming_reasons",
+    "read_prompts",
+    "tokenize",
+]
 
 _log = logging.getLogger(__name__)
 # What may follow a noun that is not itself part of a longer one, as "dog" is in "a dog house".
@@ -145,6 +154,15 @@ def _whole(text: str, flags: int = 0) -> re.Pattern[str]:
     before = r"(?<!\w)" if re.match(r"\w", text) else ""
     after = r"(?!\w)" if re.search(r"\w$", text) else ""
     return re.compile(before + re.escape(text) + after, flags)
+
+
+def naming_reasons(token: str, word: str) -> list[str]:
+    """What is wrong with a token that is to be learned with a class word; empty when nothing is."""
+    if not token.strip("<>") or any(letter.isspace() for letter in token):
+        return [f"token {token!r} is empty or has white space in it; write one such as '<v1>'"]
+    if names_token(f"a {word}", token):
+        return [f"token {token!r} stands in the class word {word!r}; take one that is no word, as '<{token}>'"]
+    return []
 
 
 def read_prompts(pipe, prompts: Sequence[str], token: str | None = None, vectors: int = 1) -> dict[str, TokenIds]:

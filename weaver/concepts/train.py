@@ -26,7 +26,7 @@ from weaver.concepts.images import TrainingSet
 from weaver.concepts.learned import start
 from weaver.concepts.optimise import optimise
 from weaver.concepts.prior import class_pictures
-from weaver.concepts.prompts import names_token
+from weaver.concepts.prompts import names_token, naming_reasons
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.training_log import TrainingLog
 from weaver.concepts.training_progress import reporter
@@ -39,7 +39,7 @@ from weaver.defaults import model_size
 from weaver.errors import WeaverError, raise_if
 from weaver.version import __version__
 
-__all__ = ["naming_reasons", "train_concept"]
+__all__ = ["train_concept"]
 
 _LEAST_SIDE = 8  # times smaller than the model's pictures may those be that a concept is learned from
 
@@ -183,15 +183,6 @@ def _identity(base_hash: str, images: TrainingSet, prior: TrainingSet | None, wo
         "prior pictures": data_hash(prior),
         "woven scenes": data_hash(TrainingSet(*pairs) if pairs else None),
     }
-
-
-def naming_reasons(token: str, word: str) -> list[str]:
-    """What is wrong with a token that is to be learned with a class word; empty when nothing is."""
-    if not token.strip("<>") or any(letter.isspace() for letter in token):
-        return [f"token {token!r} is empty or has white space in it; write one such as '<v1>'"]
-    if names_token(f"a {word}", token):
-        return [f"token {token!r} stands in the class word {word!r}; take one that is no word, as '<{token}>'"]
-    return []
 
 
 def _check(pipe, images: TrainingSet, prior: TrainingSet | None, token: str, word: str) -> None:

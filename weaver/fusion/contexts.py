@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from weaver.choices import PARTS
+from weaver.choices import MOST_STRENGTH, PARTS
 from weaver.concepts.changes import Delta, moved, scaled
 from weaver.concepts.concept import Concept, attn2_hash, attn2_parameters
 from weaver.concepts.concept_checks import OUTPUT_BIAS
@@ -58,7 +58,8 @@ class ConceptUse:
     concept : the concept; None is a region with a prompt of its own and the base model's weights
     prompt : p_+i, which names this concept's token and no other; None derives it from the base prompt, as
         `weaver.concepts.own_prompts` says
-    strength : how much of the concept its region shows; the rest is base, so that weights keep summing to one
+    strength : how much of the concept its region shows, 0 to 2; the rest is base, so that weights keep summing to one:
+        above 1 base counts less than nothing, and the region is pushed past the concept, away from base
     window : part of the steps, [start, end) within 0..1, in which the concept is used; base outside of it
     scale : multiplies the concept's weight deltas
     negative_prompt : what its region is kept away from, in the place of the picture's negative prompt, with the base
@@ -134,8 +135,9 @@ def use_reasons(pipe, uses: Sequence[ConceptUse], base_hash: str | None = None) 
     if any(use.concept is not None for use in uses):
         base_hash, weights = base_hash or attn2_hash(pipe.unet), attn2_parameters(pipe.unet)
     for use in uses:
-        if not is_number(use.strength) or use.strength < 0:
-            reasons.append(f"strength of {use.name} is {told(use.strength)}, expected 0 or more (1 is all of it)")
+        if not (is_number(use.strength) and 0 <= use.strength <= MOST_STRENGTH):
+            limits = f"0 to {MOST_STRENGTH:g} (1 is all of it, more goes past it)"
+            reasons.append(f"strength of {use.name} is {told(use.strength)}, expected {limits}")
         if not is_number(use.scale):
             reasons.append(f"scale of {use.name} is {told(use.scale)}, expected a finite number")
         if use.parts not in PARTS:

@@ -93,7 +93,9 @@ class Fields:
         if value is None:
             return self._refuse(name, "a number", default)
         if not least <= value <= most:
-            limits = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+            limits = f"between {least:g} and {most:g}"
+            if most in (math.inf, LARGEST):  # where the upper limit is a technical one, only what is past it is told it
+                limits = f"at least {least:g}" if value < least else f"at most {most}"
             self.complain(name, f"must be {limits}, is {value:g}")
             return default
         return value
@@ -138,7 +140,7 @@ class Fields:
         """One of a few words."""
         value = self.text(name, default)
         if value is not None and value not in options:
-            self.complain(name, f"{value!r} is not one of {', '.join(options)}{_suggest(value, options)}")
+            self.complain(name, f"{value!r} is not one of {', '.join(options)}{_close(value, options)}")
             return default
         return value
 
@@ -241,5 +243,9 @@ def _show(value: object) -> str:
 
 
 def _suggest(word: str, options: Sequence[str]) -> str:
+    return _close(word, options) or (f"; known: {', '.join(options)}" if options else "")
+
+
+def _close(word: str, options: Sequence[str]) -> str:
     close = get_close_matches(word, options, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(options)}" if options else ""
+    return f"; did you mean {close[0]!r}?" if close else ""

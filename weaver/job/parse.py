@@ -19,10 +19,11 @@ from weaver.job import (
 from weaver.job.fields import BANK, EMBEDDED, LARGEST, Fields, is_hub_id, resolve_path
 from weaver.job.parse_concept import parse_concept
 from weaver.job.parse_mask import parse_text
-from weaver.layers import SITES
+from weaver.layers import SDXL, SITES
 
 __all__ = ["job_from_mapping"]
 
+_JOB_SITES = tuple(name for name, sites in SITES.items() if sites is not SDXL)  # SDXL fuses in the library only
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -162,7 +163,7 @@ def _fusion(fields: Fields) -> FusionSpec:
         suppression=fields.number("lambda", least=0),
         guidance=fields.number("guidance", least=0),
         eta=fields.number("eta", least=0, most=1),
-        sites=injection.choice("sites", tuple(SITES)),
+        sites=injection.choice("sites", _JOB_SITES),
         resnet_window=injection.number("resnet", least=0, most=1),
         attention_window=injection.number("attention", least=0, most=1),
         features=injection.choice("features", FEATURES, "stored"),

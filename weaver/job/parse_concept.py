@@ -6,9 +6,9 @@ import re
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
-from weaver.choices import PARTS
+from weaver.choices import MOST_STRENGTH, PARTS
 from weaver.concepts.bank_folder import BankFolder
-from weaver.concepts.prompts import names_token
+from weaver.concepts.prompts import names_token, naming_reasons
 from weaver.concepts.settings import CHOICES, TrainSettings
 from weaver.errors import WeaverError
 from weaver.job import BackgroundSpec, ConceptSpec, TrainSpec
@@ -18,7 +18,6 @@ from weaver.job.parse_mask import parse_mask
 __all__ = ["parse_concept"]
 
 _NAME = re.compile(r"^[\w][\w. -]*$")
-_TOKEN = re.compile(r"^\S+$")
 
 
 def parse_concept(fields: Fields, kind: type[BackgroundSpec]) -> BackgroundSpec:
@@ -30,6 +29,9 @@ def parse_concept(fields: Fields, kind: type[BackgroundSpec]) -> BackgroundSpec:
     word = fields.text("word")
     if train and not word:
         fields.complain("word", "is missing; name the class the concept belongs to, such as 'dog'")
+    elif train:
+        for reason in naming_reasons(train.token, word):
+            fields.complain("train.token", reason)
     name = fields.text("name", _default_name(file, train, word))
     if not _NAME.match(name):
         fields.complain("name", f"{name!r} must be letters, digits, '_', '-', '.' and spaces, not first a sign")
@@ -43,7 +45,7 @@ def parse_concept(fields: Fields, kind: type[BackgroundSpec]) -> BackgroundSpec:
         token=token,
         train=train,
         prompt=prompt,
-        strength=fields.number("strength", 1.0, least=0),
+        strength=fields.number("strength", 1.0, least=0, most=MOST_STRENGTH),
         window=fields.window("window"),
         scale=fields.number("scale", 1.0),
         negative_prompt=fields.text("negative_prompt", empty=True),
@@ -76,8 +78,6 @@ def _default_name(file: Path | str | None, train: TrainSpec | None, word: str | 
 
 def _train(fields: Fields) -> TrainSpec:
     token = fields.text("token", "<v1>")
-    if not _TOKEN.match(token):
-        fields.complain("token", f"{token!r} has white space in it; write it like '<v1>'")
     images = fields.files("images")
     if images is None and not fields.has("images"):
         fields.complain("images", "is missing; name a folder or a list of pictures")

@@ -86,7 +86,14 @@ def check_model(job: Job, pipe, source: str) -> None:
     `job` has its defaults resolved. Raises `JobError` with every field that is wrong.
     """
     amounts = {"fusion.guidance": job.fusion.guidance, "fusion.lambda": job.fusion.suppression}
-    problems = fusion_reasons(pipe, size=job.size, steps=job.steps, sites=SITES[job.fusion.sites], amounts=amounts)
+    problems = fusion_reasons(
+        pipe,
+        size=job.size,
+        steps=job.steps,
+        sites=SITES[job.fusion.sites],
+        amounts=amounts,
+        sites_field="fusion.injection.sites",
+    )
     problems += [] if is_embedded(pipe) else _embedded_only(job)
     if problems:
         raise JobError(f"{source}: " + "; ".join(problems))

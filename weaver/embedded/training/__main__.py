@@ -1,8 +1,9 @@
 """``python -m weaver.embedded.training STAGE``: make the embedded model and all that is derived from it.
 
 Stages, in order: ``bank`` draws scenes, ``autoencoder`` and ``diffusion`` train the model from the committed weights
-(``--from-scratch`` starts anew; where a denoiser exists, only the decoder goes on), ``derive`` rebuilds helpers,
-concepts, figures and hashes from it; ``all`` does each.
+(``--from-scratch`` starts anew, the stage ``diffusion`` on the autoencoder there is; where a denoiser exists, only the
+decoder goes on), ``derive`` rebuilds helpers, concepts, gates, model card and hashes from it; ``all`` does each. What
+else is derived ``python -m benchmarks.rederive`` makes anew. ``card`` writes the model card of the gates there are.
 Budgets are minutes of wall clock. ``--processes`` trains with several processes of one thread each.
 """
 
@@ -20,7 +21,7 @@ from weaver.embedded.model import MODEL_DIR
 from weaver.embedded.training.bank import load_bank, make_bank
 
 TRAINING_STAGES = ("bank", "autoencoder", "diffusion")
-STAGES = (*TRAINING_STAGES, "segmenter", "identity", "concepts", "gates", "derive", "all")
+STAGES = (*TRAINING_STAGES, "segmenter", "identity", "concepts", "gates", "card", "derive", "all")
 
 
 def _command(stage: str, args: argparse.Namespace) -> list[str]:
@@ -31,6 +32,14 @@ def _command(stage: str, args: argparse.Namespace) -> list[str]:
     for name in (*names, "learning_rate", "seed"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     return command + ["--compile"] * args.compile + ["--move-latents"] * args.move_latents
+
+
+def _forget(model: Path, *, keep_autoencoder: bool) -> None:
+    """Remove a model, or all of it that the diffusion training makes."""
+    for path in sorted(model.glob("*")):
+        if keep_autoencoder and path.name in ("vae", "curve_vae.jsonl"):
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _encoded(args: argparse.Namespace):
@@ -95,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--from-scratch", action="store_true", help="remove the model first instead of going on from it"
+        "--from-scratch",
+        action="store_true",
+        help="remove the model first instead of going on from it (of the stage diffusion: all but the autoencoder)",
     )
     return parser
 
@@ -109,8 +120,12 @@ def main(argv: list[str] | None = None) -> None:
             f"train there by the stages {', '.join(TRAINING_STAGES)}, then copy the folder over the package's"
         )
     torch.set_num_threads(1)
-    if args.from_scratch and args.stage in ("autoencoder", "all"):
-        shutil.rmtree(args.model, ignore_errors=True)
+    if args.from_scratch:
+        if args.stage not in ("autoencoder", "diffusion", "all"):
+            parser.error(
+                f"--from-scratch: {args.stage} does not train the model; it is for autoencoder, diffusion and all"
+            )
+        _forget(args.model, keep_autoencoder=args.stage == "diffusion")
     stages = (*TRAINING_STAGES, "derive") if args.stage == "all" else (args.stage,)
     for stage in stages:
         if args.processes > 1 and stage in ("autoencoder", "diffusion"):

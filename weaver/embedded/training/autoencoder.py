@@ -100,4 +100,11 @@ def train_autoencoder(
         save=save,
         evaluate=lambda: {"psnr": decode_psnr(vae, held_out)},
         curve=curve,
+        arguments={
+            "seed": seed,
+            "decoder_only": decoder_only,
+            "resumed": resumed,
+            "latent_noise": LATENT_NOISE,
+            "bank": bank.card,
+        },
     )

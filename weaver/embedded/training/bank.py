@@ -27,12 +27,16 @@ _CHUNK = 500
 
 @dataclass(frozen=True)
 class Bank:
-    """Pictures [n, 64, 64, 3] and labels [n, 64, 64] uint8, training captions [n] and the animals' words by scene."""
+    """Pictures [n, 64, 64, 3] and labels [n, 64, 64] uint8, training captions [n] and the animals' words by scene.
+
+    `card` is what it was drawn with: number of scenes, seed, whether for helpers, and the hash of the code that draws.
+    """
 
     pictures: np.ndarray
     labels: np.ndarray
     captions: list[str]
     words: list[list[str]]
+    card: dict[str, object]
 
 
 def to_pixels(pictures: np.ndarray) -> torch.Tensor:
@@ -86,4 +90,4 @@ def load_bank(folder: Path) -> Bank:
     texts = json.loads((folder / "bank.json").read_text())
     pictures = np.load(folder / "pictures.npy", mmap_mode="r")
     labels = np.load(folder / "labels.npy", mmap_mode="r")
-    return Bank(pictures, labels, texts["captions"], texts["words"])
+    return Bank(pictures, labels, texts["captions"], texts["words"], texts["card"])

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from weaver.concepts.concept import Concept
 from weaver.embedded.backgrounds import BACKGROUNDS, HELD_OUT_BACKGROUNDS
-from weaver.embedded.catalog import CONCEPTS
+from weaver.embedded.catalog import CONCEPTS, concept_path
 from weaver.embedded.drawings import ANIMALS, HELD_OUT_VENDORS, LINE_DRAWINGS, TRAINING_VENDORS
 from weaver.embedded.model import MODEL_DIR, model_hash
 from weaver.embedded.segmenter import Segmenter
@@ -95,9 +96,19 @@ def _trainings(file: Path, figure: str) -> list[str]:
                 f"{settings['learning_rate']:g}",
                 f"{row['samples']:,}",
                 f"{row[figure]:.4g}",
+                "all" if "code" in settings else "these",
             )
             lines.append(f"| {file.stem.removeprefix('curve_')} | {settings['device']} | {' | '.join(cells)} |")
     return lines
+
+
+def _learned(name: str) -> str:
+    """How a shipped concept was learned, as its file tells."""
+    told = Concept.load(concept_path(name)).settings
+    what = "keys and values" if told["layers"] == "keys-values" else "all layers"
+    form = f"LoRA of rank {told['rank']}" if told["rank"] else "whole matrices"
+    how = f"{told['steps']} steps of {told['optimiser']} at {told['learning_rate']:g}"
+    return f"token and {form} of {what}: {how}, {told['pictures']} pictures, {told['woven']} woven scenes"
 
 
 def _verdict(gate: Gate) -> str:
@@ -127,7 +138,8 @@ def write_card(gates: list[Gate], segmenter: Segmenter) -> None:
     trainings = _trainings(MODEL_DIR / "curve_vae.jsonl", "psnr")
     trainings += _trainings(MODEL_DIR / "curve_unet.jsonl", "held_out")
     concept_rows = "\n".join(
-        f"| `{card.name}` | {card.word} | {card.kind} | {card.source} |" for card in CONCEPTS.values()
+        f"| `{card.name}` | {card.word} | {card.kind} | {card.source} | {_learned(card.name)} |"
+        for card in CONCEPTS.values()
     )
     size = sum(path.stat().st_size for path in MODEL_DIR.rglob("*") if path.is_file()) / 2**20
     CARD_FILE.write_text(
@@ -189,14 +201,15 @@ Rows: singles (two), singles with a colour, pairs (two), three animals, four ani
 
 `make train-embedded` draws the scenes, trains the autoencoder, then denoiser and text encoder together, and rebuilds
 everything derived from them. Half of the drawings are repainted (palette colours moved to eleven named ones, a tenth of
-them not told in the caption), and a fifth of the backgrounds: this variety is what lets a concept be learned by
-cross-attention keys and values alone. A third of the captions leave animals or the background out: in fusion a
-concept's prompt does not name its neighbours, and must not paint them over. The curves lie beside the weights
-(`weights/curve_*.jsonl`).
-These trainings, each from where the one before ended, made the weights:
+them not told in the caption), and a fifth of the backgrounds, so that a word stands for more than one look. A third of
+the captions leave animals or the background out: in fusion a concept's prompt does not name its neighbours, and must
+not paint them over. The curves lie beside the weights (`weights/curve_*.jsonl`).
+These trainings, each from where the one before ended, made the weights. Of those with "these" under settings kept, what
+this table shows is known and at most the loop's own numbers besides: scenes, seeds, optimisers, whether they were
+compiled and the version of the code were not written down.
 
-| part | device | minutes | processes x batch | peak learning rate | samples | PSNR in dB, or held-out loss |
-|---|---|---|---|---|---|---|
+| part | device | minutes | processes x batch | peak learning rate | samples | PSNR in dB, or loss | settings kept |
+|---|---|---|---|---|---|---|---|
 {trainings}
 
 ## Helpers
@@ -210,9 +223,12 @@ These trainings, each from where the one before ended, made the weights:
 ## Concepts held out
 
 Never seen in training: the drawings of {held_out_vendors} and the backgrounds {held_out_backgrounds}.
+A background is learned in the layers of Custom Diffusion, keys, values and one token, an animal as a LoRA of all
+Linears of attention and feed-forward; both with settings of this model's own, which are not the paper's
+(`TrainSettings.embedded`), and beside their pictures from scenes into which what is cut out of these is woven.
 
-| concept | class word | kind | drawing or background |
-|---|---|---|---|
+| concept | class word | kind | drawing or background | learned as |
+|---|---|---|---|---|
 {concepts}
 
 ## Drawings and licences

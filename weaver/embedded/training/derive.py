@@ -1,5 +1,6 @@
-"""Everything that is derived from the trained model, rebuilt by one command: ``... training derive``.
+"""What ships beside the trained model and follows from it, rebuilt by one command: ``... training derive``.
 
+Figures, tables and pictures outside of the package follow from these again: ``python -m benchmarks.rederive``.
 Helpers, concept files and figures are worth nothing with another model, so ``derived.json`` records for each file its
 own hash, the part of the model it was made with and that part's hash, and a test compares them. The helpers learn from
 pictures through the autoencoder alone: while that stays, ``derive`` keeps them, and their own stages train them anew.
@@ -26,10 +27,11 @@ from weaver.embedded.prior import prior_scenes
 from weaver.embedded.segmenter import SEGMENTER_FILE, load_segmenter
 from weaver.embedded.training.bank import load_bank, make_bank
 from weaver.embedded.training.card import CARD_FILE, CURVE_FILE, write_card
-from weaver.embedded.training.gates import measure_gates, sample_sheet
+from weaver.embedded.training.gates import Gate, measure_gates, sample_sheet
 from weaver.embedded.training.identity import measure_identity, train_identity
 from weaver.embedded.training.segmenter import train_segmenter
 from weaver.embedded.woven import woven_scenes
+from weaver.errors import WeaverError
 
 __all__ = ["DERIVED_FILE", "run"]
 
@@ -106,6 +108,13 @@ def _to_make(stage: str, wanted: str, file: Path) -> bool:
     return wanted == stage or (wanted == "derive" and not kept)
 
 
+def _recorded_gates() -> list[Gate]:
+    """The gates of `GATES_FILE`; `WeaverError` where they are another model's, or were changed."""
+    if _records().get(_name(GATES_FILE)) != _made(GATES_FILE, "."):
+        raise WeaverError(f"{GATES_FILE.name} was not measured with this model: run the stage gates")
+    return [Gate(**row) for row in json.loads(GATES_FILE.read_text(encoding="utf-8"))]
+
+
 def run(stage: str, work: Path, helper_minutes: float = 10.0) -> None:
     """Run one stage on the package's own model, or all of them for ``derive``.
 
@@ -137,3 +146,6 @@ def run(stage: str, work: Path, helper_minutes: float = 10.0) -> None:
         sample_sheet(pipe).save(SHEET_FILE, optimize=True)
         write_card(gates, segmenter)
         _record([GATES_FILE, SHEET_FILE, CARD_FILE, CURVE_FILE])
+    if stage == "card":
+        write_card(_recorded_gates(), load_segmenter())
+        _record([CARD_FILE, CURVE_FILE])

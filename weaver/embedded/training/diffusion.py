@@ -123,6 +123,7 @@ def train_diffusion(
     """
     device = device_from_environment()
     torch.manual_seed(seed)
+    resumed = (folder / "unet").exists()
     tokenizer, text_encoder, unet = _load_or_build(folder)
     unet, text_encoder = unet.to(device).train(), text_encoder.to(device).train()
     if device.type == "cpu":
@@ -199,4 +200,12 @@ def train_diffusion(
             parameter.grad = None
     if is_main_process():
         print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {count} scenes", flush=True)
-    train(parameters, loss_of, settings, save=save, matrices=matrices, evaluate=evaluate, curve=curve)
+    arguments = {
+        "seed": seed,
+        "compiled": compiled,
+        "resumed": resumed,
+        "caption_dropout": CAPTION_DROPOUT,
+        "bank": bank.card,
+    }
+    options = {"save": save, "matrices": matrices, "evaluate": evaluate, "curve": curve, "arguments": arguments}
+    train(parameters, loss_of, settings, **options)

@@ -7,17 +7,21 @@ updates), which needs fewer samples than AdamW for a denoiser; not on a CPU with
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
+
+from weaver.version import __version__
 
 __all__ = ["LoopSettings", "autocast", "device_from_environment", "is_main_process", "train"]
 
@@ -98,6 +102,14 @@ def _append(curve: Path | None, row: dict) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def _code_version() -> dict[str, str]:
+    """The package's version, the SHA-256 of all code of the embedded model, and PyTorch's version."""
+    folder = Path(__file__).parents[1]
+    files = sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix())
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    return {"concept-weaver": __version__, "weaver/embedded": digest, "torch": torch.__version__}
+
+
 @contextmanager
 def _swapped(parameters: list[torch.nn.Parameter], average: list[torch.Tensor]) -> Iterator[None]:
     """Inside the block the parameters hold their averages."""
@@ -118,6 +130,7 @@ def train(
     matrices: list[torch.nn.Parameter] = (),
     evaluate: Callable[[], dict[str, float]] | None = None,
     curve: Path | None = None,
+    arguments: Mapping[str, object] = MappingProxyType({}),
 ) -> int:
     """Train `parameters` on `loss_of(step)` until the time budget is used; returns the number of steps.
 
@@ -126,12 +139,15 @@ def train(
 
     `save` and `evaluate` are called with the averaged weights in place, in the main process only. A row
     ``{"settings": {...}}`` and rows ``{"minutes", "step", "samples", "loss", ...}`` are appended to `curve`, one JSON
-    object a line.
+    object a line. The first holds the loop's settings, processes, device, optimisers, the code's version and
+    `arguments`, whatever else the training follows from.
     """
     device = parameters[0].device
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    _append(curve, {"settings": asdict(settings) | {"processes": processes, "device": device.type}})
     matrices = list(matrices) if has_bfloat16(device) else []
+    told = asdict(settings) | {"processes": processes, "device": device.type}
+    told |= {"optimiser": "muon and adamw" if matrices else "adamw", "code": _code_version()}
+    _append(curve, {"settings": told | {"arguments": dict(arguments)}})
     by_muon = {id(p) for p in matrices}
     rest = [p for p in parameters if id(p) not in by_muon]
     # torch's Muon takes matrices only: convolutions are given as views [out, in * h * w] of the same memory.

@@ -1,0 +1,76 @@
+"""The README's picture: taken of the whole demonstration only, with the time that it took."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from benchmarks import embedded_demo as module
+from weaver.defaults import embedded_defaults
+from weaver.demo import demo_job, with_shipped_concepts
+from weaver.embedded import concept_path
+from weaver.job.file import job_to_mapping
+
+REPORT = {"stages": {"bank": 200.0, "fusion": 6.5}, "total_seconds": 212.5, "concepts": {}}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """What the demonstration leaves, as far as it is read; figures go into the folder too."""
+    monkeypatch.setattr(module, "PICTURE", tmp_path / "demo.png")
+    monkeypatch.setattr(module, "RECORD", tmp_path / "embedded_demo.json")
+    found = tmp_path / "run"
+    (found / "concepts").mkdir(parents=True)
+    for spec in demo_job().everyone:
+        shutil.copy(concept_path(spec.name), found / "concepts")
+    (found / "sheet.png").write_bytes(b"a sheet")
+    (found / "report.json").write_text(json.dumps(REPORT))
+    write_manifest(found, demo_job())
+    return found
+
+
+def write_manifest(folder, job, **changes) -> None:
+    known = embedded_defaults()
+    mapping = job_to_mapping(job, folder) | {"device": "cpu"}
+    mapping["fusion"] |= {"lambda": known.suppression, "guidance": known.guidance, "eta": known.eta}
+    (folder / "manifest.json").write_text(json.dumps({"job": mapping | changes}))
+
+
+def test_the_demonstration_is_taken_with_its_time_and_the_machine(folder, tmp_path):
+    assert module.main([str(folder)]) == 0
+    record = json.loads((tmp_path / "embedded_demo.json").read_text())
+    assert (tmp_path / "demo.png").read_bytes() == b"a sheet"
+    assert record["stages"] == REPORT["stages"] and record["total_seconds"] == 212.5 and "threads" in record["machine"]
+    assert set(record["concepts"]) == {spec.name for spec in demo_job().everyone} and "cached" not in record
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda f: write_manifest(f, with_shipped_concepts(demo_job())), "not trained in this run: tuxedo-cat, blue"),
+        (lambda f: write_manifest(f, demo_job("1")), "its concepts are tuxedo-cat, autumn-forest, the demonstration's"),
+        (lambda f: write_manifest(f, demo_job(), seed=3), "seed is 3, the demonstration's is 11"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is none of a run"),
+        (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
+        (lambda f: (f / "report.json").unlink(), "holds no report.json"),
+        (lambda f: shutil.rmtree(f / "concepts"), "not trained in this run: tuxedo-cat"),
+        (
+            lambda f: shutil.copy(concept_path("pug"), f / "concepts" / "blue-panda.safetensors"),
+            "trained otherwise than shipped: blue-panda",
+        ),
+    ],
+    ids=["quick", "one animal", "another seed", "no manifest", "without", "no report", "no concepts", "others"],
+)
+def test_another_sheet_is_refused_and_nothing_taken(folder, tmp_path, capsys, change, told):
+    change(folder)
+    assert module.main([str(folder)]) == 1 and told in capsys.readouterr().err
+    assert not (tmp_path / "demo.png").exists() and not (tmp_path / "embedded_demo.json").exists()
+
+
+def test_the_recorded_demonstration_tells_its_time_whole_or_not_at_all():
+    record = json.loads((module.ROOT / "benchmarks" / "results" / "embedded_demo.json").read_text(encoding="utf-8"))
+    told = {"machine", "stages", "total_seconds"} & set(record)
+    assert told in (set(), {"machine", "stages", "total_seconds"})
+    assert not told or (record["machine"] and 0 < sum(record["stages"].values()) <= record["total_seconds"])
