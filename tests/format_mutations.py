@@ -141,6 +141,20 @@ def header(rng, data):
     if rng.random() < 0.2:
         return struct.pack("<Q", rng.choice([0, 1, size - 1, size + 1, 50 << 30, 2**64 - 1])) + data[8:]
     entries = json.loads(data[8 : 8 + size])
+    if (texts := entries.get("__metadata__")) and rng.random() < 0.3:
+        odd = [
+            "[" * 100_000,
+            '{"a": ' + "1" * 5000 + "}",
+            '{"a": "\\ud800"}',
+            "null",
+            "[]",
+            "\x1b[2J",
+            "",
+            "9" * 100_000,
+        ]
+        texts[rng.choice(sorted(texts))] = rng.choice(odd)
+        text = json.dumps(entries).encode()
+        return struct.pack("<Q", len(text)) + text + data[8 + size :]
     entry = entries[rng.choice([key for key in entries if key != "__metadata__"])]
     field = rng.choice(["dtype", "shape", "data_offsets"])
     entry[field] = rng.choice(

@@ -1,6 +1,7 @@
 """A folder of pictures becomes a training set."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,3 +204,26 @@ def test_soft_masks_stay_soft_and_captions_may_have_their_encoding_marked(tmp_pa
     assert np.array_equal(np.asarray(mask_of(tmp_path / "a.png")), grey)
     (tmp_path / "a.txt").write_text("a {token} {word} in the snow", encoding="utf-8-sig")
     assert caption_of(tmp_path / "a.png", "<v1>", "dog") == "a <v1> dog in the snow"
+
+
+def test_names_beside_a_picture_are_compared_in_lower_case(tmp_path):
+    for name in ("0.png", "1.PNG", "2.jpg"):
+        Image.new("RGB", (16, 16), "red").save(tmp_path / name)
+    for name in ("0.mask.jpg", "1.mask.PNG", "2.MASK.png"):
+        Image.new("L", (16, 16), 255).save(tmp_path / name)
+    (tmp_path / "0.TXT").write_text("a {token} {word} in letters")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = load_images(tmp_path, "<v1>", "cat")
+    assert [Path(name).name for name in found.names] == ["0.png", "1.PNG", "2.jpg"] and all(found.masks)
+    assert found.captions == ("a <v1> cat in letters", "a <v1> cat", "a <v1> cat")
+
+
+@pytest.mark.parametrize("name", ["0_mask.png", "0-Mask.jpg", "0 mask.png"])
+def test_what_looks_like_another_picture_s_mask_is_not_learned_from(tmp_path, name):
+    for file in ("0.jpg", name):
+        Image.new("RGB", (16, 16), "red").save(tmp_path / file)
+    with pytest.raises(WeaverError, match=r"to learn from, or the mask of '0'\? Call a mask 0\.mask\.(png|jpg)"):
+        load_images(tmp_path, "<v1>", "cat")
+    (tmp_path / "0.jpg").unlink()
+    assert len(load_images(tmp_path, "<v1>", "cat").images) == 1

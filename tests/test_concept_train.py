@@ -274,6 +274,7 @@ def test_class_pictures_that_the_safety_checker_blacks_out_are_made_anew(tiny_pi
 def test_paper_defaults():
     settings = TrainSettings()
     assert (settings.steps, settings.learning_rate) == (500, 1e-5)
+    assert TrainSettings(rank=4).learning_rate == 1e-4 and TrainSettings(rank=4, learning_rate=2.0).learning_rate == 2
     assert TrainSettings.embedded(steps=7).steps == 7
     assert TrainSettings.embedded().token_learning_rate > settings.learning_rate
 
@@ -306,7 +307,7 @@ def test_impossible_settings(changes, message):
         ({"captions": ["a <v1> cat"]}, "2 pictures and 1 captions"),
         ({"captions": ["a cat"] * 2}, "token '<v1>' is not in its prompt 'a cat'"),
         ({"prior": TrainingSet(tuple(pictures(1)), ("a <v1> cat",))}, "prior caption 'a <v1> cat' holds the token"),
-        ({"word": " "}, "class word ' ' means nothing"),
+        ({"word": " "}, "class word ' ' is empty; write what it is"),
         ({"token": "<rex> dog"}, "token '<rex> dog' is empty or has white space in it; write one such as '<v1>'"),
         ({"token": "<>"}, "token '<>' is empty"),
         ({"token": "cat", "captions": ["a cat cat"] * 2}, "token 'cat' stands in the class word 'cat'; .* '<cat>'"),

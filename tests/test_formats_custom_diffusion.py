@@ -252,3 +252,14 @@ def test_weights_of_another_model_do_not_fit(pipe, sdxl, tmp_path):
     with pytest.raises(ConceptError, match="weights do not fit the U-Net"):
         parsed.concept(pipe, name="rex", word="dog")
     assert replace(parsed, weights={}).concept(pipe, name="rex", word="dog").token == "<new1>"
+
+
+def test_a_token_without_brackets_lies_beside_under_its_own_name(pipe, tmp_path):
+    """As diffusers' example writes it with --modifier_token ktn; a damaged file of another name is let be."""
+    path = save_by_diffusers(pipe, files.changed_weights(pipe, KEYS_VALUES), tmp_path, safe=True)
+    rows = files.vectors(pipe)["text_encoder"]
+    files.save({"ktn": rows[0]}, tmp_path / "ktn.bin")
+    files.save({"other": rows[0], "more": rows[0]}, tmp_path / "other.bin")
+    (tmp_path / "damaged.bin").write_bytes(b"PK\x03\x04 no more")
+    concept = concept_of(path, pipe)
+    assert concept.token == "ktn" and torch.equal(concept.embeddings["text_encoder"][0], rows[0])

@@ -18,6 +18,8 @@ NAMES = {
     "lokr": ([f"{LAYER}.lokr_w1", f"{LAYER}.lokr_w2"], "is a LoKr .*train a LoRA instead"),
     "lokr-factors": ([f"{LAYER}.lokr_w1_a", f"{LAYER}.lokr_w2_b"], "is a LoKr"),
     "glora": ([f"{LAYER}.{name}.weight" for name in ("a1", "a2", "b1", "b2")], "is a GLoRA .*train a LoRA instead"),
+    "hra": (["base_model.model.mid_block.attn2.to_k.hra_u"], "is an HRA or FourierFT"),
+    "fourierft": (["base_model.model.mid_block.attn2.to_k.fourierft_spectrum"], "is an HRA or FourierFT"),
     "vera": (["base_model.model.mid_block.attn2.to_k.vera_lambda_b"], "is a VeRA"),
     "lycoris-full": ([f"{LAYER}.diff"], "is whole differences of weights .*train a LoRA instead"),
     "lora-and-biases": ([f"{LAYER}.lora_down.weight", f"{LAYER}.lora_up.weight", f"{LAYER}.diff_b"], "is whole diff"),

@@ -162,3 +162,12 @@ def test_inspect(folder, capsys):
     assert [(part["changes"], part["ranks"], part["share"]) for part in summary["parts"]] == [(32, [], 1.0)]
     assert main(["inspect", str(folder / "left.png")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_a_file_says_can_not_steer_the_terminal(folder, tmp_path, capsys):
+    concept = Concept.load(folder / "rex.safetensors")
+    odd = {"note": "evil\x1b[2J\nweaver: all fine", "long": "9" * 200_000}
+    replace(concept, settings=dict(concept.settings) | odd).save(tmp_path / "odd.safetensors")
+    assert main(["inspect", str(tmp_path / "odd.safetensors")]) == 0
+    told = capsys.readouterr().out
+    assert "\x1b" not in told and "  note: evil\\x1b[2J\\nweaver: all fine\n" in told and len(told) < 3000

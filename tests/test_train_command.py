@@ -12,6 +12,7 @@ from PIL import Image
 
 from weaver.cli import _parser, main
 from weaver.concepts import train as training
+from weaver.concepts.checkpoints import Checkpoint
 from weaver.concepts.concept import Concept
 from weaver.concepts.settings import TrainSettings
 from weaver.embedded import concept_images, load_pipeline
@@ -50,11 +51,17 @@ def test_a_concept_from_a_folder_of_pictures(folder, tmp_path, capsys):
 def test_every_setting_is_explained_with_its_defaults():
     train_parser = _parser()._subparsers._group_actions[0].choices["train"]
     told = {action.dest: action.help for action in train_parser._actions}
-    usual, embedded = TrainSettings(), TrainSettings.embedded()
-    said = {"rank": "16", "token_learning_rate": "as --learning-rate"}  # where it is not the default of `TrainSettings`
+    usual, embedded, whole = TrainSettings(), TrainSettings.embedded(), TrainSettings.embedded(layers="all")
+    said = {  # where it is not the default of `TrainSettings`
+        "rank": "16; embedded 16",
+        "learning_rate": "1e-05, a LoRA's 0.0001",
+        "token_learning_rate": "as --learning-rate",
+    }
     for name in (field.name for field in fields(TrainSettings)):
         one, other = getattr(usual, name), getattr(embedded, name)
         expected = said.get(name, str(one)) + (f"; embedded {other}" if one != other else "")
+        if name in ("rank", "steps", "learning_rate"):
+            expected += f", {getattr(whole, name)} with --layers all"
         assert told[name].endswith(f" ({expected})") or (one is other is False and "(" not in told[name]), name
         assert 20 < len(told[name]) < 110, name
     assert all(told.values())
@@ -177,6 +184,7 @@ def test_the_embedded_models_own_defaults(tmp_path):
         (["--token", "<../esc>"], "--token: '<../esc>' makes no name of a file; tell the concept's by --out"),
         (["--out", "."], "--out: . must end in .safetensors"),
         (["--at-once", "0"], "--at-once: is 0, expected 1 or more"),
+        (["--checkpoint-every", "0"], "--checkpoint-every: is 0, expected 1 or more"),
         (["--vectors", "90"], "stands for 90 vectors, and the prompt 'a <v1> cat' has room for 13 of them"),
         (["--steps", "0"], "steps is 0, expected a whole number, 1 or more"),
         (["--out", "tom.bin"], "--out: tom.bin must end in .safetensors"),
@@ -225,3 +233,18 @@ def test_what_was_learned_is_not_lost_where_it_cant_be_saved(folder, tmp_path, m
     assert [file.name for file in tmp_path.iterdir()] == ["tom.checkpoint"]
     assert train(folder, "--steps", "100", "--out", str(out), "--prior-batch", "0", "--batch", "1") == 0
     assert [file.name for file in tmp_path.iterdir()] == ["tom.safetensors"]
+
+
+def test_the_embedded_models_lora_of_all_layers_has_settings_of_its_own(tmp_path):
+    out = tmp_path / "tom.safetensors"
+    options = ["--word", "cat", "--out", str(out), "--method", "lora", "--layers", "all", "--steps", "1"]
+    assert main(["train", str(concept_images("tuxedo-cat")), *options]) == 0
+    settings = Concept.load(out).settings
+    assert (settings["rank"], settings["learning_rate"]) == (8, 5e-3)
+
+
+def test_checkpoints_as_often_as_asked(folder, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(Checkpoint, "after", lambda checkpoint, step: kept.append(checkpoint.every))
+    assert train(folder, "--out", str(tmp_path / "tom.safetensors"), "--checkpoint-every", "1") == 0
+    assert kept and set(kept) == {1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["WeaverError", "differences", "raise_if", "told"]
+__all__ = ["WeaverError", "differences", "printable", "raise_if", "told"]
 
 _LONGEST = 60  # characters of a value that an error tells
 
@@ -31,6 +31,13 @@ def told(value: object) -> str:
     """A value as an error names it: in one line, cut where it is long."""
     text = re.sub(r"\s*\n\s*", " ", repr(value))
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def printable(value: object, longest: int = 200) -> str:
+    """A value of somebody's file as it may be printed: in one line, without signs that steer a terminal, cut."""
+    text = str(value)
+    text = text if len(text) <= longest else f"{text[: longest - 3]}..."
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def differences(kept: Mapping[str, object], asked: Mapping[str, object]) -> list[str]:

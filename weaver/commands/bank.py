@@ -11,7 +11,7 @@ from pathlib import Path
 from weaver.commands.convert import add_convert_parser
 from weaver.commands.inspect import print_summary
 from weaver.commands.reading import add_reading, opened_model, read_whole
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, printable
 from weaver.sizes import format_bytes
 
 __all__ = ["add_parser"]
@@ -76,7 +76,7 @@ def _add(args: argparse.Namespace) -> int:
         kept = [Kept(read_whole(path, args, pipe, args.name), previews) for path in args.files]
     bank = _bank(args)
     for card in bank.add(kept, args.replace):
-        print(f"{card.name}: {_called(card)}, {card.method}, {format_bytes(card.bytes)}")
+        print(f"{card.name}: {printable(_called(card))}, {printable(card.method)}, {format_bytes(card.bytes)}")
     print(f"{bank.folder}: {_count(len(bank.names()))}")
     return 0
 
@@ -99,7 +99,7 @@ def _list(args: argparse.Namespace) -> int:
     whole = [row for row in rows if row[-1]]
     widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(printable("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()))
     total = format_bytes(sum(entry.card.bytes for entry in entries if entry.card))
     print(f"{bank.folder}: {_count(len(entries))} ({total})")
     return 0
@@ -124,7 +124,7 @@ def _show(args: argparse.Namespace) -> int:
     if card is None:
         print(f"  card: {fault}")
         return 0
-    print(f"  card: {_called(card)}, from {card.method}, SHA-256 {card.sha256[:12]}")
+    print(f"  card: {printable(_called(card))}, from {printable(card.method)}, SHA-256 {card.sha256[:12]}")
     for preview in card.previews:
         print(f"  preview: {bank.folder / preview}")
     return 0

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from weaver.errors import printable
 from weaver.sizes import format_bytes
 
 __all__ = ["add_parser", "print_summary"]
@@ -41,17 +42,18 @@ def print_summary(path: Path, summary: Mapping) -> None:
     """Print what `weaver.concepts.formats.summary.summarise` found in a file."""
     print(f"{path}: {summary['format']}, {format_bytes(summary['bytes'])}, SHA-256 {summary['sha256'][:12]}")
     for token, vectors in summary["tokens"].items():
-        beside = f", in {summary['token_files'][token]} beside it" if token in summary["token_files"] else ""
-        print(f"  token {token}: {vectors} vector{'s' * (vectors > 1)} in each text encoder{beside}")
+        beside = f", in {printable(summary['token_files'][token])} beside it" if token in summary["token_files"] else ""
+        print(f"  token {printable(token)}: {vectors} vector{'s' * (vectors > 1)} in each text encoder{beside}")
     if summary["lacks"]:
-        print(f"  no token: {summary['lacks']}")
+        print(f"  no token: {printable(summary['lacks'])}")
     for key in ("word", "base"):
         if summary[key]:
-            print(f"  {'class word' if key == 'word' else 'base model, by hash'}: {summary[key]}")
+            print(f"  {'class word' if key == 'word' else 'base model, by hash'}: {printable(summary[key])}")
     for part in summary["parts"]:
         ranks = part["ranks"]
         kind = f"rank {ranks[0]}" + f" to {ranks[-1]}" * (len(ranks) > 1) if ranks else "whole matrices"
         share = "" if part["share"] is None else f", {part['share']:.0%} of the squared norm"
-        print(f"  {part['name']}: {part['changes']} weights, {kind}{share}" + ("" if part["used"] else ", not used"))
+        used = "" if part["used"] else ", not used"
+        print(f"  {printable(part['name'])}: {part['changes']} weights, {kind}{share}{used}")
     for key, value in summary["settings"].items():
-        print(f"  {key}: {value}")
+        print(f"  {printable(key)}: {printable(value)}")

@@ -57,6 +57,9 @@ def add_parser(commands, epilog: str) -> None:
         "--validate-every", type=int, default=_EVERY, metavar="N", help=f"steps from one drawing to the next ({_EVERY})"
     )
     parser.add_argument(
+        "--checkpoint-every", type=int, default=_EVERY, metavar="N", help=f"steps after which it can go on ({_EVERY})"
+    )
+    parser.add_argument(
         "--log-dir", type=Path, metavar="DIR", help="write losses and validation there, for TensorBoard"
     )
     parser.add_argument("--at-once", type=int, metavar="N", help="pictures made (4) or encoded (8) in one pass: memory")
@@ -82,8 +85,9 @@ def _train(args: argparse.Namespace) -> int:
         from weaver.concepts.train import train_concept
         from weaver.concepts.validation import Validation
     out = _destination(args)
-    if args.at_once is not None and args.at_once < 1:
-        raise WeaverError(f"--at-once: is {args.at_once}, expected 1 or more")
+    for name in ("at_once", "checkpoint_every"):
+        if (count := getattr(args, name)) is not None and count < 1:
+            raise WeaverError(f"--{name.replace('_', '-')}: is {count}, expected 1 or more")
     for reason in naming_reasons(args.token, args.word):
         raise WeaverError(f"--token: {reason}")
     validation = None
@@ -126,6 +130,7 @@ def _train(args: argparse.Namespace) -> int:
                 settings=settings,
                 base_hash=base_hash,
                 checkpoint=out.with_suffix(".checkpoint"),
+                checkpoint_every=args.checkpoint_every,
                 keep_checkpoint=True,
                 at_once=args.at_once,
                 log_dir=args.log_dir,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from weaver.concepts.settings import CHOICES, TrainSettings
+from weaver.concepts.settings import CHOICES, FACTORS_RATE, WHOLE_RATE, TrainSettings
 from weaver.errors import WeaverError
 
 __all__ = ["METHODS", "add_settings", "chosen_settings"]
@@ -36,7 +36,11 @@ _HELP = {
     "checkpointing": "less memory, more time: activations are computed twice",
     "seed": "of pictures, timesteps and noise",
 }
-_SAID = {"rank": str(_RANK), "token_learning_rate": "as --learning-rate"}  # in the place of a default
+_SAID = {  # in the place of a default
+    "rank": f"{_RANK}; embedded {_RANK}",
+    "learning_rate": f"{WHOLE_RATE}, a LoRA's {FACTORS_RATE}",
+    "token_learning_rate": "as --learning-rate",
+}
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -60,18 +64,21 @@ def chosen_settings(args: argparse.Namespace, pipe) -> TrainSettings:
     from weaver.models import is_embedded
 
     changes = {f.name: getattr(args, f.name) for f in fields(TrainSettings) if getattr(args, f.name) is not None}
-    if args.method == "lora":
+    own = is_embedded(pipe)
+    if args.method == "lora" and not (own and changes.get("layers") == "all"):  # which brings a rank of its own
         changes.setdefault("rank", _RANK)
-    if bool(changes.get("rank")) != (args.method == "lora"):
-        rank = changes["rank"]
+    rank = changes.get("rank")
+    if rank is not None and bool(rank) != (args.method == "lora"):
         fix = "add --method lora" if rank else "give 1 or more"
         raise WeaverError(f"--rank: is {rank} with --method {args.method}; {fix}")
     if changes.get("layers") == "all" and args.method != "lora":
         raise WeaverError(f"--layers: is all with --method {args.method}; add --method lora")
-    return TrainSettings.embedded(**changes) if is_embedded(pipe) else TrainSettings(**changes)
+    return TrainSettings.embedded(**changes) if own else TrainSettings(**changes)
 
 
 def _default(name: str) -> str:
     """What a setting is where nobody asks: for Stable Diffusion, and for the embedded model where it differs."""
-    usual, embedded = (getattr(settings, name) for settings in (TrainSettings(), TrainSettings.embedded()))
-    return _SAID.get(name, str(usual)) + (f"; embedded {embedded}" if embedded != usual else "")
+    embedded, whole = TrainSettings.embedded(), TrainSettings.embedded(layers="all")
+    usual, embedded, whole = (getattr(settings, name) for settings in (TrainSettings(), embedded, whole))
+    told = _SAID.get(name, str(usual)) + (f"; embedded {embedded}" if embedded != usual else "")
+    return told + (f", {whole} with --layers all" if whole not in (embedded, "all") else "")

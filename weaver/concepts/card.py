@@ -70,7 +70,8 @@ class ConceptCard:
         """Read a card; raises `ConceptError` for what is none, or lacks something."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            json.dumps(content, ensure_ascii=False).encode()  # as it is written
+        except (OSError, ValueError, RecursionError) as error:
             raise ConceptError(f"has a card that can't be read ({error})") from error
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
             raise ConceptError(f"has a file {path.name} that is no card")

@@ -84,7 +84,8 @@ def load_images(
 
     Pictures are turned as their EXIF orientation says; transparency shows white. A picture's caption is the text file
     of the same name beside it (`cat.jpg`, `cat.txt`), otherwise `template`; `{token}` and `{word}` in either are
-    filled in. Its mask, white or opaque where the concept is, is the picture `cat.mask.png` beside it, if there is one.
+    filled in. Its mask, white or opaque where the concept is, is the picture `cat.mask.png` (or of
+    another kind) beside it, if there is one. Names are compared in lower case.
 
     Parameters
     ----------

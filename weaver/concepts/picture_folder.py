@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,9 +11,10 @@ from weaver.errors import WeaverError
 
 __all__ = ["PassedOverWarning", "caption_file", "mask_file", "picture_files", "picture_paths", "tell_passed_over"]
 
-_CAPTION, _MASK = ".txt", ".mask.png"
+_CAPTION, _MASK = ".txt", ".mask"
 _KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _OTHER_KINDS = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf")
+_LIKE_A_MASK = re.compile(r"(.+)[ _-]mask", re.IGNORECASE)
 _NAMED = 5  # files of which a warning tells
 
 
@@ -21,7 +23,11 @@ class PassedOverWarning(UserWarning):
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The pictures of a folder in the order of their names; `WeaverError` if there are none."""
+    """The pictures of a folder in the order of their names.
+
+    Raises `WeaverError` if there are none, and for one that is called after another as masks are in other programs
+    (`cat_mask.png` beside `cat.jpg`): it would be learned from.
+    """
     if not folder.is_dir():
         raise WeaverError(f"{folder}: no such folder of pictures")
     paths = sorted(path for path in _visible(folder) if _is_of(path, _KINDS))
@@ -29,6 +35,13 @@ def picture_files(folder: Path) -> list[Path]:
         others = sorted(path.name for path in _visible(folder) if _is_of(path, _OTHER_KINDS))
         found = f"; save {_some(others)} as PNG or JPEG" if others else ""
         raise WeaverError(f"{folder}: no pictures in this folder ({', '.join(_KINDS)}){found}")
+    stems = {_stem(path) for path in paths}
+    for path in paths:
+        if (named := _LIKE_A_MASK.fullmatch(path.stem)) and named[1].lower() in stems:
+            raise WeaverError(
+                f"{path}: a picture to learn from, or the mask of {named[1]!r}? Call a mask {named[1]}{_MASK}"
+                f"{path.suffix}, and a picture otherwise"
+            )
     return paths
 
 
@@ -43,8 +56,9 @@ def tell_passed_over(sources: Iterable[Path]) -> None:
     for folder in (source for source in sources if source.is_dir()):
         others = {path for path in _visible(folder) if _is_of(path, _OTHER_KINDS)}
         pictures = others.union(path for path in _visible(folder) if _is_of(path, _KINDS))
-        beside = {path.with_suffix(suffix) for path in pictures for suffix in (_CAPTION, _MASK)}
-        alone = {path for path in _visible(folder) if path.name.endswith((_CAPTION, _MASK))} - beside
+        stems = {_stem(path) for path in pictures}
+        beside = {path for path in _visible(folder) if _is_mask(path) or path.suffix.lower() == _CAPTION}
+        alone = {path for path in beside if _stem(path) not in stems}
         reasons = []
         if others:
             reasons.append(f"{_some(sorted(path.name for path in others))}: save as PNG or JPEG")
@@ -55,15 +69,29 @@ def tell_passed_over(sources: Iterable[Path]) -> None:
 
 
 def caption_file(picture: Path) -> Path | None:
-    """The caption that lies beside a picture, if one does."""
-    beside = picture.with_suffix(_CAPTION)
-    return beside if beside.is_file() else None
+    """The caption that lies beside a picture, if one does: `cat.txt`, in letters of either case."""
+    return next((path for path in _beside(picture) if path.suffix.lower() == _CAPTION), None)
 
 
 def mask_file(picture: Path) -> Path | None:
-    """The mask that lies beside a picture, if one does."""
-    beside = picture.with_suffix(_MASK)
-    return beside if beside.is_file() else None
+    """The mask that lies beside a picture, if one does: `cat.mask.png`, or of another kind of picture."""
+    return next((path for path in _beside(picture) if _is_mask(path)), None)
+
+
+def _beside(picture: Path) -> list[Path]:
+    """The files beside a picture that are called after it, in the order of their names."""
+    if not picture.parent.is_dir():
+        return []
+    return sorted(path for path in _visible(picture.parent) if _stem(path) == _stem(picture) and path != picture)
+
+
+def _stem(path: Path) -> str:
+    """What files of one picture have in common."""
+    return path.stem.lower().removesuffix(_MASK)
+
+
+def _is_mask(path: Path) -> bool:
+    return path.suffix.lower() in _KINDS and path.stem.lower().endswith(_MASK)
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -71,7 +99,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _is_of(path: Path, kinds: tuple[str, ...]) -> bool:
-    return path.suffix.lower() in kinds and not path.name.endswith(_MASK)
+    return path.suffix.lower() in kinds and not _is_mask(path)
 
 
 def _some(names: list[str]) -> str:

@@ -8,9 +8,10 @@ from weaver.choices import LAYERS, OPTIMISERS
 from weaver.errors import WeaverError
 from weaver.values import is_number, is_whole
 
-__all__ = ["CHOICES", "TrainSettings"]
+__all__ = ["CHOICES", "FACTORS_RATE", "WHOLE_RATE", "TrainSettings"]
 
 CHOICES = {"layers": LAYERS, "optimiser": OPTIMISERS}
+WHOLE_RATE, FACTORS_RATE = 1e-5, 1e-4
 _LEAST = dict.fromkeys(("steps", "vectors", "prior_images", "prior_steps", "accumulate"), 1)
 _LEAST |= dict.fromkeys(("rank", "batch", "woven_batch", "prior_batch", "warmup", "views", "seed"), 0)
 _POSITIVE, _NOT_NEGATIVE = ("learning_rate", "token_learning_rate"), ("prior_weight", "prior_guidance")
@@ -29,7 +30,8 @@ class TrainSettings:
         feed-forward, for which there must be a rank: a LoRA that a fusion uses whole.
     optimiser : of the changes of weights: "adamw", as Custom Diffusion has it, or "muon", whose steps are
         orthogonal matrices (arXiv 2502.16982) and learn small details in fewer. The token's vectors are AdamW's.
-    learning_rate : of the changes of weights.
+    learning_rate : of the changes of weights; None for 1e-5, the paper's, of whole changes, and 1e-4, that of
+        diffusers' LoRA examples, of factors, whose product starts from zero.
     token_learning_rate : of the token's vectors; None for `learning_rate`.
     batch : pictures of the concept in a step.
     woven_batch : scenes in a step that show the concept in the place of another of its class, where such are passed in;
@@ -55,7 +57,7 @@ class TrainSettings:
     rank: int = 0
     layers: str = "keys-values"
     optimiser: str = "adamw"
-    learning_rate: float = 1e-5
+    learning_rate: float | None = None
     token_learning_rate: float | None = None
     batch: int = 2
     woven_batch: int = 0
@@ -100,6 +102,8 @@ class TrainSettings:
         return cls(**defaults | changes)
 
     def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", FACTORS_RATE if self.rank else WHOLE_RATE)
         reasons = [
             f"{key} is {getattr(self, key)!r}, expected a whole number, {least} or more"
             for key, least in _LEAST.items()

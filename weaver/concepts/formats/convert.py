@@ -79,7 +79,11 @@ def convert(
     writers = {out: write} | {path: save for path, save in beside.items() if not holds_token(path, concept)}
     there = [path for path in writers if path.exists()]
     if there and not replace:
-        raise ConceptError(f"out: {there[0]} is there already; give --replace, or another --out")
+        how = "; give --replace, or another --out"
+        if there[0] in beside:
+            how = f" with other vectors; give another folder, another --token than {concept.token!r}, or --replace"
+        raise ConceptError(f"out: {there[0]} is there already{how}")
+    notes += [f"{path}: held another token's vectors, which were replaced" for path in there if path in beside]
     with all_or_nothing(out.parent) as scratch:
         for path, write in writers.items():
             write(scratch / path.name)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from weaver.concepts.changes import Delta
+from weaver.concepts.concept import ConceptError
 from weaver.concepts.concept_checks import OUTPUT_BIAS
 from weaver.concepts.formats.opening import OpenedFile, open_tensors
 from weaver.concepts.formats.parsed import ParsedFile
@@ -18,6 +21,7 @@ from weaver_kernels import LowRank
 
 __all__ = ["parse", "recognises"]
 
+_MOST_OF_A_TOKEN = 1 << 20  # bytes
 _ENCODERS = ("text_encoder", "text_encoder_2")
 _TOKENS = ("modifier_token", "modifier_token_2")
 _CHANGED = re.compile(r"(.+\.attn2\.(?:to_q|to_k|to_v|to_out\.0))\.weight")
@@ -128,10 +132,10 @@ def _tokens(opened: OpenedFile) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _tokens_beside(opened: OpenedFile) -> TokenBeside:
-    """The tokens of the files `<...>.bin` in the same folder, `{token: vector}` each."""
+    """The tokens of the files in the same folder that are called after theirs, `<new1>.bin`, `{token: vector}` each."""
     tokens, files = {}, {}
-    for path in sorted(opened.path.parent.glob("<*>.*")):
-        if path.suffix in (".bin", ".safetensors", ".pt"):
+    for path in sorted(opened.path.parent.iterdir()):
+        if path.suffix in (".bin", ".safetensors", ".pt") and _is_a_tokens(path):
             beside = open_tensors(path)
             for token, value in beside.tensors.items():
                 refuse_large(beside, token, value)
@@ -139,6 +143,17 @@ def _tokens_beside(opened: OpenedFile) -> TokenBeside:
             for token, value in beside.tensors.items():
                 tokens[token], files[token] = {_ENCODERS[0]: as_vectors(beside, token, value)}, path.name
     return TokenBeside(tokens, files, "" if tokens else _LACKS)
+
+
+def _is_a_tokens(path: Path) -> bool:
+    """Whether a file is called <...>, or holds one entry, of its own name, and is as small as a token's file."""
+    if path.stem.startswith("<") and path.stem.endswith(">"):
+        return True
+    if path.stat().st_size > _MOST_OF_A_TOKEN:
+        return False
+    with suppress(ConceptError):
+        return list(open_tensors(path).tensors) == [path.stem]
+    return False
 
 
 def _mapping(opened: OpenedFile, key: str) -> Mapping[str, object]:

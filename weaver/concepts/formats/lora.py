@@ -141,7 +141,7 @@ def _from_kohya(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if alpha is not None:
             if alpha.numel() != 1:
                 raise Refusal(f"{name}.alpha has shape {tuple(alpha.shape)}, expected a number: fetch the file again")
-            tensors[up] = _times(tensors[up], alpha.float().item() / rank)
+            tensors[up] = _times(tensors[up], _checked(alpha.float().item()) / rank)
         middle = tensors.pop(f"{name}.lora_mid.weight", None)
         if middle is not None:
             if middle.ndim != 4 or middle.shape[1] != rank:
@@ -230,9 +230,13 @@ class _Scales:
             alpha = next(matches, self._config.get("lora_alpha", rank))
         except (TypeError, AttributeError) as error:
             raise Refusal(f"its alphas are not by names of modules ({told(str(error))})") from error
-        if not is_number(alpha) or abs(alpha) > _MOST_ALPHA:
-            raise Refusal(f"its alpha is {told(alpha)}, expected a number up to {_MOST_ALPHA:g}: save it again")
-        return alpha / (sqrt(rank) if self._config.get("use_rslora") else rank)
+        return _checked(alpha) / (sqrt(rank) if self._config.get("use_rslora") else rank)
+
+
+def _checked(alpha: object) -> float:
+    if not is_number(alpha) or abs(alpha) > _MOST_ALPHA:
+        raise Refusal(f"its alpha is {told(alpha)}, expected a number up to {_MOST_ALPHA:g}: save it again")
+    return alpha
 
 
 def _ends(path: str, pattern: str) -> bool:

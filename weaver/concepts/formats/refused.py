@@ -49,6 +49,7 @@ _KINDS = [
         "whole differences of weights or biases (LyCORIS' full, or beside a LoRA), which can't be fused",
         _AS_LORA,
     ),
+    _Kind(r"\.(hra_u|fourierft_spectrum)(\.|$)", "an HRA or FourierFT (not factors of a product)", _TRAIN),
     _Kind(r"\.ia3_l(\.|$)|\.on_input$", "an (IA)^3 (factors for activations), not added to weights", _TRAIN),
     _Kind(r"^\d+\.\d+\.", "a hypernetwork", _TRAIN),
     _Kind(r"^(image_proj|ip_adapter)\.", "an IP-Adapter", _TRAIN),
