@@ -1,9 +1,10 @@
 """Take the demonstration's sheet into the README: ``make demo``, then ``python -m benchmarks.embedded_demo [FOLDER]``
 
-It must be of the whole demonstration, as its manifest tells, and the concepts that it trained the shipped ones, number
-by number. The sheet becomes `docs/demo.png`, and what it was made with goes to `benchmarks/results/embedded_demo.json`,
-with the seconds that its `report.json` tells and the name of this machine: take it on the one that ran it. What the
-report says was cached took no time; a training that was interrupted has taken more than is told.
+Its model, prompt, seed, steps, amounts and concepts must be the demonstration's, the concepts trained in that run and
+the shipped ones, number by number, and nothing taken from the cache (`make demo ARGS='--cache off'` after a first
+one). The sheet becomes `docs/demo.png`, and what it was made with goes to `benchmarks/results/embedded_demo.json`, with
+the seconds that its `report.json` tells and the name of this machine: take it on the one that ran it. A training that
+was interrupted has taken more than is told.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ def unlike_the_demo(folder: Path) -> list[str]:
         untrained += [name for name in names if not (folder / "concepts" / f"{name}.safetensors").exists()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"manifest.json is none of a run ({type(error).__name__}: {error})"]
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    if cached := report.get("cached"):
+        reasons.append(f"{' and '.join(cached)} taken from the cache (--cache off computes them)")
     if untrained:
         reasons.append(f"not trained in this run: {', '.join(dict.fromkeys(untrained))}")
     return reasons
@@ -82,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ran_on = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["job"]["device"]
     told = {"model": model_hash(), "concepts": concept_hashes(names), "docs/demo.png": digest}
     told |= {"machine": device_name(torch.device(ran_on))}
-    told |= {key: report[key] for key in ("stages", "total_seconds", "cached") if key in report}
+    told |= {key: report[key] for key in ("stages", "total_seconds")}
     RECORD.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -94,6 +94,8 @@ def invented(source: Source, scene: Scene, number: int) -> bool:
         found = source(scene.image, f"{animals} and a {word}, {ground}", [*words, word])
     except NotFoundError as error:
         return word not in error.words
+    except MaskError:
+        return False
     return bool(found[-1].any())
 
 

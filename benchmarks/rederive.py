@@ -28,6 +28,10 @@ __all__ = ["STEPS", "Step", "main"]
 ROOT = Path(__file__).parents[1]
 DONE = ROOT / "outputs" / "rederive" / "done.json"
 _TABLE = "tests/test_evaluation_recorded.py"
+_RECORDS = " ".join(
+    f"tests/test_{name}.py"
+    for name in ("benchmarks_embedded_demo", "benchmarks_embedded_methods", "benchmarks_embedded_sites", "masks_edges")
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,6 @@ class Step:
 
 STEPS = (
     Step("derive", "-m weaver.embedded.training derive", "helpers, concept files, gates, samples, model card", "model"),
-    Step("sites", "-m benchmarks.embedded_sites --record", "embedded_sites.json", "concepts"),
     Step(
         "sweep",
         "-m benchmarks.embedded_evaluation --sweep --record",
@@ -56,6 +59,7 @@ STEPS = (
         "concepts",
     ),
     Step("defaults", f"-m pytest {_TABLE} -k defaults", "whether weaver/defaults.py has what the sweep chose"),
+    Step("sites", "-m benchmarks.embedded_sites --record", "embedded_sites.json"),
     Step(
         "evaluate",
         "-m benchmarks.embedded_evaluation --record",
@@ -63,11 +67,15 @@ STEPS = (
     ),
     Step("seeds", "-m benchmarks.embedded_seeds --record", "embedded_seeds.json"),
     Step("lora", "-m benchmarks.embedded_lora --record", "embedded_lora.json, docs/whole_loras.png"),
-    Step("methods", "-m benchmarks.embedded_methods --record", "embedded_methods.json, docs/methods.png"),
-    Step("masks", "-m benchmarks.mask_sources --record", "mask_sources.json"),
-    Step("demo", "-m weaver demo --out outputs/demo", "outputs/demo"),
+    Step(
+        "methods",
+        "-m benchmarks.embedded_methods --record",
+        "embedded_methods.json, docs/methods.png, README",
+    ),
+    Step("masks", "-m benchmarks.mask_sources --record", "mask_sources.json, a table of the README"),
+    Step("demo", "-m weaver demo --cache off --out outputs/demo", "outputs/demo"),
     Step("sheet", "-m benchmarks.embedded_demo outputs/demo", "docs/demo.png, embedded_demo.json"),
-    Step("hashes", f"-m pytest tests/test_embedded_model.py {_TABLE}", "whether all of it is of these weights"),
+    Step("hashes", f"-m pytest tests/test_embedded_model.py {_TABLE} {_RECORDS}", "whether all is of these weights"),
 )
 
 
@@ -95,7 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="forget what was done")
     args = parser.parse_args(argv)
     done = json.loads(DONE.read_text(encoding="utf-8")) if DONE.exists() and not args.again else {}
-    steps = STEPS[names.index(args.after) + 1 if args.after else 0 :]
+    first = names.index(args.after) + 1 if args.after else 0
+    if first and not args.list:
+        _keep(done | {step.name: {"of": made_of(step)} for step in STEPS[:first]})
+        done = json.loads(DONE.read_text(encoding="utf-8"))
+    steps = STEPS[first:]
     for number, step in enumerate(steps, 1):
         skipped = is_done(step, done)
         print(f"[{number}/{len(steps)}] {step.name}: {step.makes}{' (done before)' * skipped}", flush=True)
@@ -103,12 +115,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         started = time.monotonic()
         if code := subprocess.run([sys.executable, *shlex.split(step.command)], cwd=ROOT).returncode:
-            print(f"{step.name} ended with {code}; the same command goes on from it", file=sys.stderr)
+            print(f"{step.name} ended with {code}; `make rederive` goes on from it", file=sys.stderr)
             return code
         done[step.name] = {"of": made_of(step), "seconds": round(time.monotonic() - started)}
-        DONE.parent.mkdir(parents=True, exist_ok=True)
-        DONE.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
+        _keep(done)
     return 0
+
+
+def _keep(done: Mapping[str, Mapping]) -> None:
+    DONE.parent.mkdir(parents=True, exist_ok=True)
+    DONE.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

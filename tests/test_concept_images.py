@@ -212,6 +212,7 @@ def test_names_beside_a_picture_are_compared_in_lower_case(tmp_path):
     for name in ("0.mask.jpg", "1.mask.PNG", "2.MASK.png"):
         Image.new("L", (16, 16), 255).save(tmp_path / name)
     (tmp_path / "0.TXT").write_text("a {token} {word} in letters")
+    (tmp_path / "1.txt").mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = load_images(tmp_path, "<v1>", "cat")
@@ -227,3 +228,10 @@ def test_what_looks_like_another_picture_s_mask_is_not_learned_from(tmp_path, na
         load_images(tmp_path, "<v1>", "cat")
     (tmp_path / "0.jpg").unlink()
     assert len(load_images(tmp_path, "<v1>", "cat").images) == 1
+
+
+def test_a_caption_of_a_mask_is_no_caption(tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "0.png")
+    (tmp_path / "0.mask.txt").write_text("a {token} {word}, wrongly")
+    with pytest.warns(PassedOverWarning, match=r"0\.mask\.txt: beside no picture"):
+        assert load_images(tmp_path, "<v1>", "cat").captions == ("a <v1> cat",)

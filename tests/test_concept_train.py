@@ -307,7 +307,7 @@ def test_impossible_settings(changes, message):
         ({"captions": ["a <v1> cat"]}, "2 pictures and 1 captions"),
         ({"captions": ["a cat"] * 2}, "token '<v1>' is not in its prompt 'a cat'"),
         ({"prior": TrainingSet(tuple(pictures(1)), ("a <v1> cat",))}, "prior caption 'a <v1> cat' holds the token"),
-        ({"word": " "}, "class word ' ' is empty; write what it is"),
+        ({"word": " "}, "class word ' ' means nothing"),
         ({"token": "<rex> dog"}, "token '<rex> dog' is empty or has white space in it; write one such as '<v1>'"),
         ({"token": "<>"}, "token '<>' is empty"),
         ({"token": "cat", "captions": ["a cat cat"] * 2}, "token 'cat' stands in the class word 'cat'; .* '<cat>'"),

@@ -437,7 +437,7 @@ def test_a_token_file_of_the_same_vectors_is_no_conflict(concept, tmp_path):
             first.files[1].write_bytes((tmp_path / content).read_bytes())
         else:
             replaced = convert(other, "diffusers-lora", tmp_path / "first.safetensors", replace=True)
-            assert any("<v1>.safetensors: held another token's vectors, which were" in note for note in replaced.notes)
+            assert any("<v1>.safetensors: held other vectors, which were" in note for note in replaced.notes)
         with pytest.raises(ConceptError, match="is there already with other vectors; give another folder, an"):
             convert(concept, "kohya-lora", tmp_path / "third.safetensors")
     assert not (tmp_path / "third.safetensors").exists()

@@ -84,6 +84,10 @@ def test_the_defaults_and_every_arm_are_what_the_recorded_sweep_chose():
     assert list(chosen) == [arm.name for arm in ARMS]
     assert arm_of(FULL).chosen == default_settings(), "the embedded model's defaults are not what the sweep chose"
     assert record["cases"] == [case.name for case in sweep_cases()]
+    if "prompts" in record:  # of a sweep before they were kept the README says what was another
+        assert record["prompts"] == [case.prompt.text_with_tokens for case in sweep_cases()]
+    else:
+        assert "made before one of its prompts" in README
     for name, found in record["arms"].items():
         best = max(found["tried"], key=lambda one: tuple(one["score"]))
         assert found["tried"][0]["values"] == {key: ORIGIN[key] for key in found["chosen"]}, name

@@ -106,7 +106,5 @@ def test_a_layer_of_a_text_encoder_under_two_names_is_refused(tmp_path):
 def test_an_alpha_of_kohyas_that_can_not_be_is_refused(file):
     tensors, metadata = read(kohya(file))
     key = next(key for key in tensors if key.endswith(".alpha"))
-    with pytest.raises(
-        ConceptError, match=r"its alpha is 1\.0+e\+30|its alpha is 1e\+30|expected a number up to 1e\+06"
-    ):
+    with pytest.raises(ConceptError, match=r"its alpha is 1\.0+\d*e\+30, expected a number up to 1e\+06"):
         parsed_of(tensors | {key: torch.tensor(1e30)}, metadata)

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from weaver.masks.assign import Found, NotFoundError, Wish, assign
+from weaver.masks.assign import Found, NotFoundError, Wish, _noun, assign
 from weaver.masks.compose import MaskError
 
 SIZE = (20, 60)
@@ -191,5 +191,8 @@ def test_phrases_are_of_one_class_where_their_noun_is_the_same():
         twice = [found(first, 10, 0.9, right=20), found(second, 10, 0.8, right=17)]
         with pytest.raises(NotFoundError, match="each an object of its own"):
             assign(twice, [Wish(first), Wish(second)])
+    pairs = (("the sitting dog", "dog"), ("red sitting dog", "dog wearing a hat"), ("a dog lying on the sofa", "dog"))
+    assert all(_noun(first) == _noun(second) == "dog" for first, second in pairs)
+    assert _noun("the sitting cat") == "cat" and _noun("white ring") == "ring" and _noun("the") == "the"
     apart = [found("hat", 10, 0.9, right=20), found("dog with a hat", 10, 0.8, right=17)]
     assert assign(apart, [Wish("hat"), Wish("dog with a hat")]) == [0, 1]

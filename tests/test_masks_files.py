@@ -176,6 +176,12 @@ def test_an_empty_mask_says_what_may_have_been_meant(tmp_path):
             load_mask(path, SHAPE.shape)
     Image.fromarray(levels).save(path)
     assert np.array_equal(load_mask(path, SHAPE.shape, label=2).numpy(), levels == 2)
+    small = np.zeros((96, 96), np.uint8)
+    small[:2, :2] = 255
+    Image.fromarray(small).save(path)
+    for label in (None, 255):
+        with pytest.raises(MaskError, match="empty: what is inside is cut off, or too small at the template's size"):
+            load_mask(path, (12, 12), label=label)
 
 
 def test_what_is_larger_is_averaged_over_areas(tmp_path):

@@ -51,11 +51,10 @@ def test_the_sheet_tells_whether_the_background_was_kept(job_folder, tmp_path, m
     [
         (TemplateSpec(image=Path("photo.jpg")), "from a picture"),
         (TemplateSpec(model="same"), "from the prompt, by the base model"),
-        (TemplateSpec(), "from the prompt, by the base model"),
         (TemplateSpec(model="embedded"), "from the prompt, by the embedded model"),
         (TemplateSpec(model="stabilityai/sdxl-turbo"), "from the prompt, by stabilityai/sdxl-turbo"),
     ],
-    ids=["picture", "same", "untold", "embedded", "hub"],
+    ids=["picture", "same", "embedded", "hub"],
 )
 def test_the_sheet_names_the_model_of_the_template(spec, told):
     assert outputs._template_source(spec) == told

@@ -39,7 +39,7 @@ def test_a_step_makes_every_recorded_figure_of_the_embedded_model():
     results = rederive.ROOT / "benchmarks" / "results"
     for path in results.glob("*.json"):
         assert path.name in made and "model" in json.loads(path.read_text(encoding="utf-8")), path.name
-    for name in ("demo.png", "failures.png", "sweep.svg", "whole_loras.png"):
+    for name in ("demo.png", "failures.png", "methods.png", "sweep.svg", "whole_loras.png"):
         assert f"docs/{name}" in made
 
 
@@ -55,6 +55,15 @@ def test_a_stopped_run_goes_on_with_the_step_that_failed(ran, capsys):
     assert rederive.main([]) == 0 and ran.names == []
     assert rederive.main(["--list"]) == 0 and ran.names == []
     assert rederive.main(["--again", "--after", "methods"]) == 0 and ran.names == every[every.index("methods") + 1 :]
+
+
+def test_what_was_done_by_itself_is_not_done_again(ran):
+    every = [step.name for step in rederive.STEPS]
+    ran.fails.add("defaults")
+    assert rederive.main(["--after", "derive"]) == 3 and ran.names == every[1 : every.index("defaults") + 1]
+    ran.names.clear()
+    ran.fails.clear()
+    assert rederive.main([]) == 0 and ran.names == every[every.index("defaults") :]
 
 
 def test_a_step_is_done_again_where_what_it_follows_from_changed(ran, monkeypatch, tmp_path):

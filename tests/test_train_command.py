@@ -184,6 +184,7 @@ def test_the_embedded_models_own_defaults(tmp_path):
         (["--token", "<../esc>"], "--token: '<../esc>' makes no name of a file; tell the concept's by --out"),
         (["--out", "."], "--out: . must end in .safetensors"),
         (["--at-once", "0"], "--at-once: is 0, expected 1 or more"),
+        (["--word", " ", "--model", "nowhere"], "--word: ' ' is empty; write what it is, such as dog"),
         (["--checkpoint-every", "0"], "--checkpoint-every: is 0, expected 1 or more"),
         (["--vectors", "90"], "stands for 90 vectors, and the prompt 'a <v1> cat' has room for 13 of them"),
         (["--steps", "0"], "steps is 0, expected a whole number, 1 or more"),

@@ -41,7 +41,7 @@ def defaults_for(pipe) -> Defaults:
 
 def embedded_defaults() -> Defaults:
     """Of the embedded model: guidance, lambda and windows as `weaver evaluate --sweep` chose them, recorded in
-    `weaver/evaluation/chosen.json`; sites and eta are among the best of `benchmarks/embedded_sites.py`.
+    `weaver/evaluation/chosen.json`; sites and eta tie with most of `benchmarks/embedded_sites.py`.
     """
     return Defaults(guidance=2.5, template_guidance=3.0, suppression=0.0, sites=EMBEDDED, eta=0.5)
 

@@ -144,7 +144,7 @@ def _template_source(spec: TemplateSpec) -> str:
     """Where a template is from; a folder's model by the folder's name."""
     if spec.image:
         return "from a picture"
-    names = {None: "the base model", SAME_MODEL: "the base model", "embedded": "the embedded model"}
+    names = {SAME_MODEL: "the base model", "embedded": "the embedded model"}
     model = names.get(spec.model) or (Path(spec.model).name if Path(spec.model).is_dir() else spec.model)
     return f"from the prompt, by {model}"
 

@@ -16,6 +16,7 @@ from weaver.sizes import format_bytes
 
 __all__ = ["add_parser"]
 
+_WIDEST = 40  # letters of a cell of the list
 _ACTIONS = "add | list | show | remove | verify | convert"
 
 
@@ -92,14 +93,15 @@ def _list(args: argparse.Namespace) -> int:
     for entry in entries:
         card = entry.card
         if card is None:
-            rows.append((entry.name, f"- {entry.fault}", "", "", "", ""))
+            rows.append((entry.name, f"- {printable(entry.fault)}", "", "", "", ""))
         else:
             base = card.base[:12] or "any that it fits"
             rows.append((card.name, card.token, card.word, card.method, format_bytes(card.bytes), base))
+    rows = [tuple(printable(cell, _WIDEST) for cell in row) if row[-1] else row for row in rows]
     whole = [row for row in rows if row[-1]]
     widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
     for row in rows:
-        print(printable("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()))
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     total = format_bytes(sum(entry.card.bytes for entry in entries if entry.card))
     print(f"{bank.folder}: {_count(len(entries))} ({total})")
     return 0
@@ -122,7 +124,7 @@ def _show(args: argparse.Namespace) -> int:
         return 0
     print_summary(path, summary)
     if card is None:
-        print(f"  card: {fault}")
+        print(f"  card: {printable(fault)}")
         return 0
     print(f"  card: {printable(_called(card))}, from {printable(card.method)}, SHA-256 {card.sha256[:12]}")
     for preview in card.previews:

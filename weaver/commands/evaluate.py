@@ -38,7 +38,11 @@ def add_parser(commands, epilog: str) -> None:
     kind.add_argument(
         "--sweep", action="store_true", help="search each arm's settings on other prompts and seeds: sweep.json"
     )
-    parser.add_argument("--arms", metavar="NAMES", help="some of the arms only, with commas between")
+    parser.add_argument(
+        "--arms",
+        metavar="NAMES",
+        help="some of the arms only (all; of --quick and --sweep those at their best)",
+    )
     parser.add_argument("--processes", type=int, metavar="N", help="how many work at once (one a core)")
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
     parser.set_defaults(command=_evaluate, offline=False, ended="the same command goes on where it was")
@@ -120,7 +124,7 @@ def _keep_larger(folder: Path, pictures: int, arms: Collection[str]) -> None:
         return
     if others or more:
         of = f"{there['pictures']} pictures by {len(there['settings'])} arms"
-        raise WeaverError(f"--out: {folder} has results of {of}, more than are asked for: name another folder")
+        raise WeaverError(f"--out: {folder} has results of {of}, which would be written over: name another folder")
 
 
 def _time(minutes: float) -> str:

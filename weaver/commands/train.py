@@ -88,8 +88,10 @@ def _train(args: argparse.Namespace) -> int:
     for name in ("at_once", "checkpoint_every"):
         if (count := getattr(args, name)) is not None and count < 1:
             raise WeaverError(f"--{name.replace('_', '-')}: is {count}, expected 1 or more")
-    for reason in naming_reasons(args.token, args.word):
-        raise WeaverError(f"--token: {reason}")
+    if not args.word.strip():
+        raise WeaverError(f"--word: {args.word!r} is empty; write what it is, such as dog")
+    if reasons := naming_reasons(args.token, args.word):
+        raise WeaverError(f"--token: {'; '.join(reasons)}")
     validation = None
     if args.validate:
         for prompt in args.validate:

@@ -68,6 +68,8 @@ def read_concept_tensors(path: Path, groups: tuple[str, ...]) -> tuple[dict[str,
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         texts = {key: metadata[key] for key in _TEXTS} | {key: json.loads(metadata[key]) for key in _OBJECTS}
         json.dumps(texts, ensure_ascii=False).encode()  # half of a pair of surrogates can't be written again
+    except ConceptError:
+        raise
     except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise ConceptError(f"{path}: not a readable safetensors file, or cut short ({error})") from error
     found: dict[str, dict] = {group: {} for group in groups}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -70,24 +71,25 @@ def tell_passed_over(sources: Iterable[Path]) -> None:
 
 def caption_file(picture: Path) -> Path | None:
     """The caption that lies beside a picture, if one does: `cat.txt`, in letters of either case."""
-    return next((path for path in _beside(picture) if path.suffix.lower() == _CAPTION), None)
+    return _beside(picture, (_CAPTION,))
 
 
 def mask_file(picture: Path) -> Path | None:
     """The mask that lies beside a picture, if one does: `cat.mask.png`, or of another kind of picture."""
-    return next((path for path in _beside(picture) if _is_mask(path)), None)
+    return _beside(picture, tuple(_MASK + kind for kind in _KINDS))
 
 
-def _beside(picture: Path) -> list[Path]:
-    """The files beside a picture that are called after it, in the order of their names."""
-    if not picture.parent.is_dir():
-        return []
-    return sorted(path for path in _visible(picture.parent) if _stem(path) == _stem(picture) and path != picture)
+def _beside(picture: Path, endings: tuple[str, ...]) -> Path | None:
+    """The first file beside a picture that is called after it, with one of the endings."""
+    wanted = {f"{picture.stem.lower()}{ending}" for ending in endings}
+    names = sorted(os.listdir(picture.parent)) if picture.parent.is_dir() else []
+    found = (picture.parent / name for name in names if name.lower() in wanted)
+    return next((path for path in found if path.is_file()), None)
 
 
 def _stem(path: Path) -> str:
     """What files of one picture have in common."""
-    return path.stem.lower().removesuffix(_MASK)
+    return path.stem.lower().removesuffix(_MASK) if _is_mask(path) else path.stem.lower()
 
 
 def _is_mask(path: Path) -> bool:

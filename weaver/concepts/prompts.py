@@ -158,8 +158,6 @@ def _whole(text: str, flags: int = 0) -> re.Pattern[str]:
 
 def naming_reasons(token: str, word: str) -> list[str]:
     """What is wrong with a token that is to be learned with a class word; empty when nothing is."""
-    if not word.strip():
-        return [f"class word {word!r} is empty; write what it is, such as 'dog'"]
     if not token.strip("<>") or any(letter.isspace() for letter in token):
         return [f"token {token!r} is empty or has white space in it; write one such as '<v1>'"]
     if names_token(f"a {word}", token):

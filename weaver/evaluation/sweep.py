@@ -146,6 +146,7 @@ def sweep(
     names = sorted({n for c in cases for n in (*c.prompt.concepts, c.prompt.background) if n})
     record = {"version": __version__, **made_with(), "concepts": concept_hashes(names)}
     record |= {"objective": OBJECTIVE, "budget": budget, "steps": steps, "cases": [c.name for c in cases]}
+    record["prompts"] = [case.prompt.text_with_tokens for case in cases]
     record["arms"] = {arm.name: _told(tried) for arm, tried in zip(arms, found, strict=True)}
     with whole_file(folder / "sweep.json") as unfinished:
         unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

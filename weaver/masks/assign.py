@@ -19,11 +19,10 @@ other classes, this part of both together: glasses are not their man."""
 _LEAST_AGREEMENT = 0.1  # of a box that tells which object is meant
 _SHOWN = 8  # objects in a message
 
-_FOLLOWERS = frozenset(
-    "above at behind below beside between by carrying facing from holding in inside looking lying near next of on "
-    "running sitting standing that to under wearing which who with without".split()
-)
-"""Words that end a noun in a phrase."""
+_LINKS = "above at behind below beside between by from in inside near next of on that to under which who with without"
+_LINKS = frozenset(_LINKS.split())
+_ARTICLES = frozenset("a an the his her its their".split())
+"""What parts a noun from what tells it apart; and, with these, what follows a participle that does so."""
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -162,8 +161,13 @@ def _same(masks: torch.Tensor, words: Sequence[str]) -> torch.Tensor:
 def _noun(phrase: str) -> str:
     """What a phrase is of: the last word before what tells it apart, "dog" of "the white dog with a hat"."""
     words = phrase.lower().split()
-    ends = [place for place, word in enumerate(words) if word in _FOLLOWERS and place]
-    return words[(ends or [len(words)])[0] - 1]
+    while len(words) > 1 and words[0] in _ARTICLES:
+        words = words[1:]
+    for place, word in enumerate(words[1:], start=1):
+        after = words[place + 1 : place + 2]
+        if word in _LINKS or (word.endswith("ing") and after and after[0] in _LINKS | _ARTICLES):
+            return words[place - 1]  # "dog sitting on a chair", but "red sitting dog"
+    return words[-1]
 
 
 def _is_group(index: int, others: Sequence[int], masks: torch.Tensor, same: torch.Tensor) -> bool:

@@ -45,6 +45,7 @@ def load_mask(
         values = shapes_mask(path, source_size or size, label).numpy()
     else:
         values = _inside(open_picture(path), path, label)
+    held = values.any()
     if values.shape != tuple(size):
         wanted = dict.fromkeys(map(tuple, [size] if source_size is None else [size, source_size]))
         if not any(same_shape(values.shape, shape) for shape in wanted):
@@ -59,14 +60,15 @@ def load_mask(
         way = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
         values = np.asarray(fit(picture, size, way)) >= 0.5
     if not values.any():
-        raise MaskError(f"{path}: the mask is empty{_hint(path, label)}")
+        hint = ": what is inside is cut off, or too small at the template's size" if held else _hint(path)
+        raise MaskError(f"{path}: the mask is empty{hint}")
     return torch.from_numpy(np.array(values))
 
 
-def _hint(path: str | os.PathLike, label: int | str | None) -> str:
+def _hint(path: str | os.PathLike) -> str:
     """What a picture without anything inside may have been meant to be."""
-    if is_shapes_file(path) or label is not None:
-        return "" if label is None else f": label {label} covers too little of it to be seen at the template's size"
+    if is_shapes_file(path):
+        return ""
     image = open_picture(path)
     if telling_alpha(image) is not None:
         return ": none of it is opaque by a half; paint it solid"

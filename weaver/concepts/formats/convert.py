@@ -83,7 +83,7 @@ def convert(
         if there[0] in beside:
             how = f" with other vectors; give another folder, another --token than {concept.token!r}, or --replace"
         raise ConceptError(f"out: {there[0]} is there already{how}")
-    notes += [f"{path}: held another token's vectors, which were replaced" for path in there if path in beside]
+    notes += [f"{path}: held other vectors, which were replaced" for path in there if path in beside]
     with all_or_nothing(out.parent) as scratch:
         for path, write in writers.items():
             write(scratch / path.name)

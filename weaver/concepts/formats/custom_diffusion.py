@@ -135,7 +135,7 @@ def _tokens_beside(opened: OpenedFile) -> TokenBeside:
     """The tokens of the files in the same folder that are called after theirs, `<new1>.bin`, `{token: vector}` each."""
     tokens, files = {}, {}
     for path in sorted(opened.path.parent.iterdir()):
-        if path.suffix in (".bin", ".safetensors", ".pt") and _is_a_tokens(path):
+        if path.suffix in (".bin", ".safetensors", ".pt") and path.is_file() and _is_a_tokens(path):
             beside = open_tensors(path)
             for token, value in beside.tensors.items():
                 refuse_large(beside, token, value)

@@ -204,9 +204,9 @@ everything derived from them. Half of the drawings are repainted (palette colour
 them not told in the caption), and a fifth of the backgrounds, so that a word stands for more than one look. A third of
 the captions leave animals or the background out: in fusion a concept's prompt does not name its neighbours, and must
 not paint them over. The curves lie beside the weights (`weights/curve_*.jsonl`).
-These trainings, each from where the one before ended, made the weights. Of those with "these" under settings kept, what
-this table shows is known and at most the loop's own numbers besides: scenes, seeds, optimisers, whether they were
-compiled and the version of the code were not written down.
+These trainings, each from where the one before ended, made the weights. Under settings kept, "all" is everything that a
+training follows from; of those with "these" only what this table shows, and perhaps the loop's own numbers, was written
+down: no scenes, seeds, optimisers or version of the code.
 
 | part | device | minutes | processes x batch | peak learning rate | samples | PSNR in dB, or loss | settings kept |
 |---|---|---|---|---|---|---|---|
