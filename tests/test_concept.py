@@ -154,8 +154,7 @@ def test_load_refuses_other_contents_naming_them(saved, metadata, tensors, messa
     rewrite(saved, tensors, metadata)
     with pytest.raises(ConceptError, match=message) as raised:
         Concept.load(saved)
-    assert str(saved) in str(raised.value)
-    assert isinstance(raised.value, WeaverError)
+    assert str(raised.value).count(str(saved)) == 1 and isinstance(raised.value, WeaverError)
 
 
 def test_every_reason_is_told_at_once(tiny_pipe):
