@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.tables import put_between
+from benchmarks.tables import into_readme
 from weaver.cli import main as weaver
 from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, PARTS, Arm
 from weaver.evaluation.charts import curves
@@ -131,7 +131,7 @@ def main() -> int:
     if args.record:
         shutil.copyfile(args.out / "results.json", RESULTS / "embedded_evaluation.json")
         failures(args.out).save(FAILURES, optimize=True)
-        put_between(ROOT / "README.md", MARKS, tables(record))
+        into_readme(MARKS, tables(record))
     return 0
 
 

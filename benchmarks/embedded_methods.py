@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.embedded_lora import for_docs
 from benchmarks.embedded_seeds import RESULTS
-from benchmarks.tables import put_between, table
+from benchmarks.tables import README, into_readme, table
 from weaver import Concept, TrainSettings, train_concept
 from weaver.commands.seeds import with_seed
 from weaver.concepts.bank import prior_and_scenes
@@ -44,7 +44,6 @@ from weaver.pictures import grid
 from weaver.run import run_job
 from weaver.version import __version__
 
-README = Path(__file__).parents[1] / "README.md"
 PICTURE = README.parent / "docs" / "methods.png"
 MARKS = (
     "<!-- ways to learn: written by python -m benchmarks.embedded_methods --record -->",
@@ -167,7 +166,7 @@ def main() -> None:
     whole.save(args.out / "methods.png")
     if args.record:
         for_docs(whole).save(PICTURE, optimize=True)
-        put_between(README, MARKS, markdown(found))
+        into_readme(MARKS, markdown(found))
         told["docs/methods.png"] = hashlib.sha256(PICTURE.read_bytes()).hexdigest()
     for place in [args.out] + [RESULTS] * args.record:
         (place / "embedded_methods.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.tables import put_between
+from benchmarks.tables import into_readme
 from benchmarks.tables import table as markdown
 from weaver.embedded import load_pipeline, model_hash
 from weaver.embedded.drawings import ANIMALS
@@ -31,7 +31,6 @@ from weaver.masks.assign import NotFoundError
 from weaver.models import quiet_libraries
 
 RESULTS = Path(__file__).parent / "results" / "mask_sources.json"
-README = Path(__file__).parents[1] / "README.md"
 MARKS = "<!-- mask sources: written by python -m benchmarks.mask_sources --record -->", "<!-- mask sources end -->"
 
 # Finds words in a picture that a prompt describes: [N, height, width] bool, one mask a word.
@@ -141,7 +140,7 @@ def main() -> None:
     if args.record:
         told = {"model": model_hash(), "scenes": len(scenes), "sources": figures, "live_contexts": live}
         RESULTS.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        put_between(README, MARKS, table(figures))
+        into_readme(MARKS, table(figures))
 
 
 if __name__ == "__main__":

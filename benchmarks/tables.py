@@ -8,7 +8,9 @@ from pathlib import Path
 from weaver.errors import WeaverError
 from weaver.folder import whole_file
 
-__all__ = ["MISSING", "between", "is_gpu", "put_between", "table"]
+__all__ = ["MISSING", "README", "between", "into_readme", "is_gpu", "table"]
+
+README = Path(__file__).parents[1] / "README.md"
 
 MISSING = "not yet measured"
 
@@ -32,8 +34,8 @@ def between(text: str, marks: tuple[str, str], found: str) -> str:
     return f"{before}{start}\n{found}\n{end}{after}"
 
 
-def put_between(file: Path, marks: tuple[str, str], found: str) -> None:
-    """Write into a file what was found, between the two comments that mark its place."""
-    text = between(file.read_text(encoding="utf-8"), marks, found)
-    with whole_file(file) as partial:
+def into_readme(marks: tuple[str, str], found: str) -> None:
+    """Write into the README what was found, between the two comments that mark its place."""
+    text = between(README.read_text(encoding="utf-8"), marks, found)
+    with whole_file(README) as partial:
         partial.write_text(text, encoding="utf-8")

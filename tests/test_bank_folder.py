@@ -16,18 +16,14 @@ import torch
 from conftest import TEXT_LENGTH, make_concept, make_pipeline
 from filelock import FileLock
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from benchmarks import rows
 from benchmarks.model_shapes import write_model
 from weaver import FusionPlan, load_concept
 from weaver.concepts import bank_folder
 from weaver.concepts.bank_folder import BankFolder, Kept
-from weaver.concepts.card import ConceptCard
 from weaver.concepts.concept import Concept, ConceptError, attn2_projections
 from weaver.concepts.formats.convert import convert
-from weaver.embedded import concept_path
 from weaver.errors import WeaverError
 from weaver.fusion import ConceptUse
 from weaver.memory.shapes import load_shapes
@@ -312,19 +308,3 @@ def test_what_a_concept_takes_of_stable_diffusion(pipe, rex, tmp_path):
     plan = FusionPlan.build(pipe, [ConceptUse(rex)], torch.ones(1, 32, 32), prompt="a dog", height=32, width=32)
     of_one = sum(x.numel() // len(x) for kv in plan.keys_values.values() for x in (kv.keys, kv.values))
     assert of_one == TEXT_LENGTH * sum(linear.out_features for linear in attn2_projections(pipe.unet).values())
-
-
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "1" * 5000 + "}", '{"a": "\\ud800"}'])
-def test_texts_of_a_file_or_a_card_that_can_not_be_read(tmp_path, text):
-    """Brackets without end, a number of too many digits, half a pair of surrogates."""
-    path = tmp_path / "odd.safetensors"
-    with safe_open(concept_path("pug"), framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        save_file(tensors, path, metadata=file.metadata() | {"settings": text})
-    with pytest.raises(ConceptError, match=r"odd\.safetensors: not a readable safetensors file"):
-        Concept.load(path)
-    (tmp_path / "odd.json").write_text(text)
-    with pytest.raises(ConceptError, match="has a card that can't be read"):
-        ConceptCard.load(tmp_path / "odd.json")
-    bank = BankFolder(tmp_path)
-    assert [(entry.name, entry.card) for entry in bank.entries()] == [("odd", None)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from benchmarks.embedded_methods import ANIMALS, GROUND, MARKS, README, figures, markdown
+from benchmarks.embedded_methods import ANIMALS, GROUND, MARKS, figures, markdown
 from benchmarks.embedded_seeds import RESULTS
+from benchmarks.tables import README
 
 
 def row(own: float, *, ground: float = 0.9) -> dict:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.mask_sources import MARKS, README, RESULTS, invented, live_contexts, measure, table, true_masks
+from benchmarks.mask_sources import MARKS, RESULTS, invented, live_contexts, measure, table, true_masks
+from benchmarks.tables import README
 from weaver.embedded.training.segmenter import held_out_scenes
 from weaver.masks.assign import NotFoundError
 from weaver.masks.edges import follow_edges

@@ -44,12 +44,10 @@ def open_rgb(path: str | os.PathLike) -> Image.Image:
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A picture in 8-bit sRGB, turned as its EXIF orientation says, by its colour profile where it has one; what is
-    transparent shows white.
+    """An upright picture in 8-bit sRGB, by its colour profile where it has one; what is transparent shows white.
 
     Raises `PictureError` with its `name` for 32-bit pictures, which do not tell what white is.
     """
-    image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise PictureError(f"{name}: has 32 bits a channel, and does not tell what white is; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):

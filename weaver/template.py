@@ -13,7 +13,7 @@ from weaver.defaults import defaults_for
 from weaver.errors import WeaverError, raise_if
 from weaver.graphs import CUDAGraphs, captured, graph_reasons
 from weaver.memory.resting import lent, modules_of
-from weaver.pictures import PictureError, as_rgb, fit, open_picture, open_rgb
+from weaver.pictures import PictureError, as_rgb, fit, open_picture
 from weaver.progress import Stages
 
 __all__ = ["load_template", "make_template", "shown_size", "template_picture"]
@@ -75,9 +75,8 @@ def load_template(source: str | os.PathLike | Image.Image, size: tuple[int, int]
     """
     if reasons := _size_reasons(size):
         raise WeaverError("; ".join(reasons))
-    given = isinstance(source, Image.Image)
-    name = "template" if given else str(source)
-    image = as_rgb(source, name) if given else open_rgb(source)
+    name = "template" if isinstance(source, Image.Image) else str(source)
+    image = as_rgb(_upright(source), name)
     larger = max(size[0] / image.height, size[1] / image.width)
     if larger > _MOST_ENLARGED:
         least = [-(-side // _MOST_ENLARGED) for side in size]
@@ -90,8 +89,12 @@ def load_template(source: str | os.PathLike | Image.Image, size: tuple[int, int]
 
 def shown_size(source: str | os.PathLike | Image.Image) -> tuple[int, int]:
     """(height, width) of a picture or its file as it is shown; `PictureError` when it can't be read."""
-    image = ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else open_picture(source)
+    image = _upright(source)
     return image.height, image.width
+
+
+def _upright(source: str | os.PathLike | Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else open_picture(source)
 
 
 def template_picture(

@@ -115,9 +115,9 @@ def _files(job: Job, problems: list[str]) -> Iterator[tuple[str, Path, Callable[
             problems.append(f"{field}: {error}")
         mask = getattr(spec, "mask", None)
         if mask and mask.file:
-            label = None if mask.label is None else str(mask.label)
-            of_shapes, of_picture = partial(read_shapes, mask.file, label), partial(open_picture, mask.file)
-            yield f"{place}.mask.file", mask.file, of_shapes if is_shapes_file(mask.file) else of_picture
+            outlines = is_shapes_file(mask.file)
+            check = partial(read_shapes, mask.file, mask.label) if outlines else partial(open_picture, mask.file)
+            yield f"{place}.mask.file", mask.file, check
 
 
 def _unknown(name: str) -> str | None:

@@ -93,7 +93,7 @@ def is_shapes_file(path: str | os.PathLike) -> bool:
 
 
 def read_shapes(
-    path: str | os.PathLike, label: str | None = None
+    path: str | os.PathLike, label: int | str | None = None
 ) -> tuple[list[tuple[str | None, str, list]], tuple[int, int] | None]:
     """Read the outlines of a JSON file: of labelme, or written by hand in the same layout.
 
@@ -114,7 +114,7 @@ def read_shapes(
     if not isinstance(entries, list) or not entries:
         raise MaskError(f'{path}: holds no shapes, expected {{"shapes": [{{"label": "rex", "box": [...]}}, ...]}}')
     shapes, reasons = [], []
-    labels = [_label(entry) for entry in entries]
+    label, labels = _text(label), [_label(entry) for entry in entries]
     if label is not None and label not in labels:
         there = ", ".join(dict.fromkeys(map(repr, labels)))
         raise MaskError(f"{path}: label {label!r} is nowhere in it; it holds {there}")
@@ -147,7 +147,7 @@ def shapes_mask(path: str | os.PathLike, size: tuple[int, int], label: str | int
     shape, that picture's size. A box that is outside by a pixel at most, as tools leave it, ends at the edge. Raises
     `MaskError`.
     """
-    shapes, own = read_shapes(path, None if label is None else str(label))
+    shapes, own = read_shapes(path, label)
     drawn_at = size if own is None or same_shape(own, size) else own
     try:
         drawn = [_drawn(kind, numbers, own or size, drawn_at) for _, kind, numbers in shapes]
@@ -170,7 +170,10 @@ def _drawn(kind: str, given: list, own: tuple[int, int], size: tuple[int, int]) 
 
 
 def _label(entry: object) -> str | None:
-    label = entry.get("label") if isinstance(entry, Mapping) else None
+    return _text(entry.get("label")) if isinstance(entry, Mapping) else None
+
+
+def _text(label: object) -> str | None:
     return None if label is None else str(label)
 
 

@@ -63,9 +63,10 @@ class GroundingDino:
             text_threshold=text_threshold,
             target_sizes=[(image.height, image.width)],
         )[0]
-        boxes, scores = found["boxes"].tolist(), found["scores"].tolist()
-        texts = found["text_labels"] if boxes else []  # of no box transformers gives one empty text
-        return [Detection(tuple(box), *read) for box, *read in zip(boxes, scores, texts, strict=True)]
+        if not len(found["boxes"]):  # for which transformers gives one empty text
+            return []
+        rows = zip(found["boxes"].tolist(), found["scores"].tolist(), found["text_labels"], strict=True)
+        return [Detection(tuple(box), score, text) for box, score, text in rows]
 
 
 class Sam:
