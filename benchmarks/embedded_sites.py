@@ -7,7 +7,8 @@ For each it prints the objective of `weaver.evaluation.sweep` (J: right identiti
 lacks of 20 dB) and the mean margin; and apart, how many animals and how many backgrounds are right, and the PSNR of the
 background that was left to the base model.
 
-What holds most of a template holds its background too, against a concept for it: J counts both.
+What holds most of a template holds its background too, against a concept for it: J counts both. Settings are drawn
+several at once, one a core.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from weaver import Concept, ConceptUse, collect_features, compose_masks, invert
+from weaver.apart import call_apart, cores
 from weaver.defaults import embedded_defaults
 from weaver.embedded import CONCEPTS, concept_hashes, concept_path, load_pipeline, model_hash
 from weaver.embedded.world import Scene, draw_scene
@@ -36,6 +39,7 @@ from weaver.fusion.sampler import sample_fusion
 from weaver.inversion import Inversion
 from weaver.latents import decode_latents, tensor_to_images
 from weaver.layers import EMBEDDED, PAPER, PLUG_AND_PLAY, InjectionSites
+from weaver.models import quiet_libraries
 from weaver.pictures import grid
 from weaver.schedule import ddim_scheduler
 
@@ -78,7 +82,7 @@ def arms() -> list[Arm]:
         tables.append(_sites("up1+up2", (3, 4, 5, 6, 7, 8), window))
         tables.append(_sites("all up", tuple(range(3, 12)), window))
     others = [Arm(EMBEDDED, guidance) for guidance in (2.0, 4.0)] + [Arm(EMBEDDED, suppression=0.3)]
-    others += [Arm(EMBEDDED, eta=eta) for eta in (0.0, 1.0)]
+    others += [Arm(EMBEDDED, eta=eta) for eta in (0.0, 0.5, 1.0) if eta != DEFAULTS.eta]
     return [Arm(table) for table in [*tables, EMBEDDED]] + others
 
 
@@ -138,8 +142,15 @@ def figures(templates: Sequence[Template], pictures: Sequence[Image.Image]) -> d
     }
 
 
-def make_templates(pipe, count: int, steps: int) -> list[Template]:
-    """Drawn pairs of animals whose concepts ship, inverted; every second one is to have a background concept."""
+@cache
+def prepared(count: int, steps: int) -> tuple:
+    """This process's model and concepts, and templates for `count` pictures of an arm: drawn pairs of animals whose
+    concepts ship, inverted; every second one is to have a background concept.
+    """
+    torch.set_num_threads(1)
+    quiet_libraries()
+    pipe = load_pipeline()
+    concepts = {name: Concept.load(concept_path(name)) for name in CONCEPTS}
     names = {kind: [card.name for card in CONCEPTS.values() if card.kind == kind] for kind in KINDS}
     pairs = list(itertools.permutations(names["animal"], 2))
     random.Random(1).shuffle(pairs)
@@ -151,7 +162,17 @@ def make_templates(pipe, count: int, steps: int) -> list[Template]:
         options = {"varied": False, "background": ground and CONCEPTS[ground].word}
         scene = draw_scene(random.Random(700 + index), animals=[CONCEPTS[n].word for n in pair], **options)
         templates.append(Template(scene, pair, ground, invert(pipe, scene.image, scene.caption, steps)))
-    return templates
+    return pipe, concepts, templates
+
+
+def draw(arm: Arm, count: int, steps: int, move) -> tuple[dict, list[Image.Image]]:
+    """An arm's row of the table, and its pictures."""
+    pipe, concepts, templates = prepared(count, steps)
+    pictures = []
+    for template in templates:
+        pictures.append(fused(pipe, arm, template, concepts))
+        move(len(pictures), count)
+    return {"arm": arm.label, **figures(templates, pictures)}, pictures
 
 
 def main() -> None:
@@ -161,17 +182,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/sites"))
     parser.add_argument("--record", action="store_true", help="keep the figures in benchmarks/results")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    pipe = load_pipeline()
-    templates = make_templates(pipe, args.templates, args.steps)
-    concepts = {name: Concept.load(concept_path(name)) for name in CONCEPTS}
-    rows, strips = [], []
-    for arm in tqdm(arms(), disable=None):
-        pictures = [fused(pipe, arm, template, concepts) for template in templates]
-        rows.append({"arm": arm.label, **figures(templates, pictures)})
-        strips.append(pictures)
-        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    jobs = [(arm, args.templates, args.steps) for arm in arms()]
+    done = [0] * len(jobs)
+    with tqdm(total=len(jobs) * args.templates, disable=None) as bar:
+
+        def moved(number: int, count: int, _: int) -> None:
+            bar.update(count - done[number])
+            done[number] = count
+
+        found = call_apart(draw, jobs, [partial(moved, number) for number in range(len(jobs))], cores())
+    rows, strips = [row for row, _ in found], [pictures for _, pictures in found]
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    _, _, templates = prepared(args.templates, args.steps)
     used = sorted({name for one in templates for name in (*one.animals, one.ground) if name})
     told = {"model": model_hash(), "concepts": concept_hashes(used), "objective": OBJECTIVE}
     told |= {"defaults": Arm(EMBEDDED).label, "templates": args.templates, "steps": args.steps, "rows": rows}

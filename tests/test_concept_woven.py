@@ -76,7 +76,7 @@ def test_woven_rows_are_drawn_as_a_fusion_draws_them(request, scenes, kind, step
     z[:2] = examples.own.latents.double()[picks] + noise[:2]
     with added(unet, deltas):
         plain = unet(z[2:], t[:1], **read(pipe, other)).sample
-    with woven(unet, examples, sites) as forward, added(unet, deltas, forward.weigh):
+    with woven(unet, examples, sites) as forward, added(unet, deltas, forward):
         forward.begin(picks, t, 1000, noised)
         found = unet(z, torch.cat([t, t[:1]]), **read(pipe, own, own, other)).sample
     torch.testing.assert_close(found[2:], plain, rtol=1e-10, atol=1e-10)

@@ -13,7 +13,7 @@ from benchmarks.tables import between
 from weaver.embedded import concept_hashes, model_hash
 from weaver.errors import WeaverError
 from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, PARTS, arm_of, default_settings
-from weaver.evaluation.sweep import GRID, ORIGIN, sweep_cases
+from weaver.evaluation.sweep import FINALISTS, GRID, ORIGIN, sweep_cases
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -83,13 +83,20 @@ def test_the_defaults_and_every_arm_are_what_the_recorded_sweep_chose():
     assert json.loads(CHOSEN_FILE.read_text(encoding="utf-8")) == chosen
     assert list(chosen) == [arm.name for arm in ARMS]
     assert arm_of(FULL).chosen == default_settings(), "the embedded model's defaults are not what the sweep chose"
-    assert record["cases"] == [case.name for case in sweep_cases()]
-    if "prompts" in record:  # of a sweep before they were kept the README says what was another
+    if "finals" in record:
+        assert record["cases"] == [case.name for case in sweep_cases()]
         assert record["prompts"] == [case.prompt.text_with_tokens for case in sweep_cases()]
+        assert record["finals"] == [f"{case.prompt.name}-s{case.seed + 1}" for case in sweep_cases()]
     else:
-        assert "made before one of its prompts" in README
+        assert "What is recorded here is an older sweep" in " ".join(README.split())
     for name, found in record["arms"].items():
-        best = max(found["tried"], key=lambda one: tuple(one["score"]))
-        assert found["tried"][0]["values"] == {key: ORIGIN[key] for key in found["chosen"]}, name
-        assert best["values"] == found["chosen"] and len(found["tried"]) <= record["budget"], name
+        ranked = sorted(found["tried"], key=lambda one: one["score"], reverse=True)
+        if "finals" in record:
+            last = [one["values"] for one in found["finals"]]
+            assert last == [one["values"] for one in found["tried"] if one in ranked[:FINALISTS]], name
+            assert {"values": found["chosen"], "score": found["score"]} in found["finals"], name
+        else:
+            assert ranked[0]["values"] == found["chosen"], name
+        begun = {key: ORIGIN[key] for key in found["chosen"]}
+        assert found["tried"][0]["values"] == begun and len(found["tried"]) <= record["budget"], name
         assert all(min(GRID[key]) <= value <= max(GRID[key]) for key, value in found["chosen"].items())

@@ -79,7 +79,7 @@ def test_plain_prompts_have_no_setting_of_fusion():
     assert set(plain) == {"kind", "guidance", "merge"} and arm_of("averaged").swept == ("guidance",)
     assert arm_of("closed-form").settings(default_settings()).merge == "closed-form"
     assert "suppression" not in arm_of("score-mix").swept and "suppression" not in arm_of("no-suppression").swept
-    assert arm_of(FULL).swept == ("guidance", "suppression", "resnet_window", "attention_window", "dilation")
+    assert arm_of(FULL).swept == ("guidance", "suppression", "eta", "resnet_window", "attention_window", "dilation")
 
 
 def test_an_unknown_arm_is_told():

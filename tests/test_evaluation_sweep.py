@@ -13,7 +13,19 @@ from weaver.evaluation import sweep as module
 from weaver.evaluation.arms import ARMS, arm_of, default_settings
 from weaver.evaluation.charts import _FULL as COLOUR
 from weaver.evaluation.suite import sweep_cases
-from weaver.evaluation.sweep import GRID, ORIGIN, objective, page_of, panels_of, search, sweep
+from weaver.evaluation.sweep import (
+    BUDGET,
+    GRID,
+    ORIGIN,
+    Tried,
+    choice,
+    finals,
+    objective,
+    page_of,
+    panels_of,
+    search,
+    sweep,
+)
 
 GRID_OF_TWO = {"x": (0.0, 1.0, 2.0, 4.0), "n": (0, 1, 2, 3)}
 
@@ -50,6 +62,21 @@ def test_equal_scores_keep_what_was_tried_first():
     assert max(tried, key=lambda one: one.score) is tried[0]
 
 
+def test_the_best_few_are_looked_at_once_more_and_the_best_of_those_is_chosen():
+    tried = [Tried({"x": x}, None, (score, 0.0)) for x, score in enumerate((0.2, 0.9, 0.1, 0.9, 0.5))]
+    again = {1: 0.6, 3: 0.8, 4: 0.8}
+    last = finals(tried, lambda values: (again[values["x"]], 0.0), 3)
+    assert [(one.values["x"], one.score[0]) for one in last] == [(1, 0.6), (3, 0.8), (4, 0.8)]
+    assert len(finals(tried[:1], lambda values: (0.0, 0.0), 3)) == 1
+
+
+def test_what_lacks_no_more_than_one_concept_of_the_best_is_chosen_by_its_margin():
+    scores = ((0.98, 0.5), (0.96, 0.7), (0.96, 0.7), (0.94, 0.9))
+    last = [Tried({"x": x}, None, score) for x, score in enumerate(scores)]
+    assert choice(last, 50) is last[1]  # of equal ones what was tried first
+    assert choice(last, 51) is last[0] and choice(last, 25) is last[3]
+
+
 def picture(right: bool, leaked: bool, psnr: float | None, ground: bool | None = None) -> dict:
     """One animal's measures, and before a background that is a concept, right or wrong, where `ground` says so."""
     concepts = [{"kind": "animal", "right": right, "leaked": leaked, "own": 0.8, "base": 0.2, "others": 0.3}]
@@ -83,7 +110,9 @@ def test_a_sweep_writes_what_it_tried_and_goes_on(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "sweep.json").read_text()) == record
     found = record["arms"]["no-injection"]
     assert len(found["tried"]) == 2 and found["tried"][0]["values"] == {name: ORIGIN[name] for name in arms[0].swept}
-    assert found["chosen"] in [tried["values"] for tried in found["tried"]] and record["cases"] == [case.name]
+    assert record["cases"] == [case.name] and record["finals"] == [f"{case.prompt.name}-s{case.seed + 1}"]
+    assert [one["values"] for one in found["finals"]] == [one["values"] for one in found["tried"]]  # two are the best
+    assert {"values": found["chosen"], "score": found["score"]} in found["finals"]
     monkeypatch.setattr(module, "measured", lambda *args: pytest.fail("drawn again"))
     assert sweep(tmp_path, **options) == record
     with pytest.raises(pytest.fail.Exception, match="drawn again"):
@@ -131,6 +160,6 @@ def test_the_command_sweeps(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("weaver.evaluation.sweep.sweep", partial(sweep, budget=1, cases=[case], steps=2))
     assert main(["evaluate", "--sweep", "--out", str(tmp_path), "--arms", "dense-masks", "--processes", "1"]) == 0
     printed = capsys.readouterr().out
-    told = f"1 arms by 20 settings by {len(sweep_cases())} cases: about "
+    told = f"1 arms by {BUDGET} settings by {len(sweep_cases())} cases: about "
     assert told in printed and "right - leaked" in printed
     assert "(g) dense-masks" in printed and (tmp_path / "sweep.json").is_file()

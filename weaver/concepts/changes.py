@@ -103,15 +103,19 @@ def apply_change(delta: Delta, x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def added_to(
-    changes: Iterable[tuple[torch.nn.Module, Delta]], weigh: Callable[[torch.Tensor], torch.Tensor] | None = None
+    changes: Iterable[tuple[torch.nn.Module, Delta]],
+    weigh: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    acts: Callable[[], bool] | None = None,
 ) -> Iterator[None]:
     """Within the block each Linear gives what it does with its change added, its weights untouched; differentiable.
 
-    What is added goes through `weigh`, where that is given.
+    What is added goes through `weigh`, where that is given; nothing is whenever `acts` says no.
     """
 
     def adder(delta: Delta):
         def hook(module, args, output):
+            if acts is not None and not acts():
+                return None
             change = apply_change(delta, args[0])
             return output + (change if weigh is None else weigh(change))
 

@@ -71,6 +71,7 @@ class Objective:
         forward: WovenForward | None = None,
     ):
         self._unet, self._device, self._settings = pipe.unet, pipe._execution_device, settings
+        self._dtype = pipe.unet.dtype  # the library looks through all of the model for it
         self._encoders, self._vectors, self._scenes, self._forward = text_encoders(pipe), vectors, scenes, forward
         self._alphas = pipe.scheduler.alphas_cumprod.to(self._device, torch.float32)
         self._velocity = pipe.scheduler.config.prediction_type == "v_prediction"
@@ -102,7 +103,7 @@ class Objective:
 
         The sum over a step's batches is the loss of all their rows in one.
         """
-        kinds, dtype = batch.rows, self._unet.dtype
+        kinds, dtype = batch.rows, self._dtype
         z = torch.cat([self._examples[kind].latents[rows.picks] for kind, rows in kinds.items()])
         text = Encoding.joined([self._text(kind, rows.picks) for kind, rows in kinds.items()])
         t = torch.cat([rows.t for rows in kinds.values()]).to(self._device)

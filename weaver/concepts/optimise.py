@@ -69,7 +69,7 @@ def optimise(
     scenes = scenes if settings.woven_batch else None
     with ExitStack() as stack:
         forward = stack.enter_context(woven(pipe.unet, scenes, defaults_for(pipe).sites)) if scenes else None
-        stack.enter_context(added(pipe.unet, learned.deltas, forward.weigh if forward else None))
+        stack.enter_context(added(pipe.unet, learned.deltas, forward))
         objective = Objective(pipe, learned.vectors, settings, own, other, scenes, forward)
         state = {f"optimiser of {key}": one for key, one in optimisers.items()}
         state |= {f"schedule of {key}": one for key, one in schedules.items()} | {"scaler": scaler}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from weaver.compiled import hooks_run
 from weaver.concepts.changes import Delta, added_to
 from weaver.concepts.concept import attn2_projections
+from weaver.concepts.woven import WovenForward
 from weaver.layers import transformer_linears
 
 __all__ = ["added", "checkpointed", "frozen"]
@@ -48,14 +49,15 @@ def checkpointed(unet: torch.nn.Module, wanted: bool) -> Iterator[None]:
 def added(
     unet: torch.nn.Module,
     deltas: Mapping[str, Delta],
-    weigh: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    forward: WovenForward | None = None,
 ) -> Iterator[None]:
     """Add the deltas to the Linears they are named after, without touching the weights.
 
-    What those add that read the picture [B, T, C] goes through `weigh`, where that is given.
+    Where and when those act that read the picture is up to `forward`, where that is given.
     """
     linears, of_text = transformer_linears(unet), attn2_projections(unet)
     texts = [(linears[path], delta) for path, delta in deltas.items() if path in of_text]
     others = [(linears[path], delta) for path, delta in deltas.items() if path not in of_text]
-    with added_to(texts), added_to(others, weigh), hooks_run(unet):
+    regional = (forward.weigh, forward.acts) if forward else ()
+    with added_to(texts), added_to(others, *regional), hooks_run(unet):
         yield

@@ -111,6 +111,7 @@ class WovenForward:
         self._rows, self._base, self._masks = 0, None, {}
         self._taking = False
         self._injected: dict[str, torch.Tensor] = {}
+        self._weights: dict[int, torch.Tensor] = {}
 
     @torch.no_grad()
     def begin(self, picks: torch.Tensor, t: torch.Tensor, total: int, noised, inject: bool = True) -> None:
@@ -139,6 +140,7 @@ class WovenForward:
         self._rows = len(picks)
         self._base = examples.base_text.text[picks]
         self._masks = {tokens: mask[picks][:, None, :, None] for tokens, mask in examples.masks.items()}
+        self._weights = {}
 
     def rest(self) -> None:
         """Until the next `begin` the U-Net's forwards are those of its prompts alone."""
@@ -146,13 +148,18 @@ class WovenForward:
 
     def weigh(self, added: torch.Tensor) -> torch.Tensor:
         """What a change of a layer that reads the picture adds [B, T, C], where it acts: in a fusion's rows inside the
-        masks alone, and nowhere while templates are drawn."""
-        if self._taking:
-            return torch.zeros_like(added)
+        masks alone."""
         if not self._rows:
             return added
-        mask = self._masks[added.shape[1]][:, 0].to(added.dtype)  # [b, T, 1]
-        return torch.cat([mask * added[: self._rows], added[self._rows :]])
+        tokens = added.shape[1]
+        if tokens not in self._weights:
+            mask = self._masks[tokens][:, 0].to(added.dtype)  # [b, T, 1]
+            self._weights[tokens] = torch.cat([mask, mask.new_ones(len(added) - self._rows, tokens, 1)])
+        return added * self._weights[tokens]
+
+    def acts(self) -> bool:
+        """Whether those changes act: not while templates are drawn."""
+        return not self._taking
 
     def attend(self, attn, hidden_states: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Cross-attention [B, T, C] of all rows, those of a fusion to two contexts."""

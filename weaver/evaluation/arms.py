@@ -57,7 +57,7 @@ class Arm:
         return tuple(name for name in _SWEPT if name in taken and name not in self.changes)
 
 
-_SWEPT = ("guidance", "suppression", "resnet_window", "attention_window", "dilation")
+_SWEPT = ("guidance", "suppression", "eta", "resnet_window", "attention_window", "dilation")
 _WITHOUT_TEMPLATE = ("suppression", "eta", "resnet_window", "attention_window", "dilation", "injected")
 _OF_FUSION = ("suppression", "shared_prompt", "parts")
 

@@ -45,7 +45,7 @@ class Settings:
 
     @property
     def swept_values(self) -> str:
-        """For a reader: "omega 3, lambda 0, windows 0.5 and 1, dilation 1"; what is not used is left out."""
+        """For a reader: "omega 3, lambda 0, windows 0.5 and 1, dilation 1, eta 0"; what is not used is left out."""
         told = [f"omega {self.guidance:g}"]
         if self.suppression is not None:
             told.append(f"lambda {self.suppression:g}")
@@ -53,6 +53,8 @@ class Settings:
             told.append(f"windows {self.resnet_window:g} and {self.attention_window:g}")
         if self.dilation is not None:
             told.append(f"dilation {self.dilation}")
+        if self.eta is not None:
+            told.append(f"eta {self.eta:g}")
         return ", ".join(told)
 
     def as_mapping(self) -> dict:

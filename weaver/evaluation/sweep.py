@@ -1,4 +1,4 @@
-"""Which lambda, omega, windows and dilation are best for each arm? By a search of one budget for all, on other prompts.
+"""Which lambda, omega, windows, dilation and eta are best for each arm? By a search of one budget, on other prompts.
 
 The objective was written down before anything was swept: over all concepts of the sweep's pictures
 
@@ -10,7 +10,9 @@ those the one that was tried first, `ORIGIN`.
 
 Every arm may try the same number of settings. Its search goes along one setting at a time, from `ORIGIN`: first over
 all values of `GRID`, then between those beside the best, in turn, until the budget is spent. An arm with fewer settings
-looks at each more closely.
+looks at each more closely. One concept of a search's pictures is a thirtieth of J, so that the best of many settings is
+best by chance too: the first `FINALISTS` of an arm are drawn once more, with the next seed. Of those whose J over both
+seeds' pictures lacks no more than one concept of the best, the one with the largest margin is chosen.
 """
 
 from __future__ import annotations
@@ -37,9 +39,23 @@ from weaver.folder import whole_file
 from weaver.progress import Stages
 from weaver.version import __version__
 
-__all__ = ["BUDGET", "GRID", "OBJECTIVE", "ORIGIN", "Tried", "objective", "page_of", "panels_of", "search", "sweep"]
+__all__ = [
+    "BUDGET",
+    "FINALISTS",
+    "GRID",
+    "OBJECTIVE",
+    "ORIGIN",
+    "Tried",
+    "choice",
+    "finals",
+    "objective",
+    "page_of",
+    "panels_of",
+    "search",
+    "sweep",
+]
 
-BUDGET = 20
+BUDGET, FINALISTS = 20, 6
 OBJECTIVE = "right - leaked - max(0, 20 dB - background PSNR) / 20 dB; then the margin"
 GRID: dict[str, tuple] = {
     "suppression": (0.0, 0.1, 0.2, 0.4, 0.8),
@@ -47,8 +63,16 @@ GRID: dict[str, tuple] = {
     "resnet_window": (0.0, 0.3, 0.5, 0.8),
     "attention_window": (0.3, 0.5, 0.8, 1.0),
     "dilation": (0, 1, 2, 3),
+    "eta": (0.0, 0.5),
 }
-ORIGIN = {"suppression": 0.0, "guidance": 3.0, "resnet_window": 0.5, "attention_window": 0.5, "dilation": 1}
+ORIGIN = {
+    "suppression": 0.0,
+    "guidance": 3.0,
+    "resnet_window": 0.5,
+    "attention_window": 0.5,
+    "dilation": 1,
+    "eta": 0.5,
+}
 """Where every search sets out: the defaults before the first sweep. What a sweep chooses does not move it."""
 _LEAST_PSNR = 20.0
 Score = tuple[float, float]
@@ -115,6 +139,21 @@ def search(
     return tried
 
 
+def finals(tried: Sequence[Tried], look: Callable[[dict], Score], count: int = FINALISTS) -> list[Tried]:
+    """The best `count` of what was looked at, in the order of that, with the scores that `look` gives them now."""
+    last = sorted(sorted(tried, key=lambda one: one.score, reverse=True)[:count], key=tried.index)
+    return [replace(one, score=look(dict(one.values))) for one in last]
+
+
+def choice(last: Sequence[Tried], concepts: int) -> Tried:
+    """The one of the finals that is chosen; `concepts` is how many there are in all of their pictures together.
+
+    Of equal margins that which was tried first.
+    """
+    best = max(one.score[0] for one in last)
+    return max((one for one in last if best - one.score[0] <= 1 / concepts + 1e-6), key=lambda one: one.score[1])
+
+
 def sweep(
     folder: Path,
     *,
@@ -131,14 +170,16 @@ def sweep(
     ----------
     folder : keeps what was measured, too: interrupted, the same call goes on where it was
     budget : how many settings an arm may try
+    cases : of the search; those of the finals are these and the same with the next seed
     processes : how many arms are searched at once, each on one core
 
     Returns what was written.
     """
     stages, cases = stages or Stages(bars=False), list(sweep_cases() if cases is None else cases)
     jobs, done = [(folder / "tried" / f"{arm.name}.json", arm, cases, budget, steps) for arm in arms], [0] * len(arms)
-    with alone(folder), stages.bar("sweeping", budget * len(arms), left=True) as move:
-        moves = [partial(_count, done, number, move, budget * len(arms)) for number in range(len(arms))]
+    total = (budget + min(budget, FINALISTS)) * len(arms)
+    with alone(folder), stages.bar("sweeping", total, left=True) as move:
+        moves = [partial(_count, done, number, move, total) for number in range(len(arms))]
         if min(processes, len(arms)) > 1:
             found = call_apart(_search_arm, jobs, moves, min(processes, len(arms)))
         else:
@@ -147,7 +188,9 @@ def sweep(
     record = {"version": __version__, **made_with(), "concepts": concept_hashes(names)}
     record |= {"objective": OBJECTIVE, "budget": budget, "steps": steps, "cases": [c.name for c in cases]}
     record["prompts"] = [case.prompt.text_with_tokens for case in cases]
-    record["arms"] = {arm.name: _told(tried) for arm, tried in zip(arms, found, strict=True)}
+    record["finals"] = [case.name for case in _next_seed(cases)]
+    concepts = 2 * sum(len(case.prompt.concepts) + bool(case.prompt.background) for case in cases)
+    record["arms"] = {arm.name: _told(*of, concepts) for arm, of in zip(arms, found, strict=True)}
     with whole_file(folder / "sweep.json") as unfinished:
         unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     with whole_file(folder / "sweep.html") as unfinished:
@@ -184,8 +227,8 @@ def panels_of(found: Mapping) -> list[tuple[str, tuple, float]]:
     return [(name, tuple(points[name].items()), value) for name, value in found["chosen"].items()]
 
 
-def _search_arm(file: Path, arm: Arm, cases: Sequence[Case], budget: int, steps: int, move) -> list[Tried]:
-    """One arm's search; templates are made once, and what each picture measures is kept in `file`.
+def _search_arm(file: Path, arm: Arm, cases: Sequence[Case], budget: int, steps: int, move) -> tuple[list, list]:
+    """One arm's search and finals; templates are made once, and what each picture measures is kept in `file`.
 
     Equal settings are equal pictures: what another arm's file beside it has is not drawn again.
     """
@@ -210,7 +253,13 @@ def _search_arm(file: Path, arm: Arm, cases: Sequence[Case], budget: int, steps:
             return objective([kept[key] for key in wanted])
 
         start = {name: ORIGIN[name] for name in arm.swept}
-        return search(start, {name: GRID[name] for name in start}, budget, look)
+        tried = search(start, {name: GRID[name] for name in start}, budget, look)
+        drawers += [drawer_for(case, steps=steps) for case in _next_seed(cases)]
+        return tried, finals(tried, look)
+
+
+def _next_seed(cases: Sequence[Case]) -> list[Case]:
+    return [replace(case, seed=case.seed + 1) for case in cases]
 
 
 def _kept(file: Path) -> dict[str, dict]:
@@ -225,10 +274,11 @@ def _count(done: list[int], number: int, move: Callable, total: int, count: int,
     move(sum(done), total)
 
 
-def _told(tried: Sequence[Tried]) -> dict:
-    best = max(tried, key=lambda one: one.score)
+def _told(tried: Sequence[Tried], last: Sequence[Tried], concepts: int) -> dict:
+    best = choice(last, concepts)
     entries = [{"values": dict(t.values), "along": t.along, "score": list(t.score)} for t in tried]
-    return {"chosen": dict(best.values), "score": list(best.score), "tried": entries}
+    others = [{"values": dict(t.values), "score": list(t.score)} for t in last]
+    return {"chosen": dict(best.values), "score": list(best.score), "tried": entries, "finals": others}
 
 
 def _refined(values: Sequence[float], best: float) -> list[float]:
