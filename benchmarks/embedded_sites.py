@@ -18,17 +18,17 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
-from tqdm.auto import tqdm
 
 from weaver import Concept, ConceptUse, collect_features, compose_masks, invert
-from weaver.apart import call_apart, cores
+from weaver.apart import call_all, cores
 from weaver.defaults import embedded_defaults
 from weaver.embedded import CONCEPTS, concept_hashes, concept_path, load_pipeline, model_hash
 from weaver.embedded.world import Scene, draw_scene
@@ -41,6 +41,7 @@ from weaver.latents import decode_latents, tensor_to_images
 from weaver.layers import EMBEDDED, PAPER, PLUG_AND_PLAY, InjectionSites
 from weaver.models import quiet_libraries
 from weaver.pictures import grid
+from weaver.progress import Stages
 from weaver.schedule import ddim_scheduler
 
 RESULTS = Path(__file__).parent / "results"
@@ -88,12 +89,12 @@ def arms() -> list[Arm]:
 
 @dataclass(frozen=True)
 class Template:
-    """A drawn scene, inverted, and the concepts that are to stand in it."""
+    """A drawn scene, the concepts that are to stand in it, and its inversion."""
 
     scene: Scene
     animals: tuple[str, ...]
     ground: str | None
-    inversion: Inversion
+    inversion: Inversion | None = None
 
     @property
     def dense(self) -> list[np.ndarray]:
@@ -142,15 +143,8 @@ def figures(templates: Sequence[Template], pictures: Sequence[Image.Image]) -> d
     }
 
 
-@cache
-def prepared(count: int, steps: int) -> tuple:
-    """This process's model and concepts, and templates for `count` pictures of an arm: drawn pairs of animals whose
-    concepts ship, inverted; every second one is to have a background concept.
-    """
-    torch.set_num_threads(1)
-    quiet_libraries()
-    pipe = load_pipeline()
-    concepts = {name: Concept.load(concept_path(name)) for name in CONCEPTS}
+def templates_of(count: int) -> list[Template]:
+    """Drawn pairs of animals whose concepts ship; every second one is to have a background concept. Not inverted."""
     names = {kind: [card.name for card in CONCEPTS.values() if card.kind == kind] for kind in KINDS}
     pairs = list(itertools.permutations(names["animal"], 2))
     random.Random(1).shuffle(pairs)
@@ -161,8 +155,23 @@ def prepared(count: int, steps: int) -> tuple:
             ground = names["background"][index // 2 % len(names["background"])]
         options = {"varied": False, "background": ground and CONCEPTS[ground].word}
         scene = draw_scene(random.Random(700 + index), animals=[CONCEPTS[n].word for n in pair], **options)
-        templates.append(Template(scene, pair, ground, invert(pipe, scene.image, scene.caption, steps)))
-    return pipe, concepts, templates
+        templates.append(Template(scene, pair, ground))
+    return templates
+
+
+@cache
+def prepared(count: int, steps: int) -> tuple[StableDiffusionPipeline, dict[str, Concept], list[Template]]:
+    """This process's model and concepts, and the templates, inverted."""
+    torch.set_num_threads(1)
+    quiet_libraries()
+    pipe = load_pipeline()
+    concepts = {name: Concept.load(concept_path(name)) for name in CONCEPTS}
+    templates = templates_of(count)
+    return (
+        pipe,
+        concepts,
+        [replace(one, inversion=invert(pipe, one.scene.image, one.scene.caption, steps)) for one in templates],
+    )
 
 
 def draw(arm: Arm, count: int, steps: int, move) -> tuple[dict, list[Image.Image]]:
@@ -183,19 +192,13 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="keep the figures in benchmarks/results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    jobs = [(arm, args.templates, args.steps) for arm in arms()]
-    done = [0] * len(jobs)
-    with tqdm(total=len(jobs) * args.templates, disable=None) as bar:
-
-        def moved(number: int, count: int, _: int) -> None:
-            bar.update(count - done[number])
-            done[number] = count
-
-        found = call_apart(draw, jobs, [partial(moved, number) for number in range(len(jobs))], cores())
+    jobs, total = [(arm, args.templates, args.steps) for arm in arms()], len(arms()) * args.templates
+    with Stages().bar("drawing", total, left=True) as move:
+        found = call_all(draw, jobs, move, total, cores())
     rows, strips = [row for row, _ in found], [pictures for _, pictures in found]
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
-    _, _, templates = prepared(args.templates, args.steps)
+    templates = templates_of(args.templates)
     used = sorted({name for one in templates for name in (*one.animals, one.ground) if name})
     told = {"model": model_hash(), "concepts": concept_hashes(used), "objective": OBJECTIVE}
     told |= {"defaults": Arm(EMBEDDED).label, "templates": args.templates, "steps": args.steps, "rows": rows}

@@ -13,7 +13,7 @@ from weaver.layers import EMBEDDED
 def template(ground: str | None, kind: str, vendor: str = "noto") -> Template:
     options = {"background": kind, "vendors": (vendor,), "varied": False}
     scene = draw_scene(random.Random(1), animals=["cat", "dog"], **options)
-    return Template(scene, ("tuxedo-cat", "pug"), ground, None)
+    return Template(scene, ("tuxedo-cat", "pug"), ground)
 
 
 def test_backgrounds_count_as_animals_do_and_psnr_is_of_the_base_models():

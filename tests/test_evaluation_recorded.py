@@ -13,7 +13,7 @@ from benchmarks.tables import between
 from weaver.embedded import concept_hashes, model_hash
 from weaver.errors import WeaverError
 from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, PARTS, arm_of, default_settings
-from weaver.evaluation.sweep import FINALISTS, GRID, ORIGIN, sweep_cases
+from weaver.evaluation.sweep import FINALISTS, GRID, ORIGIN, Tried, choice, sweep_cases
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -83,6 +83,9 @@ def test_the_defaults_and_every_arm_are_what_the_recorded_sweep_chose():
     assert json.loads(CHOSEN_FILE.read_text(encoding="utf-8")) == chosen
     assert list(chosen) == [arm.name for arm in ARMS]
     assert arm_of(FULL).chosen == default_settings(), "the embedded model's defaults are not what the sweep chose"
+    named = [name.rpartition("-s")[0] for name in record["cases"]]
+    assert named == [case.prompt.name for case in sweep_cases()]
+    concepts = 2 * sum(len(case.prompt.concepts) + bool(case.prompt.background) for case in sweep_cases())
     if "finals" in record:
         assert record["cases"] == [case.name for case in sweep_cases()]
         assert record["prompts"] == [case.prompt.text_with_tokens for case in sweep_cases()]
@@ -92,9 +95,11 @@ def test_the_defaults_and_every_arm_are_what_the_recorded_sweep_chose():
     for name, found in record["arms"].items():
         ranked = sorted(found["tried"], key=lambda one: one["score"], reverse=True)
         if "finals" in record:
-            last = [one["values"] for one in found["finals"]]
-            assert last == [one["values"] for one in found["tried"] if one in ranked[:FINALISTS]], name
-            assert {"values": found["chosen"], "score": found["score"]} in found["finals"], name
+            last = [Tried(one["values"], None, tuple(one["score"])) for one in found["finals"]]
+            assert [one.values for one in last] == [t["values"] for t in found["tried"] if t in ranked[:FINALISTS]], (
+                name
+            )
+            assert choice(last, concepts).values == found["chosen"], name
         else:
             assert ranked[0]["values"] == found["chosen"], name
         begun = {key: ORIGIN[key] for key in found["chosen"]}

@@ -62,7 +62,7 @@ def test_equal_scores_keep_what_was_tried_first():
     assert max(tried, key=lambda one: one.score) is tried[0]
 
 
-def test_the_best_few_are_looked_at_once_more_and_the_best_of_those_is_chosen():
+def test_the_best_few_are_looked_at_once_more_in_the_order_of_trial():
     tried = [Tried({"x": x}, None, (score, 0.0)) for x, score in enumerate((0.2, 0.9, 0.1, 0.9, 0.5))]
     again = {1: 0.6, 3: 0.8, 4: 0.8}
     last = finals(tried, lambda values: (again[values["x"]], 0.0), 3)
@@ -112,6 +112,8 @@ def test_a_sweep_writes_what_it_tried_and_goes_on(tmp_path, monkeypatch):
     assert len(found["tried"]) == 2 and found["tried"][0]["values"] == {name: ORIGIN[name] for name in arms[0].swept}
     assert record["cases"] == [case.name] and record["finals"] == [f"{case.prompt.name}-s{case.seed + 1}"]
     assert [one["values"] for one in found["finals"]] == [one["values"] for one in found["tried"]]  # two are the best
+    last = [Tried(one["values"], None, tuple(one["score"])) for one in found["finals"]]
+    assert found["chosen"] == choice(last, 2 * len(case.prompt.concepts)).values
     assert {"values": found["chosen"], "score": found["score"]} in found["finals"]
     monkeypatch.setattr(module, "measured", lambda *args: pytest.fail("drawn again"))
     assert sweep(tmp_path, **options) == record

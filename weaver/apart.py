@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
 
-__all__ = ["call_apart", "cores", "end_with_parent"]
+__all__ = ["call_all", "call_apart", "cores", "end_with_parent"]
 
 _POLL_SECONDS = 0.2
 
@@ -37,11 +37,38 @@ def call_apart(function: Callable, arguments: Sequence[tuple], moves: Sequence[C
                 for future in [future for future in waiting if future.done()]:
                     waiting.remove(future)
                     future.result()  # raises what went wrong there
+            while _pass_on(news, moves):  # what the last calls told before they ended
+                pass
         except BaseException:
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()
             raise
         return [future.result() for future in futures]
+
+
+def call_all(
+    function: Callable, arguments: Sequence[tuple], move: Callable[[int, int], None], total: int, processes: int
+) -> list:
+    """The same under one bar, and in this process, one after another, where `processes` or the calls are but one.
+
+    Parameters
+    ----------
+    move : (done, total), called with the sum of what all calls have done
+    total : of all calls together; what a call gives its own `move` as a total is not looked at
+    """
+    done = [0] * len(arguments)
+
+    def mover(number: int) -> Callable[[int, int], None]:
+        def moved(count: int, _: int) -> None:
+            done[number] = count
+            move(sum(done), total)
+
+        return moved
+
+    moves, processes = [mover(number) for number in range(len(arguments))], min(processes, len(arguments))
+    if processes > 1:
+        return call_apart(function, arguments, moves, processes)
+    return [function(*values, moved) for values, moved in zip(arguments, moves, strict=True)]
 
 
 def cores() -> int:
@@ -55,12 +82,14 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
 
 
-def _pass_on(news, moves: Sequence[Callable]) -> None:
+def _pass_on(news, moves: Sequence[Callable]) -> bool:
+    """Whether there was something to pass on, waited for a little."""
     try:
         number, done, total = news.get(timeout=_POLL_SECONDS)
     except queue.Empty:
-        return
+        return False
     moves[number](done, total)
+    return True
 
 
 _news = None  # of a worker: the queue to the process that waits

@@ -39,12 +39,8 @@ def hook_paths(module: nn.Module) -> list[str]:
 
 def hooks_run(*modules: nn.Module) -> AbstractContextManager:
     """Within it the modules run as they are written, with hooks added meanwhile, if any part of them is compiled."""
-    left = list(modules)
-    while left:  # a third of the time of `module.modules()`, which names the parts: training asks at every step
-        part = left.pop()
-        if is_compiled(part):
-            return torch.compiler.set_stance("force_eager")
-        left += filter(None, part._modules.values())
+    if any(is_compiled(part) for module in modules for part in module.modules()):
+        return torch.compiler.set_stance("force_eager")
     return nullcontext()
 
 

@@ -153,9 +153,9 @@ class WovenForward:
             return added
         tokens = added.shape[1]
         if tokens not in self._weights:
-            mask = self._masks[tokens][:, 0].to(added.dtype)  # [b, T, 1]
+            mask = self._masks[tokens][:, 0]  # [b, T, 1]
             self._weights[tokens] = torch.cat([mask, mask.new_ones(len(added) - self._rows, tokens, 1)])
-        return added * self._weights[tokens]
+        return added * self._weights[tokens].to(added.dtype)
 
     def acts(self) -> bool:
         """Whether those changes act: not while templates are drawn."""

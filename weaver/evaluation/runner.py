@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from weaver.apart import call_apart
+from weaver.apart import call_all
 from weaver.concepts.concept import Concept
 from weaver.embedded import concept_hashes, concept_path, load_pipeline, model_hash
 from weaver.embedded.identity import IDENTITY_FILE
@@ -99,22 +99,9 @@ def run_cases(
     jobs = [(folder / "cases" / case.name, case, dict(arms), steps) for case in cases]
     with alone(folder):
         waiting = [job for job in jobs if _finished(*job) is None]
-        total, done = len(waiting) * len(arms), [0] * len(waiting)
+        total = len(waiting) * len(arms)
         with stages.bar("drawing", total or 1, left=True) as move:
-
-            def mover(number: int):
-                def moved(count: int, _: int) -> None:
-                    done[number] = count
-                    move(sum(done), total)
-
-                return moved
-
-            movers = [mover(number) for number in range(len(waiting))]
-            if min(processes, len(waiting)) > 1:
-                call_apart(_run_case, waiting, movers, min(processes, len(waiting)))
-            else:
-                for job, moved in zip(waiting, movers, strict=True):
-                    _run_case(*job, moved)
+            call_all(_run_case, waiting, move, total, processes)
         return [_finished(*job) for job in jobs]
 
 
