@@ -11,6 +11,7 @@ REQUIRES = [
     "torch>=2.11",
     "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
     "triton-windows>=3.6; platform_system == 'Windows'",
+    "accelerate>=1.10",
     "diffusers>=0.42.1",
     "transformers>=5.17",
     "safetensors>=0.5",

@@ -65,6 +65,17 @@ def test_a_checkpoint_changes_nothing(tiny_pipe, tmp_path, whole):
     assert equal(train(tiny_pipe, checkpoint=tmp_path / "rex.ckpt"), whole)
 
 
+def test_a_checkpoint_of_another_version_is_told(tiny_pipe, tmp_path):
+    file = tmp_path / "rex.ckpt"
+    with pytest.raises(Interrupted):
+        train(tiny_pipe, stop=3, checkpoint=file)
+    state = torch.load(file, weights_only=True)
+    torch.save(state | {"optimiser of weights": state.pop("optimiser")}, file)
+    with pytest.raises(WeaverError, match=r"rex\.ckpt: a checkpoint of another version of this package: remove it"):
+        train(tiny_pipe, checkpoint=file)
+    assert file.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

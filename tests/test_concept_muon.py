@@ -1,4 +1,4 @@
-"""Muon: orthogonal steps, as PyTorch's takes them in bfloat16."""
+"""Muon: orthogonal steps, as PyTorch's takes them in bfloat16; and AdamW of what is no matrix, as PyTorch's."""
 
 from __future__ import annotations
 
@@ -55,3 +55,28 @@ def test_without_a_gradient_nothing_moves():
 def test_vectors_are_refused():
     with pytest.raises(ValueError, match=r"a tensor of shape \(5,\) is none"):
         Muon([torch.zeros(5)], lr=0.1)
+
+
+def test_groups_of_adamw_are_those_of_torch():
+    """Vectors of a token beside matrices, with rates of their own, one without a gradient; kept and gone on from."""
+    start = [torch.linspace(-1, 1, 12).reshape(2, 6), torch.full((5,), 0.5), torch.zeros(3)]
+    ours, theirs = ([x.clone().requires_grad_() for x in start] for _ in range(2))
+    matrix = torch.eye(3).requires_grad_()
+    told = {"betas": (0.9, 0.99), "weight_decay": 0.1}
+
+    def muon():
+        return Muon([{"params": [matrix]}, {"params": ours, "lr": 0.3, "adamw": True}], lr=0.1, **told)
+
+    mine, reference = muon(), torch.optim.AdamW(theirs, lr=0.3, **told)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for x, y in zip(ours[:2], theirs[:2], strict=True):
+            x.grad = y.grad = torch.randn(x.shape, generator=generator)
+        matrix.grad = torch.ones(3, 3)
+        if step == 2:
+            kept, mine = mine.state_dict(), muon()
+            mine.load_state_dict(kept)
+        mine.step()
+        reference.step()
+    assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+    assert torch.equal(ours[2], start[2]) and not torch.equal(ours[1], start[1]) and matrix[0, 1] < 0

@@ -60,8 +60,8 @@ def gradients(pipe, settings: TrainSettings, data: TrainingSet, woven_data: Wove
         objective = Objective(pipe, learned.vectors, settings, own, other, examples, forward)
         batches = objective.draw(torch.Generator().manual_seed(3))
         losses = [objective.loss(batch) for batch in batches]
-        sum(loss.total for loss in losses).backward()
-    told = [sum(part.item() for part in parts) for parts in zip(*losses, strict=True)]
+        (sum(loss.total for loss in losses) / len(losses)).backward()
+    told = [sum(part.item() for part in parts) / len(parts) for parts in zip(*losses, strict=True)]
     return told, [x.grad for x in learned.tensors()], len(batches)
 
 

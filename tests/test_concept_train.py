@@ -350,6 +350,9 @@ def test_a_step_whose_gradients_overflow_does_not_move_the_schedule(tiny_pipe, m
         warnings.simplefilter("error")
         concept = train_concept(half, pictures(), **NAMES, settings=ALONE)
     assert not any(delta.any() for delta in concept.deltas.values())  # both steps were left out
+    word = tiny_pipe.tokenizer.convert_tokens_to_ids("cat</w>")
+    embedding = half.text_encoder.get_input_embeddings().weight[word]
+    assert torch.equal(concept.embeddings["text_encoder"][0], embedding.float())
 
 
 def test_checkpointing_learns_the_same_and_is_put_back(tiny_pipe, alone):

@@ -50,6 +50,8 @@ class Checkpoint:
         state = self.read()
         if state is None:
             return 0
+        if not parts.keys() <= state.keys():
+            raise WeaverError(f"{self.path}: a checkpoint of another version of this package: remove it to begin anew")
         with torch.no_grad():
             for tensor, value in zip(learned, state["learned"], strict=True):
                 tensor.copy_(value)

@@ -26,13 +26,13 @@ class Rows(NamedTuple):
     ----------
     picks : numbers of the pictures [b]
     t, noise : timesteps [b] and noise [b, C, h, w]
-    share : of a step's loss for this kind, 0 to 1: by rows, of woven ones by the cells that their regions hold
+    weight : of the batch in the mean over a step's batches: 1, but of woven rows as their regions' cells are many
     """
 
     picks: torch.Tensor
     t: torch.Tensor
     noise: torch.Tensor
-    share: float | torch.Tensor = 1.0
+    weight: float | torch.Tensor = 1.0
 
 
 class Batch(NamedTuple):
@@ -101,7 +101,7 @@ class Objective:
 
         Each picture of the concept counts alike, however small the region that it has; woven rows count by theirs.
 
-        The sum over a step's batches is the loss of all their rows in one.
+        The mean over a step's batches is the loss of all their rows in one.
         """
         kinds, dtype = batch.rows, self._dtype
         z = torch.cat([self._examples[kind].latents[rows.picks] for kind, rows in kinds.items()])
@@ -123,7 +123,7 @@ class Objective:
         means = {}
         for kind, rows in kinds.items():
             mean = _mean_of_cells if kind == "woven" else _mean_of_pictures
-            means[kind] = rows.share * mean(errors[kind], self._regions[kind], rows.picks)
+            means[kind] = rows.weight * mean(errors[kind], self._regions[kind], rows.picks)
         prior = means.pop("prior", None)
         own = sum(self._counts[kind] * mean for kind, mean in means.items())
         own = own / sum(self._counts[kind] for kind in means)
@@ -136,9 +136,9 @@ class Objective:
             return [rows]
         parts = map(Rows, *(part.split(count) for part in rows[:3]))
         if kind != "woven":
-            return [part._replace(share=count / len(rows.picks)) for part in parts]
-        whole = region[rows.picks].sum()
-        return [part._replace(share=region[part.picks].sum() / whole) for part in parts]
+            return list(parts)
+        mean = region[rows.picks].sum() / self._settings.accumulate
+        return [part._replace(weight=region[part.picks].sum() / mean) for part in parts]
 
     def _text(self, kind: str, picks: torch.Tensor) -> Encoding:
         if kind == "prior":

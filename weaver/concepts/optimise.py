@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
+from accelerate.utils import GradientAccumulationPlugin
 from torch.optim.lr_scheduler import LambdaLR
 
 from weaver.concepts.checkpoints import Checkpoint
@@ -21,6 +23,7 @@ from weaver.concepts.settings import TrainSettings
 from weaver.concepts.training_state import added
 from weaver.concepts.woven import WovenExamples, woven
 from weaver.defaults import defaults_for
+from weaver.errors import WeaverError
 
 __all__ = ["Step", "optimise"]
 
@@ -62,39 +65,33 @@ def optimise(
     Raises `ConceptError` if it diverges.
     """
     generator = torch.Generator("cpu").manual_seed(settings.seed)
-    optimisers = _optimisers(learned, settings)
-    schedules = {key: LambdaLR(one, lambda step: _rate(step, settings)) for key, one in optimisers.items()}
-    # Gradients of float16 activations vanish below 6e-8 unless the loss is scaled up.
-    scaler = torch.amp.GradScaler(pipe._execution_device.type, enabled=pipe.unet.dtype == torch.float16)
     scenes = scenes if settings.woven_batch else None
     with ExitStack() as stack:
+        accelerator = stack.enter_context(_accelerator(pipe, settings))
         forward = stack.enter_context(woven(pipe.unet, scenes, defaults_for(pipe).sites)) if scenes else None
         stack.enter_context(added(pipe.unet, learned.deltas, forward))
         objective = Objective(pipe, learned.vectors, settings, own, other, scenes, forward)
-        state = {f"optimiser of {key}": one for key, one in optimisers.items()}
-        state |= {f"schedule of {key}": one for key, one in schedules.items()} | {"scaler": scaler}
+        optimiser = _optimiser(learned, settings)
+        schedule = LambdaLR(optimiser, lambda step: _rate(step, settings))
+        optimiser, schedule = accelerator.prepare_optimizer(optimiser), accelerator.prepare_scheduler(schedule)
+        state = {"optimiser": optimiser, "schedule": schedule, "scaler": accelerator.scaler}
         begun = checkpoint.begin(learned.tensors(), generator, **state) if checkpoint else 0
         for step in range(begun, settings.steps):
-            for optimiser in optimisers.values():
-                optimiser.zero_grad(set_to_none=True)
-            losses = []
+            losses, rate = [], schedule.get_last_lr()[0]
             for batch in objective.draw(generator):
-                found = objective.loss(batch)
-                losses.append([None if part is None else part.item() for part in found])
-                if not math.isfinite(losses[-1][0]):
-                    raise ConceptError(
-                        f"training diverged at step {step + 1} of {settings.steps}: lower the learning rate"
-                    )
-                scaler.scale(found.total).backward()
-            told = [None if parts[0] is None else sum(parts) for parts in zip(*losses, strict=True)]
-            rate = optimisers["weights"].param_groups[0]["lr"]
-            scale = scaler.get_scale()
-            for optimiser in optimisers.values():
-                scaler.step(optimiser)
-            scaler.update()
-            if scaler.get_scale() >= scale:  # it falls where gradients overflowed and the step was left out
-                for schedule in schedules.values():
+                with accelerator.accumulate():
+                    found = objective.loss(batch)
+                    losses.append([None if part is None else part.item() for part in found])
+                    if not math.isfinite(losses[-1][0]):
+                        raise ConceptError(
+                            f"training diverged at step {step + 1} of {settings.steps}: lower the learning rate"
+                        )
+                    accelerator.backward(found.total)
+                    # After the last batch of a step, and not where a gradient overflowed in half precision.
+                    optimiser.step()
                     schedule.step()
+                    optimiser.zero_grad()
+            told = [None if parts[0] is None else sum(parts) / len(parts) for parts in zip(*losses, strict=True)]
             if forward:
                 forward.rest()
             if observe:
@@ -104,14 +101,36 @@ def optimise(
             report(step + 1, told[0])
 
 
-def _optimisers(learned: Learned, settings: TrainSettings) -> dict[str, torch.optim.Optimizer]:
-    """One of the changes of weights and one of the token's vectors, neither of which decays what it learns."""
-    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0)
-    rate = settings.learning_rate
-    return {
-        "weights": {"adamw": adamw, "muon": Muon}[settings.optimiser](learned.weights(), lr=rate),
-        "vectors": adamw(list(learned.vectors.values()), lr=settings.token_learning_rate or rate),
-    }
+@contextmanager
+def _accelerator(pipe, settings: TrainSettings) -> Iterator[Accelerator]:
+    """One that accumulates and scales as this training does; what it shares with a caller's own is left as it was."""
+    shared = GradientState()
+    before = shared.plugin_kwargs, shared.sync_gradients
+    plugin = GradientAccumulationPlugin(settings.accumulate, adjust_scheduler=False, sync_with_dataloader=False)
+    # Precision is the process's in accelerate, and here the model's: the weights have it, and only float16 is scaled,
+    # since gradients of its activations vanish below 6e-8. `prepare` would move the model, which has its place.
+    accelerator = Accelerator(device_placement=False, gradient_accumulation_plugin=plugin)
+    half = pipe.unet.dtype == torch.float16
+    accelerator.scaler = torch.amp.GradScaler(pipe._execution_device.type, enabled=half)
+    try:
+        if accelerator.num_processes > 1:
+            raise WeaverError(
+                f"a concept is learned by one process, not by {accelerator.num_processes}: start it without "
+                "`accelerate launch`, or with --num_processes 1"
+            )
+        yield accelerator
+    finally:
+        shared.plugin_kwargs, shared.sync_gradients = before
+
+
+def _optimiser(learned: Learned, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Of the changes of weights and of the token's vectors, neither of which it decays."""
+    rate, adamw = settings.learning_rate, {"betas": (0.9, 0.99), "weight_decay": 0.0}
+    weights = {"params": learned.weights()}
+    vectors = {"params": list(learned.vectors.values()), "lr": settings.token_learning_rate or rate}
+    if settings.optimiser == "muon":
+        return Muon([weights, vectors | {"adamw": True}], lr=rate, **adamw)
+    return torch.optim.AdamW([weights, vectors], lr=rate, **adamw)
 
 
 def _rate(step: int, settings: TrainSettings) -> float:
