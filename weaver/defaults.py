@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weaver.latents import vae_scale_factor
 from weaver.layers import EMBEDDED, InjectionSites, sites_for
@@ -21,6 +21,8 @@ class Defaults:
     template_guidance : classifier-free guidance of a picture from its prompt alone, such as a template
     suppression : lambda
     sites : injection sites and windows
+    woven_sites : injection sites and windows under which woven scenes are learned (`weaver.concepts.woven`). Concepts
+        that ship with the package were learned under these, before the fusion's windows were swept
     eta : of the fusion's DDIM steps. The paper's is 0. The embedded model's flat drawings are inverted to noise that is
         weaker than noise is, out of which nothing new can be drawn: half of the fresh noise makes up for it
     """
@@ -29,6 +31,7 @@ class Defaults:
     template_guidance: float
     suppression: float
     sites: InjectionSites
+    woven_sites: InjectionSites
     eta: float = 0.0
 
 
@@ -36,14 +39,16 @@ def defaults_for(pipe) -> Defaults:
     """Defaults of a pipeline: Plug-and-Play's guidance for Stable Diffusion (SDXL too), the embedded model's swept."""
     if is_embedded(pipe):
         return embedded_defaults()
-    return Defaults(guidance=7.5, template_guidance=7.5, suppression=0.2, sites=sites_for(pipe.unet))
+    sites = sites_for(pipe.unet)
+    return Defaults(guidance=7.5, template_guidance=7.5, suppression=0.2, sites=sites, woven_sites=sites)
 
 
 def embedded_defaults() -> Defaults:
     """Of the embedded model: guidance, lambda and windows as `weaver evaluate --sweep` chose them, recorded in
     `weaver/evaluation/chosen.json`; sites and eta tie with most of `benchmarks/embedded_sites.py`.
     """
-    return Defaults(guidance=2.5, template_guidance=3.0, suppression=0.0, sites=EMBEDDED, eta=0.5)
+    woven = replace(EMBEDDED, resnet_window=0.5, attention_window=0.5)
+    return Defaults(guidance=2.5, template_guidance=3.0, suppression=0.0, sites=EMBEDDED, woven_sites=woven, eta=0.5)
 
 
 def default_dilation(size: tuple[int, int]) -> int:

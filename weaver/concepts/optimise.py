@@ -68,7 +68,7 @@ def optimise(
     scenes = scenes if settings.woven_batch else None
     with ExitStack() as stack:
         accelerator = stack.enter_context(_accelerator(pipe, settings))
-        forward = stack.enter_context(woven(pipe.unet, scenes, defaults_for(pipe).sites)) if scenes else None
+        forward = stack.enter_context(woven(pipe.unet, scenes, defaults_for(pipe).woven_sites)) if scenes else None
         stack.enter_context(added(pipe.unet, learned.deltas, forward))
         objective = Objective(pipe, learned.vectors, settings, own, other, scenes, forward)
         optimiser = _optimiser(learned, settings)
