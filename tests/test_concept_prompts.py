@@ -142,8 +142,9 @@ def test_derive_prompt_puts_the_token_before_the_class_word():
     concept = make_concept()
     assert derive_prompt("A dog and a cat playing", concept) == "A dog and a <v1> cat playing"
     assert derive_prompt("Cat, beach", concept) == "<v1> Cat, beach"
-    ground = make_concept(word="mountain background", token="<bg>")
-    assert derive_prompt("a cat, mountain background", ground) == "a cat, <bg> mountain background"
+    for token in ("<bg>", "[bg]"):  # and the paper's
+        ground = make_concept(word="mountain background", token=token)
+        assert derive_prompt("a cat, mountain background", ground) == f"a cat, {token} mountain background"
 
 
 def test_derive_prompt_counts_occurrences():

@@ -306,7 +306,10 @@ def test_impossible_settings(changes, message):
         ({"images": []}, "no pictures to learn from"),
         ({"captions": ["a <v1> cat"]}, "2 pictures and 1 captions"),
         ({"captions": ["a cat"] * 2}, "token '<v1>' is not in its prompt 'a cat'"),
-        ({"prior": TrainingSet(tuple(pictures(1)), ("a <v1> cat",))}, "prior caption 'a <v1> cat' holds the token"),
+        (
+            {"prior": TrainingSet(tuple(pictures(1)), ("a <v1> cat",))},
+            "token '<v1>' stands in 'a <v1> cat', a caption of",
+        ),
         ({"word": " "}, "class word ' ' means nothing"),
         ({"token": "<rex> dog"}, "token '<rex> dog' is empty or has white space in it; write one such as '<v1>'"),
         ({"token": "<>"}, "token '<>' is empty"),

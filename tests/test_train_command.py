@@ -166,6 +166,35 @@ def test_the_embedded_models_own_defaults(tmp_path):
     assert settings["optimiser"] == "muon" and settings["woven"] == 64 and settings["steps"] == 1
 
 
+def test_the_embedded_model_makes_class_pictures_where_it_is_asked_to(tmp_path):
+    given = ["train", str(concept_images("pug")), "--word", "dog", "--token", "<pug>", "--steps", "1"]
+    given += ["--woven-batch", "0", "--batch", "1"]
+    told = []
+    for number, options in enumerate(([], ["--prior-images", "2", "--prior-steps", "1"])):
+        out = tmp_path / f"{number}.safetensors"
+        assert main([*given, *options, "--out", str(out)]) == 0
+        told.append(Concept.load(out).settings["prior"])
+    assert told == ["given", "made by the base model"]
+
+
+def test_a_token_that_is_a_word_of_others_is_told_where_they_are_used(tmp_path, capsys):
+    out = tmp_path / "pug.safetensors"
+    given = ["train", str(concept_images("pug")), "--word", "dog", "--token", "cat", "--steps", "1", "--out", str(out)]
+    given += ["--woven-batch", "0", "--batch", "1"]
+    assert main(given) == 2
+    assert "a caption of others; take one that is no word: '<v1>'" in capsys.readouterr().err
+    assert main([*given, "--prior-batch", "0"]) == 0 and Concept.load(out).token == "cat"
+
+
+def test_a_background_under_the_papers_token(tmp_path):
+    out = tmp_path / "forest.safetensors"
+    given = ["train", str(concept_images("autumn-forest")), "--word", "forest background", "--token", "[bg]"]
+    assert main([*given, "--steps", "1", "--out", str(out)]) == 0
+    concept = Concept.load(out)
+    assert (concept.token, concept.word) == ("[bg]", "forest background")
+    assert all("[bg] forest background" in caption for caption in concept.settings["captions"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

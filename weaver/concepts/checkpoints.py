@@ -18,6 +18,8 @@ from weaver.folder import whole_file
 
 __all__ = ["Checkpoint", "data_hash"]
 
+_LAYOUT = 2  # of the file: which parts a training has. It had an optimiser for weights and one for vectors before
+
 
 @dataclass(eq=False)
 class Checkpoint:
@@ -50,8 +52,6 @@ class Checkpoint:
         state = self.read()
         if state is None:
             return 0
-        if not parts.keys() <= state.keys():
-            raise WeaverError(f"{self.path}: a checkpoint of another version of this package: remove it to begin anew")
         with torch.no_grad():
             for tensor, value in zip(learned, state["learned"], strict=True):
                 tensor.copy_(value)
@@ -69,6 +69,8 @@ class Checkpoint:
             identity, settings, _ = dict(state["identity"]), dict(state["settings"]), int(state["step"])
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             raise WeaverError(f"{self.path}: not a readable checkpoint ({error}): remove it to begin anew") from error
+        if state.get("layout") != _LAYOUT:
+            raise WeaverError(f"{self.path}: a checkpoint of another version of this package: remove it to begin anew")
         odd = [key for key, value in self.identity.items() if identity.get(key) != value]
         if changed := differences(settings, self.settings):
             odd.append(f"settings ({'; '.join(changed)})")
@@ -85,7 +87,7 @@ class Checkpoint:
             return
         state = {name: part.state_dict() for name, part in self._parts.items()}
         state |= {"identity": dict(self.identity), "settings": dict(self.settings)}
-        state |= {"step": step, "generator": self._generator.get_state()}
+        state |= {"layout": _LAYOUT, "step": step, "generator": self._generator.get_state()}
         state["learned"] = [tensor.detach() for tensor in self._learned]
         with whole_file(self.path) as partial:
             torch.save(state, partial)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import GradientState
-from accelerate.utils import GradientAccumulationPlugin
 from torch.optim.lr_scheduler import LambdaLR
 
+from weaver.concepts.accelerated import accelerated
 from weaver.concepts.checkpoints import Checkpoint
 from weaver.concepts.concept import ConceptError
 from weaver.concepts.examples import Examples
@@ -23,7 +21,6 @@ from weaver.concepts.settings import TrainSettings
 from weaver.concepts.training_state import added
 from weaver.concepts.woven import WovenExamples, woven
 from weaver.defaults import defaults_for
-from weaver.errors import WeaverError
 
 __all__ = ["Step", "optimise"]
 
@@ -67,13 +64,14 @@ def optimise(
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     scenes = scenes if settings.woven_batch else None
     with ExitStack() as stack:
-        accelerator = stack.enter_context(_accelerator(pipe, settings))
+        accelerator = stack.enter_context(accelerated(pipe, settings.accumulate))
         forward = stack.enter_context(woven(pipe.unet, scenes, defaults_for(pipe).woven_sites)) if scenes else None
         stack.enter_context(added(pipe.unet, learned.deltas, forward))
         objective = Objective(pipe, learned.vectors, settings, own, other, scenes, forward)
         optimiser = _optimiser(learned, settings)
         schedule = LambdaLR(optimiser, lambda step: _rate(step, settings))
         optimiser, schedule = accelerator.prepare_optimizer(optimiser), accelerator.prepare_scheduler(schedule)
+        stack.callback(optimiser.state.clear)  # moments, which would live on in cycles of references
         state = {"optimiser": optimiser, "schedule": schedule, "scaler": accelerator.scaler}
         begun = checkpoint.begin(learned.tensors(), generator, **state) if checkpoint else 0
         for step in range(begun, settings.steps):
@@ -99,28 +97,6 @@ def optimise(
             if checkpoint:
                 checkpoint.after(step + 1)
             report(step + 1, told[0])
-
-
-@contextmanager
-def _accelerator(pipe, settings: TrainSettings) -> Iterator[Accelerator]:
-    """One that accumulates and scales as this training does; what it shares with a caller's own is left as it was."""
-    shared = GradientState()
-    before = shared.plugin_kwargs, shared.sync_gradients
-    plugin = GradientAccumulationPlugin(settings.accumulate, adjust_scheduler=False, sync_with_dataloader=False)
-    # Precision is the process's in accelerate, and here the model's: the weights have it, and only float16 is scaled,
-    # since gradients of its activations vanish below 6e-8. `prepare` would move the model, which has its place.
-    accelerator = Accelerator(device_placement=False, gradient_accumulation_plugin=plugin)
-    half = pipe.unet.dtype == torch.float16
-    accelerator.scaler = torch.amp.GradScaler(pipe._execution_device.type, enabled=half)
-    try:
-        if accelerator.num_processes > 1:
-            raise WeaverError(
-                f"a concept is learned by one process, not by {accelerator.num_processes}: start it without "
-                "`accelerate launch`, or with --num_processes 1"
-            )
-        yield accelerator
-    finally:
-        shared.plugin_kwargs, shared.sync_gradients = before
 
 
 def _optimiser(learned: Learned, settings: TrainSettings) -> torch.optim.Optimizer:

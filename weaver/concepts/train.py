@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from weaver.concepts.accelerated import process_reasons
 from weaver.concepts.changes import moved
 from weaver.concepts.checkpoints import Checkpoint, data_hash
 from weaver.concepts.concept import Concept, attn2_hash
@@ -108,7 +109,7 @@ def train_concept(
     if not isinstance(images, TrainingSet):
         captions = [f"a {token} {word}"] * len(images) if captions is None else captions
         images = TrainingSet(tuple(images), tuple(captions))
-    _check(pipe, images, prior, token, word)
+    _check(pipe, images, prior, token, word, settings)
     base_hash = base_hash or attn2_hash(pipe.unet)
     kept, pictures = None, None
     if checkpoint is not None:
@@ -185,8 +186,10 @@ def _identity(base_hash: str, images: TrainingSet, prior: TrainingSet | None, wo
     }
 
 
-def _check(pipe, images: TrainingSet, prior: TrainingSet | None, token: str, word: str) -> None:
-    reasons = naming_reasons(token, word)
+def _check(
+    pipe, images: TrainingSet, prior: TrainingSet | None, token: str, word: str, settings: TrainSettings
+) -> None:
+    reasons = naming_reasons(token, word) + process_reasons()
     least = min(model_size(pipe)) // _LEAST_SIDE
     if small := [number for number, image in enumerate(images.images) if min(image.size) < least]:
         width, height = images.images[small[0]].size
@@ -196,11 +199,12 @@ def _check(pipe, images: TrainingSet, prior: TrainingSet | None, token: str, wor
     if kind not in ("epsilon", "v_prediction") or not hasattr(pipe.scheduler, "alphas_cumprod"):
         reasons.append(f"the scheduler predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
     reasons += added_reasons(pipe)
-    if prior is not None and (named := [caption for caption in prior.captions if names_token(caption, token)]):
-        reasons.append(f"prior caption {named[0]!r} holds the token {token!r}; prior pictures show others: take '<v1>'")
+    captions = prior.captions if prior is not None and settings.prior_batch else ()
+    if named := [caption for caption in captions if names_token(caption, token)]:
+        reasons.append(f"token {token!r} stands in {named[0]!r}, a caption of others; take one that is no word: '<v1>'")
     raise_if(reasons, f"cannot train {token} {word}")
 
 
 def _versions() -> dict[str, str]:
-    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    libraries = {name: version(name) for name in ("torch", "accelerate", "diffusers", "transformers")}
     return {"concept-weaver": __version__, "python": platform.python_version()} | libraries

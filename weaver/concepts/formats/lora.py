@@ -15,8 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers import StableDiffusionXLPipeline
-from diffusers.utils import convert_unet_state_dict_to_peft
 
 from weaver.concepts.changes import ranks_of
 from weaver.concepts.concept_checks import parted
@@ -149,6 +147,8 @@ def _from_kohya(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             tensors[key] = torch.einsum("ijhw,jc->ichw", middle.float(), tensors[key].flatten(1).float())
     if odd := [key for key in tensors if any(name in key for name in _SGM) and not _SGM_BLOCK.match(key)]:
         raise Refusal(f"{told(odd[0])} is of a block that no Stable Diffusion has: {OTHER_BASE}")
+    from diffusers import StableDiffusionXLPipeline  # seconds, which no file that can't be opened waits for
+
     count = len(tensors)
     try:
         named = StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=_LAYERS_PER_BLOCK)[0]
@@ -166,6 +166,8 @@ def _from_kohya(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _by_part(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of the U-Net and of each text encoder, named by paths in it as PEFT does."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(_PEFT_PREFIX)
