@@ -277,9 +277,7 @@ def test_factors_under_names_of_two_kinds_are_not_lost(tmp_path):
 @pytest.mark.parametrize("name", ["input_blocks_{}_1_proj_in", "x_{}_output_blocks_1_proj_in", "middle_block_{}_to_q"])
 def test_blocks_that_no_u_net_has_are_refused_before_their_names_are_converted(name, tmp_path, monkeypatch):
     """diffusers' converter looks through every name once for each number of a block."""
-    monkeypatch.setattr(
-        "diffusers.StableDiffusionXLPipeline.lora_state_dict", lambda *a, **k: pytest.fail("read")
-    )
+    monkeypatch.setattr("diffusers.StableDiffusionXLPipeline.lora_state_dict", lambda *a, **k: pytest.fail("read"))
     layers = [f"lora_unet_{name.format(number)}" for number in range(100, 400)]
     tensors = {f"{layer}.lora_{part}.weight": torch.ones(1, 1) for layer in layers for part in ("down", "up")}
     save_file(tensors, tmp_path / "rex.safetensors")
