@@ -12,8 +12,11 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from weaver import Concept, ConceptUse
 from weaver.background import laid_over
+from weaver.embedded import concept_path, load_pipeline
 from weaver.job import MaskSpec
+from weaver.layers import InjectionSites
 from weaver.masks import compose_masks, load_mask
 from weaver.pictures import PictureError, open_rgb
 from weaver.pipeline import weave
@@ -66,6 +69,30 @@ def test_a_photo_is_woven_and_its_background_kept(tiny_pipe, concepts, name):
     template, image = np.asarray(load_template(path, (32, 48))), np.asarray(woven.image)
     assert 0.1 < ground.mean() < 0.9
     assert (image[ground] == template[ground]).all() and (image[~ground] != template[~ground]).any()
+
+
+def steps_along(image: Image.Image, ground: np.ndarray) -> float:
+    """The mean step in brightness from pixels of the background to neighbours that are none."""
+    grey = np.asarray(image, dtype=float).mean(-1)
+    found = [np.abs(np.diff(grey, axis=axis))[np.diff(ground, axis=axis)] for axis in (0, 1)]
+    return np.concatenate(found).mean()
+
+
+@pytest.mark.parametrize("name", ["cat", "coffee"])
+def test_what_is_drawn_goes_over_into_a_photo_without_an_edge(name):
+    """By a model that knows no photos: its drawing, laid over the photo as it is, has a border that tells."""
+    path, everywhere = (
+        CARRIED / f"{name}.jpg",
+        InjectionSites("all", tuple(range(3, 12)), tuple(range(4, 12)), 1.0, 1.0),
+    )
+    arguments = {"places": [MaskSpec(file=path.with_suffix(".mask.png"))], "template": path, "source_prompt": ""}
+    arguments |= {"steps": 12, "guidance": 1.0, "suppression": 0.0, "eta": 0.0, "sites": everywhere, "dilation": 1}
+    concepts = [ConceptUse(Concept.load(concept_path("pug")), strength=0.0)]
+    kept, drawn = (weave(load_pipeline(), "a dog", concepts, keep_background=k, **arguments) for k in (True, False))
+    ground = kept.masks[-1].numpy() == 1
+    pasted = laid_over(kept.template, drawn.image, kept.masks, 0)
+    before, seam, border = (steps_along(image, ground) for image in (kept.template, kept.image, pasted))
+    assert seam - before < 0.6 * (border - before) and border > 1.3 * before
 
 
 @pytest.mark.skipif(not MORE.is_dir(), reason=f"no further photos in {MORE} (WEAVER_PHOTOS names another folder)")
