@@ -22,6 +22,7 @@ from weaver.embedded import load_pipeline
 from weaver.errors import WeaverError
 from weaver.job import JobError
 from weaver.job.parse import job_from_mapping
+from weaver.job.resolve import resolve_job
 from weaver.models import load_model
 from weaver.progress import Stages
 
@@ -155,3 +156,15 @@ def test_training_settings_start_from_the_models_own(job):
     embedded = load_pipeline()
     assert training_settings(dog.train, embedded).batch == TrainSettings.embedded().batch
     assert training_settings(dog.train, embedded).seed == 5
+
+
+def test_the_embedded_model_has_scenes_of_its_world_whatever_defaults_are_written_out(tmp_path):
+    """A job whose defaults are resolved names how many class pictures a model would make, which this one does not."""
+    train = {"images": "embedded:pug", "token": "<pug>", "steps": 1, "woven_batch": 0, "batch": 1}
+    mapping = {"prompt": "a dog", "concepts": [{"word": "dog", "train": train}]}
+    job = job_from_mapping(mapping, folder=tmp_path)
+    pipe = load_pipeline()
+    job = resolve_job(job, pipe, ["a <pug> dog"])
+    assert dict(job.concepts[0].train.settings)["prior_images"] == 48
+    (concept,) = train_bank(job, pipe, Stages(bars=False)).values()
+    assert concept.settings["prior"] == "given"

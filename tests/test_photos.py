@@ -81,10 +81,8 @@ def steps_along(image: Image.Image, ground: np.ndarray) -> float:
 @pytest.mark.parametrize("name", ["cat", "coffee"])
 def test_what_is_drawn_goes_over_into_a_photo_without_an_edge(name):
     """By a model that knows no photos: its drawing, laid over the photo as it is, has a border that tells."""
-    path, everywhere = (
-        CARRIED / f"{name}.jpg",
-        InjectionSites("all", tuple(range(3, 12)), tuple(range(4, 12)), 1.0, 1.0),
-    )
+    path = CARRIED / f"{name}.jpg"
+    everywhere = InjectionSites("all", tuple(range(3, 12)), tuple(range(4, 12)), 1.0, 1.0)
     arguments = {"places": [MaskSpec(file=path.with_suffix(".mask.png"))], "template": path, "source_prompt": ""}
     arguments |= {"steps": 12, "guidance": 1.0, "suppression": 0.0, "eta": 0.0, "sites": everywhere, "dilation": 1}
     concepts = [ConceptUse(Concept.load(concept_path("pug")), strength=0.0)]

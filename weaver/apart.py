@@ -31,14 +31,12 @@ def call_apart(function: Callable, arguments: Sequence[tuple], moves: Sequence[C
     with ProcessPoolExecutor(processes, context, _begin, (news,)) as pool:
         futures = [pool.submit(_call, function, values, number) for number, values in enumerate(arguments)]
         try:
-            waiting = set(futures)
-            while waiting:
-                _pass_on(news, moves)
+            waiting, told = set(futures), True
+            while waiting or told:  # and what the last calls told before they ended
+                told = _pass_on(news, moves)
                 for future in [future for future in waiting if future.done()]:
                     waiting.remove(future)
                     future.result()  # raises what went wrong there
-            while _pass_on(news, moves):  # what the last calls told before they ended
-                pass
         except BaseException:
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()

@@ -26,12 +26,8 @@ def add_parser(commands, epilog: str) -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     with args.stages.step("reading the file"):
-        from weaver.concepts.formats.opening import open_tensors
         from weaver.concepts.formats.summary import summarise
-        from weaver.models import quiet_libraries
 
-        open_tensors(args.file)  # what can't be is told before libraries are loaded, which takes seconds
-        quiet_libraries()
         summary = summarise(args.file)
     if args.json:
         print(json.dumps(summary, indent=2))

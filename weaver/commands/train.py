@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from weaver.choices import PRECISIONS
-from weaver.commands.train_settings import METHODS, add_settings, asked_settings, chosen_settings
+from weaver.commands.train_settings import METHODS, add_settings, chosen_settings
 from weaver.errors import WeaverError
 from weaver.folder import check_folder
 
@@ -119,7 +119,7 @@ def _train(args: argparse.Namespace) -> int:
     if given and not settings.prior_batch:
         raise WeaverError("--class-images: none of them is in a step; leave out --prior-batch 0, or the pictures")
     with threads_for(pipe):
-        prior, woven = prior_and_scenes(pipe, pictures, args.token, args.word, settings, asked_settings(args))
+        prior, woven = prior_and_scenes(pipe, pictures, args.token, args.word, settings)
         with args.stages.bar(f"learning {args.token} {args.word}", settings.steps, left=True) as move:
             concept = train_concept(
                 pipe,

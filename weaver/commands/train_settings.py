@@ -8,10 +8,11 @@ from dataclasses import fields
 from weaver.concepts.settings import CHOICES, FACTORS_RATE, WHOLE_RATE, TrainSettings
 from weaver.errors import WeaverError
 
-__all__ = ["METHODS", "add_settings", "asked_settings", "chosen_settings"]
+__all__ = ["METHODS", "add_settings", "chosen_settings"]
 
 METHODS = ("custom-diffusion", "lora")
 _RANK = 16  # of a LoRA where none is asked for
+_OF_MADE_PICTURES = ("prior_images", "prior_steps", "prior_guidance")
 _KINDS = {"int": int, "float": float, "float | None": float}
 _HELP = {
     "steps": "steps of the optimisation",
@@ -24,7 +25,7 @@ _HELP = {
     "woven_batch": "scenes with it among others in a step; on other models more pictures of it",
     "prior_batch": "pictures of its class in a step, 0 for none",
     "prior_weight": "of their loss, where the concept's is 1",
-    "prior_images": "how many the model makes without --class-images; the embedded one if asked to",
+    "prior_images": "how many of them the model makes, without --class-images; not the embedded one",
     "prior_steps": "sampling steps in which it makes one",
     "prior_guidance": "guidance with which it makes them",
     "accumulate": "batches in a step, one after another in the memory of one",
@@ -63,7 +64,7 @@ def chosen_settings(args: argparse.Namespace, pipe) -> TrainSettings:
     """The model's own settings with those that were asked for; raises `WeaverError` for a rank without its method."""
     from weaver.models import is_embedded
 
-    changes = asked_settings(args)
+    changes = {f.name: getattr(args, f.name) for f in fields(TrainSettings) if getattr(args, f.name) is not None}
     own = is_embedded(pipe)
     if args.method == "lora" and not (own and changes.get("layers") == "all"):  # which brings a rank of its own
         changes.setdefault("rank", _RANK)
@@ -73,17 +74,16 @@ def chosen_settings(args: argparse.Namespace, pipe) -> TrainSettings:
         raise WeaverError(f"--rank: is {rank} with --method {args.method}; {fix}")
     if changes.get("layers") == "all" and args.method != "lora":
         raise WeaverError(f"--layers: is all with --method {args.method}; add --method lora")
+    if own and (odd := [name for name in _OF_MADE_PICTURES if name in changes]):
+        name = odd[0].replace("_", "-")
+        raise WeaverError(f"--{name}: the embedded model makes no class pictures, it has its world; leave it out")
     return TrainSettings.embedded(**changes) if own else TrainSettings(**changes)
-
-
-def asked_settings(args: argparse.Namespace) -> dict[str, object]:
-    """Those that are on the command line."""
-    return {f.name: getattr(args, f.name) for f in fields(TrainSettings) if getattr(args, f.name) is not None}
 
 
 def _default(name: str) -> str:
     """What a setting is where nobody asks: for Stable Diffusion, and for the embedded model where it differs."""
     embedded, whole = TrainSettings.embedded(), TrainSettings.embedded(layers="all")
     usual, embedded, whole = (getattr(settings, name) for settings in (TrainSettings(), embedded, whole))
-    told = _SAID.get(name, str(usual)) + (f"; embedded {embedded}" if embedded != usual else "")
+    differs = embedded != usual and name not in _OF_MADE_PICTURES
+    told = _SAID.get(name, str(usual)) + (f"; embedded {embedded}" if differs else "")
     return told + (f", {whole} with --layers all" if whole not in (embedded, "all") else "")

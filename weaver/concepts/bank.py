@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,6 @@ from weaver.progress import Stages
 __all__ = [
     "bind_concepts",
     "drop_checkpoints",
-    "makes_prior",
     "prior_and_scenes",
     "read_concept",
     "read_concepts",
@@ -40,8 +39,6 @@ __all__ = [
     "training_settings",
     "worker_count",
 ]
-
-_MAKING = {"prior_images", "prior_steps", "prior_guidance"}  # settings of the class pictures that a model makes
 
 
 @dataclass(frozen=True)
@@ -200,28 +197,16 @@ def training_settings(wishes: TrainSpec, pipe) -> TrainSettings:
     return TrainSettings.embedded(**asked) if is_embedded(pipe) else TrainSettings(**asked)
 
 
-def makes_prior(pipe, asked: Iterable[str]) -> bool:
-    """Whether the model makes its class pictures; `asked` are the settings that somebody asked for.
-
-    The embedded model has scenes of its world, and makes pictures where it is told how.
-    """
-    return not is_embedded(pipe) or not _MAKING.isdisjoint(asked)
-
-
 def prior_and_scenes(
-    pipe, pictures: TrainingSet, token: str, word: str, settings: TrainSettings, asked: Iterable[str] = ()
+    pipe, pictures: TrainingSet, token: str, word: str, settings: TrainSettings
 ) -> tuple[TrainingSet | None, WovenSet | None]:
-    """What else a concept of the embedded model is learned from: its world's scenes; nothing for other models.
-
-    There are no prior scenes where the model makes its class pictures (`makes_prior`).
-    """
+    """What else a concept of the embedded model is learned from: its world's scenes; nothing for other models."""
     if not is_embedded(pipe):
         return None, None
     from weaver.embedded.prior import prior_scenes
     from weaver.embedded.woven import woven_scenes
 
-    prior = None if makes_prior(pipe, asked) else prior_scenes()
-    return prior, woven_scenes(pictures, token, word) if settings.woven_batch else None
+    return prior_scenes(), woven_scenes(pictures, token, word) if settings.woven_batch else None
 
 
 def _train(task: _Task, pipe, move: Callable[[int, int], None]) -> Concept:
@@ -229,7 +214,7 @@ def _train(task: _Task, pipe, move: Callable[[int, int], None]) -> Concept:
     settings = training_settings(wishes, pipe)
     try:
         pictures = load_images(training_pictures(spec), wishes.token, spec.word, template=wishes.caption)
-        prior, woven = prior_and_scenes(pipe, pictures, wishes.token, spec.word, settings, dict(wishes.settings))
+        prior, woven = prior_and_scenes(pipe, pictures, wishes.token, spec.word, settings)
         return train_concept(
             pipe,
             pictures,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from weaver.concepts.bank import makes_prior, training_settings, worker_count
+from weaver.concepts.bank import training_settings, worker_count
 from weaver.concepts.images import TrainingSet
 from weaver.concepts.prior import class_pictures
 from weaver.concepts.settings import TrainSettings
@@ -39,29 +39,26 @@ def training_peaks(job: Job, model: Shapes, plan: MemoryPlan, ledger: Ledger) ->
     """
     pipe = model.pipe
     specs = [spec for spec in job.everyone if spec.train]
-    asked = [(spec, dict(spec.train.settings)) for spec in specs]
-    kinds = {(len(training_pictures(s)), training_settings(s.train, pipe), makes_prior(pipe, own)) for s, own in asked}
+    kinds = {(len(training_pictures(spec)), training_settings(spec.train, pipe)) for spec in specs}
     workers = min(worker_count(pipe, device=ledger.device), len(specs))
     found: dict[str, Peak] = {}
     ledger.hold(WEIGHTS, model.tensors())
     with threads_for(pipe, ledger.device), ledger:
-        for pictures, settings, makes in kinds:
-            for stage, peak in _train_one(pipe, pictures, settings, makes, ledger, plan.at_once).items():
+        for pictures, settings in kinds:
+            for stage, peak in _train_one(pipe, pictures, settings, ledger, plan.at_once).items():
                 peak = _in_all(peak, workers)
                 if stage not in found or peak.total > found[stage].total:
                     found[stage] = peak
     return found
 
 
-def _train_one(
-    pipe, pictures: int, settings: TrainSettings, makes: bool, ledger: Ledger, at_once: int | None
-) -> dict[str, Peak]:
+def _train_one(pipe, pictures: int, settings: TrainSettings, ledger: Ledger, at_once: int | None) -> dict[str, Peak]:
     embedded, found = is_embedded(pipe), {}
-    wanted = settings.prior_images if makes else _EMBEDDED_PRIOR
+    wanted = _EMBEDDED_PRIOR if embedded else settings.prior_images
     made = min(wanted, _PRIOR)
     few = {"steps": _STEPS, "prior_images": made, "prior_steps": _STEPS, "accumulate": min(settings.accumulate, _STEPS)}
     short = replace(settings, **few)
-    if settings.prior_batch and makes:
+    if settings.prior_batch and not embedded:
         with ledger.peak() as found["class pictures"]:
             class_pictures(pipe, WORD, short, lambda *_: None, at_once=at_once)
     made_scenes = min(_EMBEDDED_SCENES, _PRIOR)

@@ -147,11 +147,14 @@ def _from_kohya(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             tensors[key] = torch.einsum("ijhw,jc->ichw", middle.float(), tensors[key].flatten(1).float())
     if odd := [key for key in tensors if any(name in key for name in _SGM) and not _SGM_BLOCK.match(key)]:
         raise Refusal(f"{told(odd[0])} is of a block that no Stable Diffusion has: {OTHER_BASE}")
-    from diffusers import StableDiffusionXLPipeline  # seconds, which no file that can't be opened waits for
+    from weaver.models import quietly
 
     count = len(tensors)
     try:
-        named = StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=_LAYERS_PER_BLOCK)[0]
+        with quietly():
+            from diffusers import StableDiffusionXLPipeline  # seconds, which no file that can't be opened waits for
+
+            named = StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=_LAYERS_PER_BLOCK)[0]
     except (KeyError, ValueError, IndexError, AttributeError) as error:  # a converter's, led there by odd names
         raise Refusal(
             f"its layers are not Stable Diffusion's, or not LoRA's ({told(str(error))}): {OTHER_BASE}"
