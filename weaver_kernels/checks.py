@@ -30,7 +30,9 @@ def own_precision(function: Callable) -> Callable:
     @wraps(function)
     def call(*args, **kwargs):
         kind = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), "cpu")
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        # Compilers can't trace the question whether a device has autocast; what they compile for does.
+        has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+        if not has_autocast or not torch.is_autocast_enabled(kind):
             return function(*args, **kwargs)
         with torch.autocast(kind, enabled=False):
             return function(*args, **kwargs)
