@@ -83,25 +83,15 @@ def test_the_defaults_and_every_arm_are_what_the_recorded_sweep_chose():
     assert json.loads(CHOSEN_FILE.read_text(encoding="utf-8")) == chosen
     assert list(chosen) == [arm.name for arm in ARMS]
     assert arm_of(FULL).chosen == default_settings(), "the embedded model's defaults are not what the sweep chose"
-    named = [name.rpartition("-s")[0] for name in record["cases"]]
-    assert named == [case.prompt.name for case in sweep_cases()]
+    assert record["cases"] == [case.name for case in sweep_cases()]
+    assert record["prompts"] == [case.prompt.text_with_tokens for case in sweep_cases()]
+    assert record["finals"] == [f"{case.prompt.name}-s{case.seed + 1}" for case in sweep_cases()]
     concepts = 2 * sum(len(case.prompt.concepts) + bool(case.prompt.background) for case in sweep_cases())
-    if "finals" in record:
-        assert record["cases"] == [case.name for case in sweep_cases()]
-        assert record["prompts"] == [case.prompt.text_with_tokens for case in sweep_cases()]
-        assert record["finals"] == [f"{case.prompt.name}-s{case.seed + 1}" for case in sweep_cases()]
-    else:
-        assert "What is recorded here is an older sweep" in " ".join(README.split())
     for name, found in record["arms"].items():
         ranked = sorted(found["tried"], key=lambda one: one["score"], reverse=True)
-        if "finals" in record:
-            last = [Tried(one["values"], None, tuple(one["score"])) for one in found["finals"]]
-            assert [one.values for one in last] == [t["values"] for t in found["tried"] if t in ranked[:FINALISTS]], (
-                name
-            )
-            assert choice(last, concepts).values == found["chosen"], name
-        else:
-            assert ranked[0]["values"] == found["chosen"], name
+        last = [Tried(one["values"], None, tuple(one["score"])) for one in found["finals"]]
+        assert [one.values for one in last] == [t["values"] for t in found["tried"] if t in ranked[:FINALISTS]], name
+        assert choice(last, concepts).values == found["chosen"], name
         begun = {key: ORIGIN[key] for key in found["chosen"]}
         assert found["tried"][0]["values"] == begun and len(found["tried"]) <= record["budget"], name
         assert all(min(GRID[key]) <= value <= max(GRID[key]) for key, value in found["chosen"].items())
