@@ -38,7 +38,7 @@ h1 { font-size: 28px; margin: 0 } h2 { font-size: 20px; margin: 44px 0 8px } p {
 small, .pale { color: #5a626a } .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: 14px } th { text-align: left; font-weight: 600; vertical-align: bottom }
 td, th { padding: 4px 14px 4px 0; border-bottom: 1px solid #e0e3dd; white-space: nowrap }
-td.what { white-space: normal; min-width: 22em } td small { display: block; font-size: 11.5px; line-height: 1.2 }
+td.what { white-space: normal; min-width: 15em } td small { display: block; font-size: 11.5px; line-height: 1.2 }
 tr.full td { background: #fbeee9; font-weight: 600 } .yes { color: #2c7a3f } .no { color: #b3402a }
 .unseen { text-decoration: line-through }
 .chart svg { width: 100%; max-width: 1080px; height: auto }
