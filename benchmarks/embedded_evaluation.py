@@ -41,6 +41,7 @@ COLUMNS = {
     "similarity": ("similarity", "{:.2f}"),
     "psnr": ("background, dB", "{:.1f}"),
     "edges": ("edge IoU", "{:.1%}"),
+    "masks": ("mask IoU", "{:.1%}"),
 }
 
 
@@ -91,17 +92,20 @@ def failures(folder: Path) -> Image.Image:
     for case in list(seen.values())[:WORST]:
         pictures = [template_path(folder, case.name), *(picture_path(folder, case.name, name) for name in arms)]
         rows.append([open_rgb(path) for path in pictures])
-    return _headed(grid(rows, 96), ["template", *(f"({arm.letter})" for arm in ARMS)])
+    names = [case.name for case in list(seen.values())[:WORST]]
+    return _headed(grid(rows, 96), ["template", *(f"({arm.letter})" for arm in ARMS)], names)
 
 
-def _headed(sheet: Image.Image, headings: Sequence[str], height: int = 22) -> Image.Image:
-    """A sheet with a line of text over each of its columns, in 256 colours: a README's picture is no megabyte."""
-    headed = Image.new("RGB", (sheet.width, sheet.height + height), "white")
-    headed.paste(sheet, (0, height))
-    draw, width = ImageDraw.Draw(headed), sheet.width // len(headings)
+def _headed(sheet: Image.Image, headings: Sequence[str], names: Sequence[str]) -> Image.Image:
+    """A sheet with a text over each of its columns and before each row, in 256 colours: a README's picture is small."""
+    left, top, font = 140, 22, ImageFont.load_default(size=14)
+    headed = Image.new("RGB", (left + sheet.width, top + sheet.height), "white")
+    headed.paste(sheet, (left, top))
+    draw, width, height = ImageDraw.Draw(headed), sheet.width // len(headings), sheet.height // len(names)
     for number, text in enumerate(headings):
-        place = (number * width + width // 2, height // 2)
-        draw.text(place, text, fill="black", font=ImageFont.load_default(size=14), anchor="mm")
+        draw.text((left + number * width + width // 2, top // 2), text, fill="black", font=font, anchor="mm")
+    for number, text in enumerate(names):
+        draw.text((4, top + number * height + height // 2), text, fill="black", font=font, anchor="lm")
     return headed.quantize(256)
 
 

@@ -29,9 +29,9 @@ from PIL import Image
 
 from weaver import Concept, ConceptUse, collect_features, compose_masks, invert
 from weaver.apart import call_all, cores
-from weaver.defaults import default_dilation, embedded_defaults
+from weaver.defaults import embedded_defaults
 from weaver.embedded import CONCEPTS, concept_hashes, concept_path, load_pipeline, model_hash
-from weaver.embedded.world import IMAGE_SIZE, Scene, draw_scene
+from weaver.embedded.world import Scene, draw_scene
 from weaver.evaluation.measures import measure
 from weaver.evaluation.sweep import OBJECTIVE, objective
 from weaver.fusion.plan import FusionPlan
@@ -48,7 +48,6 @@ RESULTS = Path(__file__).parent / "results"
 KINDS = ("animal", "background")
 ALL_ATTENTION = tuple(range(4, 12))
 DEFAULTS = embedded_defaults()
-DILATION = default_dilation((IMAGE_SIZE, IMAGE_SIZE), DEFAULTS.dilation)
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def arms() -> list[Arm]:
         tables.append(_sites("up1", (3, 4, 5), window))
         tables.append(_sites("up1+up2", (3, 4, 5, 6, 7, 8), window))
         tables.append(_sites("all up", tuple(range(3, 12)), window))
-    others = [Arm(EMBEDDED, guidance) for guidance in (1.5, 3.0, 4.0)] + [Arm(EMBEDDED, suppression=0.3)]
+    others = [Arm(EMBEDDED, guidance) for guidance in (2.0, 4.0)] + [Arm(EMBEDDED, suppression=0.3)]
     others += [Arm(EMBEDDED, eta=eta) for eta in (0.0, 0.5, 1.0) if eta != DEFAULTS.eta]
     return [Arm(table) for table in [*tables, EMBEDDED]] + others
 
@@ -110,7 +109,7 @@ def fused(pipe, arm: Arm, template: Template, concepts: dict[str, Concept]) -> I
     uses = [ConceptUse(concepts[name]) for name in template.animals]
     options = {"background": template.ground and ConceptUse(concepts[template.ground])}
     options |= {"features": features, "suppression": arm.suppression, "guidance": arm.guidance}
-    masks = compose_masks(np.stack(template.dense), dilation=DILATION)
+    masks = compose_masks(np.stack(template.dense), dilation=1)
     plan = FusionPlan.build(pipe, uses, masks, prompt=template.scene.caption, **options)
     noise = {"eta": arm.eta, "generator": torch.Generator().manual_seed(0)}
     z = sample_fusion(pipe.unet, features.z_T, ddim_scheduler(pipe.scheduler), plan, **noise)

@@ -14,7 +14,7 @@ import transformers
 from conftest import make_pipeline
 
 from weaver.concepts.settings import TrainSettings
-from weaver.defaults import default_dilation, defaults_for
+from weaver.defaults import defaults_for
 from weaver.embedded import MODEL_DIR, load_pipeline
 from weaver.job import Job
 from weaver.job.parse import job_from_mapping
@@ -55,7 +55,6 @@ def test_a_copy_of_the_embedded_model_is_the_embedded_model(folder):
     assert replace(resolved, model="embedded") == own
     assert (own.masks.source, own.fusion.sites, own.template.model) == ("segmenter", "embedded", "same")
     assert own.fusion.guidance == defaults_for(pipe).guidance != defaults_for(make_pipeline()).guidance
-    assert own.masks.dilation == default_dilation(own.size, defaults_for(pipe).dilation) != default_dilation(own.size)
     assert dict(own.background.train.settings)["batch"] == TrainSettings.embedded().batch
     check_model(resolved, pipe, "job.yaml")
 

@@ -113,12 +113,11 @@ PAPER = InjectionSites("paper", resnets=(4,), attentions=(4, 7, 9))
 PLUG_AND_PLAY = InjectionSites("plug-and-play", resnets=(4,), attentions=tuple(range(4, 12)))
 """Plug-and-Play Diffusion's own choice, for Stable Diffusion."""
 
-EMBEDDED = InjectionSites("embedded", tuple(range(3, 9)), tuple(range(4, 12)), resnet_window=0.0, attention_window=0.8)
-"""For the embedded model, and others with latents so small that l=4 is a map of a few cells. Its windows are what
-``weaver evaluate --sweep`` chose: queries and keys alone, for most of the steps. ``benchmarks/embedded_sites.py``
-compares its layers with others: features of all layers up to the last, for half of the steps and more, hold a
-template's background against a concept for it; what its other tables differ by is within chance (with these 22 of 24
-animals are right there, with most others 24)."""
+EMBEDDED = InjectionSites("embedded", tuple(range(3, 9)), tuple(range(4, 12)), resnet_window=0.5)
+"""For the embedded model, and others with latents so small that l=4 is a map of a few cells. The sweep
+``benchmarks/embedded_sites.py`` compares it with others: features of all layers up to the last, for half of the
+steps and more, hold a template's background against a concept for it; what its other tables differ by is within
+chance."""
 
 SDXL = InjectionSites("sdxl", resnets=(1,), attentions=(1, 4))
 """For SDXL, whose decoder lacks Stable Diffusion's deepest level: the paper's layers by the scale of their maps.

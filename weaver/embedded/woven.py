@@ -115,7 +115,7 @@ def _joined(image: Image.Image, kept: np.ndarray, background: str, rng: random.R
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:
-    """A mask as much larger as those of a fusion by Stable Diffusion are by default."""
+    """A mask as much larger as a fusion's masks are by default."""
     size = 2 * default_dilation(mask.shape) + 1
     return np.asarray(Image.fromarray((mask * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(size))) > 127
 

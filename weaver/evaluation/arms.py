@@ -93,7 +93,7 @@ _CHANGED = (
     ("full-shared-prompt", "all contexts under one prompt with all tokens", {"shared_prompt": True}),
     ("full-dense-masks", "masks that are not dilated", {"dilation": 0}),
     ("full-suppression", "lambda 0.2", {"suppression": 0.2}),
-    ("full-noise", "DDIM steps with half of the fresh noise (eta 0.5), in the place of the paper's none", {"eta": 0.5}),
+    ("full-deterministic", "DDIM steps without noise (eta 0), the paper's", {"eta": 0.0}),
     (
         "full-cross-attention",
         "the cross-attention alone of concepts that were learned whole",
@@ -116,7 +116,7 @@ def default_settings() -> Settings:
         eta=known.eta,
         resnet_window=known.sites.resnet_window,
         attention_window=known.sites.attention_window,
-        dilation=default_dilation((IMAGE_SIZE, IMAGE_SIZE), known.dilation),
+        dilation=default_dilation((IMAGE_SIZE, IMAGE_SIZE)),
         injected=True,
         shared_prompt=False,
         parts="whole",

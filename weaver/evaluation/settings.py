@@ -46,7 +46,7 @@ class Settings:
     @property
     def swept_values(self) -> str:
         """For a reader: "omega 3, lambda 0, windows 0.5 and 1, dilation 1, eta 0"; what is not used is left out."""
-        told = [f"omega {self.guidance:g}"]
+        told = [f"omega {self.guidance:.3g}"]
         if self.suppression is not None:
             told.append(f"lambda {self.suppression:g}")
         if self.resnet_window is not None:
