@@ -18,6 +18,7 @@ from weaver.embedded import model_hash
 from weaver.errors import WeaverError
 from weaver.evaluation import runner
 from weaver.evaluation.arms import ARMS, FULL, PARTS, default_settings
+from weaver.evaluation.drawing import Drawer
 from weaver.evaluation.prompts import Case
 from weaver.evaluation.report import worst_first, write_report
 from weaver.evaluation.results import METRICS, Results, aims, summarise, write_results
@@ -83,6 +84,38 @@ def test_arms_that_are_not_asked_for_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "drawer_for", lambda *args, **options: pytest.fail("drawn again"))
     again = run_cases(tmp_path, [SIMILAR], both, steps=STEPS)
     assert list(again[0]["arms"]) == list(both) and again[0]["arms"]["prompt-only"] == first[0]["arms"]["prompt-only"]
+
+
+def test_an_interrupted_case_keeps_the_arms_it_had(tmp_path, monkeypatch):
+    arms = {name: ALL[name] for name in ("prompt-only", FULL, "averaged")}
+    drawn, draw = [], Drawer.draw
+
+    def until_the_last(self, settings):
+        drawn.append(settings)
+        if settings == arms["averaged"]:
+            raise KeyboardInterrupt
+        return draw(self, settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Drawer, "draw", until_the_last)
+        with pytest.raises(KeyboardInterrupt):
+            run_cases(tmp_path, [SIMILAR], arms, steps=STEPS)
+    before = {name: picture_path(tmp_path, SIMILAR.name, name).stat().st_mtime_ns for name in ("prompt-only", FULL)}
+    again = run_cases(tmp_path, [SIMILAR], arms, steps=STEPS)
+    assert set(again[0]["arms"]) == set(arms) and len(drawn) == 3
+    assert all(picture_path(tmp_path, SIMILAR.name, name).stat().st_mtime_ns == at for name, at in before.items())
+
+
+def test_code_is_what_it_does_and_not_what_it_says(monkeypatch, tmp_path):
+    (tmp_path / "weaver").mkdir()
+    (tmp_path / "weaver_kernels").mkdir()
+    file = tmp_path / "weaver" / "module.py"
+    monkeypatch.setattr(runner, "_SOURCES", tmp_path / "weaver")
+    found = []
+    for text in ('"""One."""\nx = 1\n"""Of x."""\n', '"""Two."""\n\nx = 1  # one\n', "x = 2\n"):
+        file.write_text(text)
+        found.append(runner._code_hash())
+    assert found[0] == found[1] != found[2]
 
 
 def test_what_is_missing_or_damaged_is_drawn_again_alike(tmp_path):

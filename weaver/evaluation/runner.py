@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,14 +184,28 @@ def made_with() -> dict:
 
 
 def _code_hash() -> str:
-    """SHA-256 of the code that draws and measures: figures of one table are of one code."""
+    """SHA-256 of the code that draws and measures, without what it says of itself: one table is of one code."""
     digest = hashlib.sha256()
     for package in (_SOURCES, _SOURCES.parent / "weaver_kernels"):
         for path in sorted(package.rglob("*.py")):
             name = path.relative_to(package).as_posix()
             if not name.startswith(_NOT_DRAWING):
-                digest.update(f"{package.name}/{name}\n".encode() + path.read_bytes())
+                digest.update(f"{package.name}/{name}\n{_without_comments(path.read_bytes())}".encode())
     return digest.hexdigest()
+
+
+def _without_comments(source: bytes) -> str:
+    """What a module does: its syntax, without comments, docstrings and other strings that stand by themselves."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [one for one in body if not _is_text(one)]
+    return ast.dump(tree)
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def _kept(folder: Path, case: Case, steps: int) -> dict[str, dict]:
@@ -231,24 +246,30 @@ def _concept(name: str) -> Concept:
 
 
 def _run_case(folder: Path, case: Case, arms: dict[str, Settings], steps: int, move) -> None:
-    """Draw and measure what is missing of one case, and write it; its record last, which says that it is whole."""
+    """Draw and measure what is missing of one case. Its record has what is whole: each arm after its picture."""
     with one_thread():
-        drawer, known, found = drawer_for(case, steps=steps), {}, _kept(folder, case, steps)
-        (folder / "case.json").unlink(missing_ok=True)
-        _save(drawer.template.picture, folder / "template.png")
-        for number, (arm, settings) in enumerate(arms.items(), start=1):
-            of = _of(case, settings, steps)
-            if found.get(arm, {}).get("of") != of:
-                if settings not in known:
-                    image = drawer.draw(settings)
-                    known[settings] = image, asdict(measured(drawer, settings, image)) | {"of": of}
-                image, found[arm] = known[settings]
-                _save(image, folder / f"{arm}.png")
-            move(number, len(arms))
+        drawer, known, of = drawer_for(case, steps=steps), {}, {arm: _of(case, arms[arm], steps) for arm in arms}
+        kept = _kept(folder, case, steps)
+        found = {arm: told for arm, told in kept.items() if arm not in of or told.get("of") == of[arm]}
         record = {"case": case.name, "identity": identity(case, {}, steps), "template": drawer.template.source}
         record["arms"] = found
-        with whole_file(folder / "case.json") as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        _write(record, folder / "case.json")
+        _save(drawer.template.picture, folder / "template.png")
+        for number, (arm, settings) in enumerate(arms.items(), start=1):
+            if arm not in found:
+                if settings not in known:
+                    image = drawer.draw(settings)
+                    known[settings] = image, asdict(measured(drawer, settings, image)) | {"of": of[arm]}
+                image, measures = known[settings]
+                _save(image, folder / f"{arm}.png")
+                found[arm] = measures
+                _write(record, folder / "case.json")
+            move(number, len(arms))
+
+
+def _write(record: Mapping, path: Path) -> None:
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _save(image: Image.Image, path: Path) -> None:
