@@ -88,11 +88,10 @@ def failures(folder: Path) -> Image.Image:
     seen: dict[str, Case] = {}
     for _, case, _ in worst_first(results, FULL):
         seen.setdefault(case.prompt.name, case)  # of one prompt the worst seed
-    rows = []
-    for case in list(seen.values())[:WORST]:
-        pictures = [template_path(folder, case.name), *(picture_path(folder, case.name, name) for name in arms)]
+    names, rows = [case.name for case in seen.values()][:WORST], []
+    for name in names:
+        pictures = [template_path(folder, name), *(picture_path(folder, name, arm) for arm in arms)]
         rows.append([open_rgb(path) for path in pictures])
-    names = [case.name for case in list(seen.values())[:WORST]]
     return _headed(grid(rows, 96), ["template", *(f"({arm.letter})" for arm in ARMS)], names)
 
 

@@ -30,7 +30,7 @@ def own_precision(function: Callable) -> Callable:
     @wraps(function)
     def call(*args, **kwargs):
         kind = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), "cpu")
-        # Compilers can't trace the question whether a device has autocast; what they compile for does.
+        # torch 2.11's compiler can't trace the question whether a device has autocast; what it compiles for does.
         has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
         if not has_autocast or not torch.is_autocast_enabled(kind):
             return function(*args, **kwargs)
