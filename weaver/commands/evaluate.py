@@ -97,13 +97,14 @@ def _sweep(args: argparse.Namespace, chosen: Sequence[Arm], processes: int) -> i
     from weaver.evaluation.arms import default_settings
     from weaver.evaluation.runner import expected_minutes
     from weaver.evaluation.suite import sweep_cases
-    from weaver.evaluation.sweep import BUDGET, FINALISTS, OBJECTIVE, sweep
+    from weaver.evaluation.sweep import BUDGET, FINAL_SEEDS, FINALISTS, OBJECTIVE, sweep
 
     for arm in chosen:
         if not arm.swept:
             raise WeaverError(f"--arms: {arm.name} has the full method's settings: leave it out of a sweep")
     count, full = len(sweep_cases()), default_settings()
-    minutes = expected_minutes(count, [arm.settings(full) for arm in chosen], processes, times=BUDGET + FINALISTS)
+    times = BUDGET + FINALISTS * FINAL_SEEDS
+    minutes = expected_minutes(count, [arm.settings(full) for arm in chosen], processes, times=times)
     about = f"about {_time(minutes)} with {_cores(processes)}"
     print(f"{len(chosen)} arms by {BUDGET} settings by {count} cases: {about}; largest {OBJECTIVE}", flush=True)
     found = sweep(args.out, arms=chosen, processes=processes, stages=args.stages)

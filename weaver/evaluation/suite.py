@@ -29,7 +29,7 @@ GROUPS = {
     "background": "one to four concepts before a background that is a concept too",
 }
 SEEDS = (0, 1, 2)
-SWEEP_SEEDS = (2000,)
+SWEEP_SEEDS = (3000,)
 
 
 def _kinds(kind: str) -> list[str]:
