@@ -18,7 +18,6 @@ from weaver.evaluation.sweep import (
     GRID,
     ORIGIN,
     Tried,
-    choice,
     finals,
     objective,
     page_of,
@@ -70,19 +69,14 @@ def test_the_best_few_are_looked_at_once_more_in_the_order_of_trial():
     assert len(finals(tried[:1], lambda values: (0.0, 0.0), 3)) == 1
 
 
-def test_what_lacks_no_more_than_one_concept_of_the_best_is_chosen_by_its_margin():
-    scores = ((0.98, 0.5), (0.96, 0.7), (0.96, 0.7), (0.94, 0.9))
-    last = [Tried({"x": x}, None, score) for x, score in enumerate(scores)]
-    assert choice(last, 50) is last[1]  # of equal ones what was tried first
-    assert choice(last, 51) is last[0] and choice(last, 25) is last[3]
-
-
-def picture(right: bool, leaked: bool, psnr: float | None, ground: bool | None = None) -> dict:
+def picture(
+    right: bool, leaked: bool, psnr: float | None, ground: bool | None = None, outlines: float | None = None
+) -> dict:
     """One animal's measures, and before a background that is a concept, right or wrong, where `ground` says so."""
     concepts = [{"kind": "animal", "right": right, "leaked": leaked, "own": 0.8, "base": 0.2, "others": 0.3}]
     if ground is not None:
         concepts += [{"kind": "background", "right": ground, "leaked": None, "own": 0.6, "base": 0.5, "others": 0.1}]
-    return {"concepts": concepts, "background_psnr": psnr}
+    return {"concepts": concepts, "background_psnr": psnr, "mask_iou": outlines}
 
 
 def test_the_objective_is_as_written():
@@ -91,6 +85,8 @@ def test_the_objective_is_as_written():
     assert objective([picture(True, False, 15.0), picture(False, False, 15.0)]) == (0.5 - 0.25, 0.5)
     assert objective([picture(True, False, None, ground=False)]) == (0.5, 0.3)
     assert objective([picture(True, True, None, ground=True)]) == (0.0, 0.3)
+    kept = [picture(True, False, None, outlines=share) for share in (0.7, 0.8)]
+    assert objective([*kept, picture(False, False, None)]) == (round(2 / 3 + 0.75, 6), 0.5)
     absent = picture(False, False, None)
     absent["concepts"][0] |= dict.fromkeys(("own", "base", "others"))
     assert objective([absent]) == (0.0, -2.0)
@@ -110,11 +106,10 @@ def test_a_sweep_writes_what_it_tried_and_goes_on(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "sweep.json").read_text()) == record
     found = record["arms"]["no-injection"]
     assert len(found["tried"]) == 2 and found["tried"][0]["values"] == {name: ORIGIN[name] for name in arms[0].swept}
-    assert record["cases"] == [case.name] and record["finals"] == [f"{case.prompt.name}-s{case.seed + 1}"]
+    assert record["cases"] == [case.name] and record["finals"] == [f"{case.prompt.name}-s{case.seed + more}" for more in (1, 2)]
     assert [one["values"] for one in found["finals"]] == [one["values"] for one in found["tried"]]  # two are the best
-    last = [Tried(one["values"], None, tuple(one["score"])) for one in found["finals"]]
-    assert found["chosen"] == choice(last, 2 * len(case.prompt.concepts)).values
-    assert {"values": found["chosen"], "score": found["score"]} in found["finals"]
+    best = max(found["finals"], key=lambda one: one["score"])
+    assert best == {"values": found["chosen"], "score": found["score"]}
     monkeypatch.setattr(module, "measured", lambda *args: pytest.fail("drawn again"))
     assert sweep(tmp_path, **options) == record
     with pytest.raises(pytest.fail.Exception, match="drawn again"):

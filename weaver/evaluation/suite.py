@@ -68,26 +68,26 @@ _TABLE = {"one": 4, "two": 12, "three": 10, "four": 6, "similar": 6, "touching":
 _SWEEP = {"one": 1, "two": 3, "three": 2, "four": 1, "similar": 1, "touching": 1, "overlapping": 1, "background": 3}
 
 
-def _named_prompts(found: dict[str, list[Prompt]], counts: dict[str, int], prefix: str = "") -> tuple[Prompt, ...]:
-    return tuple(
-        replace(prompt, name=f"{prefix}{group}-{number:02}")
-        for group, prompts in found.items()
-        for number, prompt in enumerate(prompts[: counts[group]], start=1)
-    )
+def _named_prompts(counts: dict[str, int], prefix: str = "", taken: Sequence[Prompt] = ()) -> tuple[Prompt, ...]:
+    """The first so many of each group whose words no other has, those of `taken` among them."""
+    seen, found = {prompt.text_with_tokens for prompt in taken}, []
+    for group, prompts in _candidates().items():
+        new = [prompt for prompt in prompts if prompt.text_with_tokens not in seen][: counts[group]]
+        seen.update(prompt.text_with_tokens for prompt in new)
+        found += [replace(prompt, name=f"{prefix}{group}-{number:02}") for number, prompt in enumerate(new, start=1)]
+    return tuple(found)
 
 
 @cache
 def suite() -> tuple[Prompt, ...]:
     """The prompts of the table."""
-    return _named_prompts(_candidates(), _TABLE)
+    return _named_prompts(_TABLE)
 
 
 @cache
 def sweep_suite() -> tuple[Prompt, ...]:
     """The prompts of the sweep: none is in the table, with whatever template."""
-    taken = {prompt.text_with_tokens for prompt in suite()}
-    left = {group: [p for p in found if p.text_with_tokens not in taken] for group, found in _candidates().items()}
-    return _named_prompts(left, _SWEEP, "sweep-")
+    return _named_prompts(_SWEEP, "sweep-", suite())
 
 
 def cases() -> list[Case]:
