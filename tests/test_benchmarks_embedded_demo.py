@@ -6,12 +6,14 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks import embedded_demo as module
-from weaver.defaults import embedded_defaults
+from weaver.concepts.bank import resolve_prompts
 from weaver.demo import demo_job, with_shipped_concepts
-from weaver.embedded import concept_path
-from weaver.job.file import job_to_mapping
+from weaver.embedded import concept_path, load_pipeline
+from weaver.job.file import MANIFEST_VERSION, job_to_mapping
+from weaver.job.resolve import resolve_job
 
 REPORT = {"stages": {"bank": 200.0, "fusion": 6.5}, "total_seconds": 212.5, "concepts": {}}
 
@@ -31,11 +33,13 @@ def folder(tmp_path, monkeypatch):
     return found
 
 
-def write_manifest(folder, job, **changes) -> None:
-    known = embedded_defaults()
-    mapping = job_to_mapping(job, folder) | {"device": "cpu"}
-    mapping["fusion"] |= {"lambda": known.suppression, "guidance": known.guidance, "eta": known.eta}
-    (folder / "manifest.json").write_text(json.dumps({"job": mapping | changes}))
+def write_manifest(folder, job, fusion=None, as_well=lambda job: job, **changes) -> None:
+    resolved = as_well(resolve_job(job, load_pipeline(), resolve_prompts(job, {})))
+    mapping = job_to_mapping(resolved, folder) | changes
+    mapping["fusion"] |= fusion or {}
+    record = {"versions": {}, "weights": {}}
+    text = json.dumps({"weaver_manifest": MANIFEST_VERSION, "job": mapping, "inputs": {}, "record": record})
+    (folder / "manifest.json").write_text(text)
 
 
 def test_the_demonstration_is_taken_with_its_time_and_the_machine(folder, tmp_path):
@@ -44,15 +48,27 @@ def test_the_demonstration_is_taken_with_its_time_and_the_machine(folder, tmp_pa
     assert (tmp_path / "demo.png").read_bytes() == b"a sheet"
     assert record["stages"] == REPORT["stages"] and record["total_seconds"] == 212.5 and "threads" in record["machine"]
     assert set(record["concepts"]) == {spec.name for spec in demo_job().everyone} and "cached" not in record
+    assert record["other_numbers"] == []
+
+
+def test_a_processor_that_rounds_otherwise_is_told(folder, tmp_path, capsys):
+    path = folder / "concepts" / "blue-panda.safetensors"
+    save_file({name: values * (1 + 1e-6) for name, values in load_file(path).items()}, path)
+    assert module.main([str(folder)]) == 0 and "than those that ship: blue-panda" in capsys.readouterr().out
+    assert json.loads((tmp_path / "embedded_demo.json").read_text())["other_numbers"] == ["blue-panda"]
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda f: write_manifest(f, with_shipped_concepts(demo_job())), "not trained in this run: tuxedo-cat, blue"),
-        (lambda f: write_manifest(f, demo_job("1")), "its concepts are tuxedo-cat, autumn-forest, the demonstration's"),
+        (lambda f: write_manifest(f, demo_job(), as_well=with_shipped_concepts), "concepts[0].file is 'embedded"),
+        (
+            lambda f: write_manifest(f, demo_job("1")),
+            "prompt is 'a cat, forest background', the demonstration's is 'a cat and",
+        ),
         (lambda f: write_manifest(f, demo_job(), seed=3), "seed is 3, the demonstration's is 11"),
-        (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is none of a run"),
+        (lambda f: write_manifest(f, demo_job(), {"guidance": 7.5}), "fusion.guidance is 7.5, the demonstration's is"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "expected fields with names"),
         (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
         (lambda f: (f / "report.json").unlink(), "holds no report.json"),
         (
@@ -60,21 +76,17 @@ def test_the_demonstration_is_taken_with_its_time_and_the_machine(folder, tmp_pa
             "inversion and features taken from the cache (--cache off computes them)",
         ),
         (lambda f: shutil.rmtree(f / "concepts"), "not trained in this run: tuxedo-cat"),
-        (
-            lambda f: shutil.copy(concept_path("pug"), f / "concepts" / "blue-panda.safetensors"),
-            "trained otherwise than shipped: blue-panda",
-        ),
     ],
     ids=[
         "quick",
         "one animal",
         "another seed",
+        "another guidance",
         "no manifest",
         "without",
         "no report",
         "cached",
         "no concepts",
-        "others",
     ],
 )
 def test_another_sheet_is_refused_and_nothing_taken(folder, tmp_path, capsys, change, told):
