@@ -33,15 +33,15 @@ from weaver.pictures import grid, open_rgb
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FAILURES, CURVES = ROOT / "docs" / "failures.png", ROOT / "docs" / "sweep.svg"
-WORST = 6
+WORST, WORST_BACKGROUNDS = 6, 2
 MARKS = "<!-- evaluation: written by make evaluate -->", "<!-- evaluation ends -->"
 COLUMNS = {
-    "identity": ("right identity", "{:.1%}"),
-    "leakage": ("leakage", "{:.1%}"),
-    "similarity": ("similarity", "{:.2f}"),
-    "psnr": ("background, dB", "{:.1f}"),
-    "edges": ("edge IoU", "{:.1%}"),
-    "masks": ("mask IoU", "{:.1%}"),
+    "identity": ("right identity", "{:z.1%}"),
+    "leakage": ("leakage", "{:z.1%}"),
+    "similarity": ("similarity", "{:z.2f}"),
+    "psnr": ("background, dB", "{:z.1f}"),
+    "edges": ("edge IoU", "{:z.1%}"),
+    "masks": ("mask IoU", "{:z.1%}"),
 }
 
 
@@ -55,7 +55,7 @@ def table(record: Mapping, arms: Sequence[Arm] = ARMS) -> str:
     for arm in arms:
         found, pair = record["table"][arm.name], record["full_minus"].get(arm.name)
         cells = [f"({arm.letter}) {arm.what}", *(_told(found[metric], form) for metric, (_, form) in COLUMNS.items())]
-        lines.append(_line([*cells, _told(pair and pair["identity"], "{:+.1f}", 100)]))
+        lines.append(_line([*cells, _told(pair and pair["identity"], "{:+z.1f}", 100)]))
     return "\n".join(lines)
 
 
@@ -80,19 +80,31 @@ def _told(found: Mapping | None, form: str, times: float = 1) -> str:
 
 
 def failures(folder: Path) -> Image.Image:
-    """The worst cases of the full method in a finished evaluation, one a row: template, then each arm by its letter."""
+    """The full method's worst cases in a finished evaluation, one a row: template, then each arm by its letter.
+
+    First those of identity, then those whose background is furthest from the template's.
+    """
     arms = {arm.name: arm.chosen for arm in ARMS}
     of = cases()
     records = [json.loads(case_path(folder, case.name).read_text(encoding="utf-8")) for case in of]
     results = Results(tuple(of), tuple(records), arms, STEPS)
-    seen: dict[str, Case] = {}
-    for _, case, _ in worst_first(results, FULL):
-        seen.setdefault(case.prompt.name, case)  # of one prompt the worst seed
-    names, rows = [case.name for case in seen.values()][:WORST], []
+    found = zip(of, records, strict=True)
+    psnrs = [(record["arms"][FULL]["background_psnr"], case) for case, record in found]
+    changed = sorted((told for told in psnrs if told[0] is not None), key=lambda told: told[0])
+    worst = _of_each_prompt([case for _, case, _ in worst_first(results, FULL)])[:WORST]
+    worst += _of_each_prompt([case for _, case in changed], worst)[:WORST_BACKGROUNDS]
+    names, rows = [case.name for case in worst], []
     for name in names:
         pictures = [template_path(folder, name), *(picture_path(folder, name, arm) for arm in arms)]
         rows.append([open_rgb(path) for path in pictures])
     return _headed(grid(rows, 96), ["template", *(f"({arm.letter})" for arm in ARMS)], names)
+
+
+def _of_each_prompt(cases: Sequence[Case], without: Sequence[Case] = ()) -> list[Case]:
+    """The first case of each prompt, in their order, but of those prompts that `without` has."""
+    taken = {case.prompt.name for case in without}
+    firsts = {case.prompt.name: case for case in reversed(cases) if case.prompt.name not in taken}
+    return sorted(firsts.values(), key=cases.index)
 
 
 def _headed(sheet: Image.Image, headings: Sequence[str], names: Sequence[str]) -> Image.Image:

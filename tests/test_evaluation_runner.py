@@ -86,6 +86,15 @@ def test_arms_that_are_not_asked_for_stay(tmp_path, monkeypatch):
     assert list(again[0]["arms"]) == list(both) and again[0]["arms"]["prompt-only"] == first[0]["arms"]["prompt-only"]
 
 
+def test_two_processes_draw_what_one_draws(tmp_path):
+    arms, of = {"prompt-only": ALL["prompt-only"]}, [SIMILAR, CASES[0]]
+    alone, both = (run_cases(tmp_path / str(n), of, arms, processes=n, steps=STEPS) for n in (1, 2))
+    assert alone == both and [record["case"] for record in both] == [case.name for case in of]
+    for case in of:
+        paths = [picture_path(tmp_path / str(n), case.name, "prompt-only") for n in (1, 2)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
 def test_an_interrupted_case_keeps_the_arms_it_had(tmp_path, monkeypatch):
     arms = {name: ALL[name] for name in ("prompt-only", FULL, "averaged")}
     drawn, draw = [], Drawer.draw

@@ -106,7 +106,9 @@ def test_a_sweep_writes_what_it_tried_and_goes_on(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "sweep.json").read_text()) == record
     found = record["arms"]["no-injection"]
     assert len(found["tried"]) == 2 and found["tried"][0]["values"] == {name: ORIGIN[name] for name in arms[0].swept}
-    assert record["cases"] == [case.name] and record["finals"] == [f"{case.prompt.name}-s{case.seed + more}" for more in (1, 2)]
+    assert record["cases"] == [case.name] and record["finals"] == [
+        f"{case.prompt.name}-s{case.seed + more}" for more in (1, 2)
+    ]
     assert [one["values"] for one in found["finals"]] == [one["values"] for one in found["tried"]]  # two are the best
     best = max(found["finals"], key=lambda one: one["score"])
     assert best == {"values": found["chosen"], "score": found["score"]}

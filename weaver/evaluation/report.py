@@ -28,7 +28,7 @@ from weaver.version import __version__
 __all__ = ["write_report", "worst_first"]
 
 _QUALITY = 88  # of WebP: a third of PNG's bytes, and nothing to be seen of it
-_FORMS = {"share": "{:.1%}", "dB": "{:.1f}", "cosine": "{:.2f}"}
+_FORMS = {"share": "{:z.1%}", "dB": "{:z.1f}", "cosine": "{:z.2f}"}
 _POINTS = {"share": (100, 1), "dB": (1, 1), "cosine": (1, 2)}  # what a difference is multiplied by, its digits
 _STYLE = """
 :root { color-scheme: light }
@@ -184,11 +184,11 @@ def _gain(found: Interval, metric: Metric) -> str:
     if found.value != found.value:
         return "<td>–"
     scale, digits = _POINTS[metric.unit]
-    value, low, high = (round(scale * x, digits) + 0.0 for x in (found.value, found.low, found.high))
+    value, low, high = (scale * x for x in (found.value, found.low, found.high))
     better = low > 0 if metric.more else high < 0
     worse = high < 0 if metric.more else low > 0
     mark = " class=yes" if better else " class=no" if worse else ""
-    return f"<td{mark}>{value:+.{digits}f}<small class=pale>{low:+.{digits}f} to {high:+.{digits}f}</small>"
+    return f"<td{mark}>{value:+z.{digits}f}<small class=pale>{low:+z.{digits}f} to {high:+z.{digits}f}</small>"
 
 
 def _aims(found: Sequence[Aim]) -> str:

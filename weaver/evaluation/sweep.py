@@ -77,6 +77,8 @@ ORIGIN = {
 }
 """Where every search sets out: the defaults before the first sweep. What a sweep chooses does not move it."""
 _LEAST_PSNR = 20.0
+_NAMES = {"suppression": "lambda", "guidance": "omega", "resnet_window": "ResNet window"}
+_NAMES |= {"attention_window": "attention window"}
 Score = tuple[float, float]
 
 
@@ -205,7 +207,8 @@ def page_of(record: Mapping) -> str:
 def panels_of(found: Mapping) -> list[tuple[str, tuple, float]]:
     """What `weaver.evaluation.charts.curves` takes, from one arm of a `sweep.json`.
 
-    A curve has what was looked at along its setting, and the best so far that this set out from.
+    A curve has what was looked at along its setting, and the best so far that this set out from. Settings are named as
+    the paper names them.
     """
     tried, before = found["tried"], 1
     points = {name: {value: tried[0]["score"][0]} for name, value in tried[0]["values"].items()}
@@ -214,7 +217,7 @@ def panels_of(found: Mapping) -> list[tuple[str, tuple, float]]:
         these = [best, *looked]
         before += len(these) - 1
         points[along] |= {one["values"][along]: one["score"][0] for one in these}
-    return [(name, tuple(points[name].items()), value) for name, value in found["chosen"].items()]
+    return [(_NAMES.get(name, name), tuple(points[name].items()), value) for name, value in found["chosen"].items()]
 
 
 def _search_arm(file: Path, arm: Arm, cases: Sequence[Case], budget: int, steps: int, move) -> tuple[list, list]:
