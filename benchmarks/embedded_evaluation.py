@@ -1,9 +1,9 @@
-"""The tables in the README: ``python -m benchmarks.embedded_evaluation --record``
+"""The tables of the README and ``docs/evaluation.md``: ``python -m benchmarks.embedded_evaluation --record``
 
 Runs ``weaver evaluate`` on the whole suite (an hour of two quiet cores; what is finished is not drawn again), prints
 its tables, and with ``--record`` keeps ``results.json`` in ``benchmarks/results``, the worst pictures of the full
-method beside the other arms' in ``docs/failures.png``, and writes the tables into the README, between the two comments
-that mark their place. ``--sweep`` runs the settings' sweep, an hour; recorded, what it chose for each arm is what the
+method beside the other arms' in ``docs/failures.png``, and writes the tables into these pages, between the comments
+that mark their places. ``--sweep`` runs the settings' sweep, an hour; recorded, what it chose for each arm is what the
 table is drawn with, and its curves for the full method are ``docs/sweep.svg``.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.tables import into_readme
+from benchmarks.tables import DOCS, README, into_page
 from weaver.cli import main as weaver
 from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, PARTS, Arm
 from weaver.evaluation.charts import curves
@@ -30,11 +30,11 @@ from weaver.evaluation.suite import cases
 from weaver.evaluation.sweep import panels_of
 from weaver.pictures import grid, open_rgb
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-FAILURES, CURVES = ROOT / "docs" / "failures.png", ROOT / "docs" / "sweep.svg"
+RESULTS = Path(__file__).parent / "results"
+FAILURES, CURVES, PAGE = DOCS / "failures.png", DOCS / "sweep.svg", DOCS / "evaluation.md"
 WORST, WORST_BACKGROUNDS = 6, 2
 MARKS = "<!-- evaluation: written by make evaluate -->", "<!-- evaluation ends -->"
+PARTS_MARKS = "<!-- parts: written by make evaluate -->", "<!-- parts end -->"
 COLUMNS = {
     "identity": ("right identity", "{:z.1%}"),
     "leakage": ("leakage", "{:z.1%}"),
@@ -59,13 +59,12 @@ def table(record: Mapping, arms: Sequence[Arm] = ARMS) -> str:
     return "\n".join(lines)
 
 
-def tables(record: Mapping) -> str:
-    """Every arm at its best settings; then what of `PARTS` was drawn, the full method with one part changed."""
+def tables(record: Mapping) -> dict[Path, tuple[tuple[str, str], str]]:
+    """What each page gets, and between which marks: every arm at its best settings; the full method, a part changed."""
     of = f"{record['prompts']} prompts, {record['pictures']} pictures an arm, 95 % intervals over prompts:"
-    found = f"{of}\n\n{table(record)}"
-    if changed := [arm for arm in PARTS if arm.name in record["table"]]:
-        found += f"\n\nOne part of the full method (h) changed, all else as it is:\n\n{table(record, changed)}"
-    return found
+    changed = [arm for arm in PARTS if arm.name in record["table"]]
+    parts = f"{of}\n\n{table(record, changed)}" if changed else "Not yet measured."
+    return {README: (MARKS, f"{of}\n\n{table(record)}"), PAGE: (PARTS_MARKS, parts)}
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -108,7 +107,7 @@ def _of_each_prompt(cases: Sequence[Case], without: Sequence[Case] = ()) -> list
 
 
 def _headed(sheet: Image.Image, headings: Sequence[str], names: Sequence[str]) -> Image.Image:
-    """A sheet with a text over each of its columns and before each row, in 256 colours: a README's picture is small."""
+    """A sheet with a text over each of its columns and before each row, in 256 colours: a page's picture is small."""
     left, top, font = 140, 22, ImageFont.load_default(size=14)
     headed = Image.new("RGB", (left + sheet.width, top + sheet.height), "white")
     headed.paste(sheet, (left, top))
@@ -133,7 +132,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluate"))
     parser.add_argument("--sweep", action="store_true", help="the sweep of every arm's settings")
-    parser.add_argument("--record", action="store_true", help="keep the figures in benchmarks/results and the README")
+    parser.add_argument("--record", action="store_true", help="keep the figures in benchmarks/results and the pages")
     args = parser.parse_args()
     if code := weaver(["evaluate", "--out", str(args.out), *["--sweep"] * args.sweep]):
         return code
@@ -142,11 +141,13 @@ def main() -> int:
             record_sweep(args.out / "sweep.json")
         return 0
     record = json.loads((args.out / "results.json").read_text(encoding="utf-8"))
-    print(tables(record))
+    pages = tables(record)
+    print(*(text for _, text in pages.values()), sep="\n\n")
     if args.record:
         shutil.copyfile(args.out / "results.json", RESULTS / "embedded_evaluation.json")
         failures(args.out).save(FAILURES, optimize=True)
-        into_readme(MARKS, tables(record))
+        for page, told in pages.items():
+            into_page(page, *told)
     return 0
 
 

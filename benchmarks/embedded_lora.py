@@ -130,7 +130,7 @@ def figures(form: str, drawn: Sequence[Drawn], pairs: Sequence[Sequence[str]]) -
 
 
 def for_docs(sheet: Image.Image) -> Image.Image:
-    """The sheet at 96 pixels a picture, in 256 colours: a README's picture need not weigh a megabyte."""
+    """The sheet at 96 pixels a picture, in 256 colours: a page's picture need not weigh a megabyte."""
     return sheet.resize((sheet.width * 96 // 160, sheet.height * 96 // 160), Image.Resampling.LANCZOS).quantize(256)
 
 

@@ -8,7 +8,7 @@ so many seeds every concept `shows`, both animals and the background: `own` is t
 
 The textual inversion is the token's vectors of the first way alone, as diffusers writes them.
 Results go to ``outputs/methods``: one folder a run, ``embedded_methods.json`` and ``methods.png``, a row a way;
-``--record`` keeps them, and ``docs/methods.png``, and writes the table into the README.
+``--record`` keeps them, and ``docs/methods.png``, and writes the table into ``docs/concepts.md``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.embedded_lora import for_docs
 from benchmarks.embedded_seeds import RESULTS
-from benchmarks.tables import README, into_readme, table
+from benchmarks.tables import DOCS, into_page, table
 from weaver import Concept, TrainSettings, train_concept
 from weaver.commands.seeds import with_seed
 from weaver.concepts.bank import prior_and_scenes
@@ -44,7 +44,7 @@ from weaver.pictures import grid
 from weaver.run import run_job
 from weaver.version import __version__
 
-PICTURE = README.parent / "docs" / "methods.png"
+PICTURE, PAGE = DOCS / "methods.png", DOCS / "concepts.md"
 MARKS = (
     "<!-- ways to learn: written by python -m benchmarks.embedded_methods --record -->",
     "<!-- ways to learn end -->",
@@ -123,7 +123,7 @@ def figures(name: str, rows: list[dict], files: dict[str, Path], seconds: float 
 
 
 def markdown(rows: Sequence[Mapping]) -> str:
-    """The rows as a table for the README."""
+    """The rows as a table for the page on concepts."""
     head = ["learned as", "own", "base class", "nearest other", "every concept shows", "kB", "seconds"]
     lines = []
     for row in rows:
@@ -166,7 +166,7 @@ def main() -> None:
     whole.save(args.out / "methods.png")
     if args.record:
         for_docs(whole).save(PICTURE, optimize=True)
-        into_readme(MARKS, markdown(found))
+        into_page(PAGE, MARKS, markdown(found))
         told["docs/methods.png"] = hashlib.sha256(PICTURE.read_bytes()).hexdigest()
     for place in [args.out] + [RESULTS] * args.record:
         (place / "embedded_methods.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

@@ -29,9 +29,9 @@ from PIL import Image
 
 from weaver import Concept, ConceptUse, collect_features, compose_masks, invert
 from weaver.apart import call_all, cores
-from weaver.defaults import embedded_defaults
+from weaver.defaults import default_dilation, embedded_defaults
 from weaver.embedded import CONCEPTS, concept_hashes, concept_path, load_pipeline, model_hash
-from weaver.embedded.world import Scene, draw_scene
+from weaver.embedded.world import IMAGE_SIZE, Scene, draw_scene
 from weaver.evaluation.measures import measure
 from weaver.evaluation.sweep import OBJECTIVE, objective
 from weaver.fusion.plan import FusionPlan
@@ -48,6 +48,7 @@ RESULTS = Path(__file__).parent / "results"
 KINDS = ("animal", "background")
 ALL_ATTENTION = tuple(range(4, 12))
 DEFAULTS = embedded_defaults()
+DILATION = default_dilation((IMAGE_SIZE, IMAGE_SIZE), DEFAULTS.dilation)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def fused(pipe, arm: Arm, template: Template, concepts: dict[str, Concept]) -> I
     uses = [ConceptUse(concepts[name]) for name in template.animals]
     options = {"background": template.ground and ConceptUse(concepts[template.ground])}
     options |= {"features": features, "suppression": arm.suppression, "guidance": arm.guidance}
-    masks = compose_masks(np.stack(template.dense), dilation=1)
+    masks = compose_masks(np.stack(template.dense), dilation=DILATION)
     plan = FusionPlan.build(pipe, uses, masks, prompt=template.scene.caption, **options)
     noise = {"eta": arm.eta, "generator": torch.Generator().manual_seed(0)}
     z = sample_fusion(pipe.unet, features.z_T, ddim_scheduler(pipe.scheduler), plan, **noise)

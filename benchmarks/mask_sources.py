@@ -5,7 +5,7 @@ that stands in a scene: the intersection over union of its mask with the true on
 object at all (half of the mask and more). A word that is not found counts as 0. And of every scene one word that the
 prompt names beside the others, but that is not drawn: whether a mask is given for it all the same. Prints a table, and
 how many contexts the tokens of the model's largest map attend to with the true masks, down-sampled both ways.
-``--record`` keeps the figures in ``benchmarks/results/mask_sources.json``, and writes the table into the README.
+``--record`` keeps the figures in ``benchmarks/results/mask_sources.json``, and writes the table into ``docs/masks.md``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.tables import into_readme
+from benchmarks.tables import DOCS, into_page
 from benchmarks.tables import table as markdown
 from weaver.embedded import load_pipeline, model_hash
 from weaver.embedded.drawings import ANIMALS
@@ -31,6 +31,7 @@ from weaver.masks.assign import NotFoundError
 from weaver.models import quiet_libraries
 
 RESULTS = Path(__file__).parent / "results" / "mask_sources.json"
+PAGE = DOCS / "masks.md"
 MARKS = "<!-- mask sources: written by python -m benchmarks.mask_sources --record -->", "<!-- mask sources end -->"
 
 # Finds words in a picture that a prompt describes: [N, height, width] bool, one mask a word.
@@ -140,7 +141,7 @@ def main() -> None:
     if args.record:
         told = {"model": model_hash(), "scenes": len(scenes), "sources": figures, "live_contexts": live}
         RESULTS.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        into_readme(MARKS, table(figures))
+        into_page(PAGE, MARKS, table(figures))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Each step is a command, told before it runs. One that was done for the weights, concepts and defaults there are is
 skipped, so that the same command goes on where it stopped; what each took is kept in ``outputs/rederive/done.json``.
 Two steps want a person: ``defaults`` stops where the sweep chose other settings than ``weaver/defaults.py`` has, and
-what the README's sentences say of a figure is written by hand (its tables are not). ``--list`` runs nothing.
+what sentences of the README and docs say of a figure is written by hand (its tables are not). ``--list`` runs nothing.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ STEPS = (
     Step(
         "evaluate",
         "-m benchmarks.embedded_evaluation --record",
-        "embedded_evaluation.json, docs/failures.png, README's table",
+        "embedded_evaluation.json, docs/failures.png, tables of README and docs/evaluation.md",
     ),
     Step("seeds", "-m benchmarks.embedded_seeds --record", "embedded_seeds.json"),
     Step("lora", "-m benchmarks.embedded_lora --record", "embedded_lora.json, docs/whole_loras.png"),
     Step(
         "methods",
         "-m benchmarks.embedded_methods --record",
-        "embedded_methods.json, docs/methods.png, README's table",
+        "embedded_methods.json, docs/methods.png, docs/concepts.md's table",
     ),
-    Step("masks", "-m benchmarks.mask_sources --record", "mask_sources.json, README's table"),
+    Step("masks", "-m benchmarks.mask_sources --record", "mask_sources.json, docs/masks.md's table"),
     Step("demo", "-m weaver demo --cache off --out outputs/demo", "outputs/demo"),
     Step("sheet", "-m benchmarks.embedded_demo outputs/demo", "docs/demo.png, embedded_demo.json"),
     Step("hashes", f"-m pytest tests/test_embedded_model.py {_TABLE} {_RECORDS}", "whether all is of these weights"),

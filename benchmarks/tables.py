@@ -8,9 +8,10 @@ from pathlib import Path
 from weaver.errors import WeaverError
 from weaver.folder import whole_file
 
-__all__ = ["MISSING", "README", "between", "into_readme", "is_gpu", "table"]
+__all__ = ["DOCS", "MISSING", "README", "between", "into_page", "is_gpu", "table"]
 
 README = Path(__file__).parents[1] / "README.md"
+DOCS = README.parent / "docs"
 
 MISSING = "not yet measured"
 
@@ -34,8 +35,8 @@ def between(text: str, marks: tuple[str, str], found: str) -> str:
     return f"{before}{start}\n{found}\n{end}{after}"
 
 
-def into_readme(marks: tuple[str, str], found: str) -> None:
-    """Write into the README what was found, between the two comments that mark its place."""
-    text = between(README.read_text(encoding="utf-8"), marks, found)
-    with whole_file(README) as partial:
+def into_page(page: Path, marks: tuple[str, str], found: str) -> None:
+    """Write into a page what was found, between the two comments that mark its place."""
+    text = between(page.read_text(encoding="utf-8"), marks, found)
+    with whole_file(page) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -31,7 +31,7 @@ from weaver_kernels import LowRank
 
 PICTURES = (Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue"))
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
 MEASURED = ROOT / "benchmarks" / "results" / "concept_memory.csv"
 
 
@@ -296,13 +296,13 @@ def test_ten_concepts_hold_ten_deltas(pipe, rex, tmp_path):
 
 
 def test_what_a_concept_takes_of_stable_diffusion(pipe, rex, tmp_path):
-    """The README's figures, from the true shapes; that a plan keeps no more is seen on the tiny model."""
+    """The page's figures, from the true shapes; that a plan keeps no more is seen on the tiny model."""
     linears = attn2_projections(load_shapes(str(write_model("sd21", tmp_path)), device="cpu").pipe.unet).values()
     assert len(linears) == 32
     before = 2 * sum(linear.weight.numel() for linear in linears) / 1e6
     after = 2 * 77 * sum(linear.out_features for linear in linears) / 1e6
     assert before < 55 and after < 4
-    assert f"{before:.1f} MB" in README and f"{after:.1f} MB" in README
+    assert f"{before:.1f} MB" in PAGE and f"{after:.1f} MB" in PAGE
     measured = {row["what"]: float(row["mb_each"]) for row in rows.read(MEASURED) if row["model"] == "sd21"}
     assert measured == {"loaded": pytest.approx(before, rel=0.01), "keys and values": pytest.approx(after, rel=0.01)}
     plan = FusionPlan.build(pipe, [ConceptUse(rex)], torch.ones(1, 32, 32), prompt="a dog", height=32, width=32)

@@ -1,12 +1,11 @@
-"""The table of ways to learn: what is in a row, and that the README has what was recorded."""
+"""The table of ways to learn: what is in a row, and that the page on concepts has what was recorded."""
 
 from __future__ import annotations
 
 import json
 
-from benchmarks.embedded_methods import ANIMALS, GROUND, MARKS, figures, markdown
+from benchmarks.embedded_methods import ANIMALS, GROUND, MARKS, PAGE, figures, markdown
 from benchmarks.embedded_seeds import RESULTS
-from benchmarks.tables import README
 
 
 def row(own: float, *, ground: float = 0.9) -> dict:
@@ -25,7 +24,7 @@ def test_means_are_of_the_animals_and_every_concept_must_show(tmp_path):
     assert markdown([found | {"seconds": None}]).endswith("| 1.5 |  |")
 
 
-def test_the_readme_has_the_recorded_table():
+def test_the_page_has_the_recorded_table():
     record = json.loads((RESULTS / "embedded_methods.json").read_text(encoding="utf-8"))
-    there = README.read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0]
+    there = PAGE.read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0]
     assert there.strip() == markdown(record["rows"])

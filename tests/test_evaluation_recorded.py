@@ -1,21 +1,18 @@
-"""The README's table: made of what was measured, in its place."""
+"""The tables of README and docs: made of what was measured, in their places."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from benchmarks import embedded_evaluation as module
-from benchmarks.embedded_evaluation import MARKS, RESULTS, record_sweep, table, tables
-from benchmarks.tables import between
+from benchmarks.embedded_evaluation import MARKS, PAGE, PARTS_MARKS, RESULTS, record_sweep, table, tables
+from benchmarks.tables import README, between
 from weaver.embedded import concept_hashes, model_hash
 from weaver.errors import WeaverError
 from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, PARTS, arm_of, default_settings
-from weaver.evaluation.sweep import FINALISTS, GRID, ORIGIN, Tried, choice, sweep_cases
-
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+from weaver.evaluation.sweep import FINALISTS, GRID, OBJECTIVE, ORIGIN, sweep_cases
 
 
 def record_of(value: float | None) -> dict:
@@ -33,17 +30,21 @@ def test_a_row_for_every_arm_and_nothing_for_what_was_not_measured():
     assert "50.0% (50.0% to 50.0%)" in rows[2] and "0.50 (0.50 to 0.50)" in rows[2]
     assert "+50.0 (+50.0 to +50.0) |" in rows[2] and rows[2 + ARMS.index(arm_of(FULL))].endswith("| – |")
     assert table(record_of(None)).splitlines()[2].count("–") == 7
-    both = tables(record_of(0.5))
-    assert all(f"({arm.letter}) {arm.what}" in both.split("(h) changed")[1] for arm in PARTS)
+    assert "-0.0" not in table(record_of(-0.0001))
+    pages = tables(record_of(0.5))
+    assert all(f"({arm.letter}) {arm.what}" in pages[README][1] for arm in ARMS)
+    assert all(f"({arm.letter}) {arm.what}" in pages[PAGE][1] for arm in PARTS)
 
 
 def test_the_table_takes_the_place_of_the_one_before():
-    start, end = MARKS
-    once = between(README, MARKS, tables(record_of(0.25)))
-    assert once.count("25.0%") and once.split(start)[0] == README.split(start)[0]
-    assert once.split(end)[1] == README.split(end)[1]
-    again = between(once, MARKS, tables(record_of(0.75)))
-    assert "25.0%" not in again.split(start)[1].split(end)[0] and "75.0%" in again
+    assert [marks for marks, _ in tables(record_of(0.25)).values()] == [MARKS, PARTS_MARKS]
+    for page, (marks, found) in tables(record_of(0.25)).items():
+        (start, end), text = marks, page.read_text(encoding="utf-8")
+        once = between(text, marks, found)
+        assert once.count("25.0%") and once.split(start)[0] == text.split(start)[0]
+        assert once.split(end)[1] == text.split(end)[1]
+        again = between(once, marks, tables(record_of(0.75))[page][1])
+        assert "25.0%" not in again.split(start)[1].split(end)[0] and "75.0%" in again
     with pytest.raises(WeaverError, match="no place for the table"):
         between("nothing", MARKS, "")
 
@@ -69,9 +70,11 @@ def test_recorded_figures_are_of_this_model_and_these_concepts(name):
     assert record["concepts"] == concept_hashes(record["concepts"]), "made with other concepts: record it again"
 
 
-def test_the_readme_has_the_recorded_table_of_the_whole_suite():
+def test_the_pages_have_the_recorded_tables_of_the_whole_suite():
     record = json.loads((RESULTS / "embedded_evaluation.json").read_text(encoding="utf-8"))
-    assert tables(record) in README and not record["quick"]
+    assert not record["quick"]
+    for page, (marks, found) in tables(record).items():
+        assert found == page.read_text(encoding="utf-8").partition(marks[0])[2].partition(marks[1])[0].strip()
     drawn = record["settings"]
     assert set(drawn) >= {arm.name for arm in ARMS}
     assert drawn == {name: arm_of(name).chosen.as_mapping() for name in drawn}, "drawn with other settings"
@@ -83,25 +86,20 @@ def test_the_defaults_and_every_arm_are_what_the_recorded_sweep_chose():
     assert json.loads(CHOSEN_FILE.read_text(encoding="utf-8")) == chosen
     assert list(chosen) == [arm.name for arm in ARMS]
     assert arm_of(FULL).chosen == default_settings(), "the embedded model's defaults are not what the sweep chose"
-    named = [name.rpartition("-s")[0] for name in record["cases"]]
-    assert named == [case.prompt.name for case in sweep_cases()]
-    concepts = 2 * sum(len(case.prompt.concepts) + bool(case.prompt.background) for case in sweep_cases())
-    if "finals" in record:
+    older = record["objective"] != OBJECTIVE
+    assert older == ("What is recorded here is an older sweep" in " ".join(PAGE.read_text(encoding="utf-8").split()))
+    if not older:
         assert record["cases"] == [case.name for case in sweep_cases()]
         assert record["prompts"] == [case.prompt.text_with_tokens for case in sweep_cases()]
-        assert record["finals"] == [f"{case.prompt.name}-s{case.seed + 1}" for case in sweep_cases()]
-    else:
-        assert "What is recorded here is an older sweep" in " ".join(README.split())
+        further = [f"{case.prompt.name}-s{case.seed + more}" for more in (1, 2) for case in sweep_cases()]
+        assert record["finals"] == further
     for name, found in record["arms"].items():
         ranked = sorted(found["tried"], key=lambda one: one["score"], reverse=True)
-        if "finals" in record:
-            last = [Tried(one["values"], None, tuple(one["score"])) for one in found["finals"]]
-            assert [one.values for one in last] == [t["values"] for t in found["tried"] if t in ranked[:FINALISTS]], (
-                name
-            )
-            assert choice(last, concepts).values == found["chosen"], name
-        else:
-            assert ranked[0]["values"] == found["chosen"], name
+        last = found.get("finals", ranked[:1])
+        if not older:
+            looked = [one["values"] for one in found["tried"] if one in ranked[:FINALISTS]]
+            assert [one["values"] for one in last] == looked, name
+        assert max(last, key=lambda one: one["score"])["values"] == found["chosen"], name
         begun = {key: ORIGIN[key] for key in found["chosen"]}
         assert found["tried"][0]["values"] == begun and len(found["tried"]) <= record["budget"], name
         assert all(min(GRID[key]) <= value <= max(GRID[key]) for key, value in found["chosen"].items())

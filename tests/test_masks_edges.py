@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.mask_sources import MARKS, RESULTS, invented, live_contexts, measure, table, true_masks
-from benchmarks.tables import README
+from benchmarks.mask_sources import MARKS, PAGE, RESULTS, invented, live_contexts, measure, table, true_masks
 from weaver.embedded.training.segmenter import held_out_scenes
 from weaver.masks.assign import NotFoundError
 from weaver.masks.edges import follow_edges
@@ -101,6 +100,6 @@ def test_what_is_invented_is_named_by_the_prompt_and_not_drawn():
     assert len({words[-1] for _, words in asked}) == 6 - len(true_masks(scene)[0])
 
 
-def test_the_readme_has_the_recorded_table():
+def test_the_page_has_the_recorded_table():
     record = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert table(record["sources"]) in README.read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0]
+    assert table(record["sources"]) in PAGE.read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0]

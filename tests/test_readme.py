@@ -1,4 +1,4 @@
-"""What the README says is so."""
+"""What the README and the pages in docs say is so."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from weaver.job.parse import _JOB_SITES, job_from_mapping
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+LIBRARY, JOBS = (PAGES[ROOT / "docs" / name] for name in ("library.md", "jobs.md"))
 
 
 def blocks(language: str) -> list[str]:
@@ -44,21 +46,20 @@ def test_the_examples_are_short_and_run_one_after_another(tmp_path, monkeypatch)
 
 
 def test_every_exit_code_of_a_signal_is_told():
-    told = README[README.index("Exit codes:") :].split("\n\n")[0]
+    told = JOBS[JOBS.index("## Exit codes") :]
     codes = [128 + getattr(signal, name) for name in (*_ENDING_SIGNALS, "SIGINT")]
     assert all(f" {code} " in " ".join(told.split()) for code in codes)
     assert all(str(code) in _parser().epilog for code in codes)
 
 
 def test_the_table_lists_the_sites_that_a_job_takes():
-    row = next(line for line in README.splitlines() if line.startswith("| `fusion`"))
-    listed = row[row.index("`sites`:") :].split(", the parts")[0]
-    assert set(re.findall(r"`([\w-]+)`", listed)) - {"sites"} == set(_JOB_SITES)
+    row = next(line for line in JOBS.splitlines() if line.startswith("| `injection.sites`"))
+    assert set(re.findall(r"`([\w-]+)`", row)) == set(_JOB_SITES)
 
 
 def test_what_the_text_says_of_templates_runs(tiny_pipe, concepts):
-    """The calls of the paragraph below the examples, as they stand there."""
-    code = re.findall(r"`([^`\n]+)`", README[README.index("This draws from noise") :])
+    """The calls of the page on the library, as they stand there."""
+    code = re.findall(r"`([^`\n]+)`", LIBRARY[LIBRARY.index("draws from noise") :])
     features, scheduler, call = code[:3]
     masks, prompt = torch.ones(1, 32, 32), "a dog and a cat"
     names = {name: getattr(weaver, name) for name in weaver.__all__}
@@ -70,7 +71,8 @@ def test_what_the_text_says_of_templates_runs(tiny_pipe, concepts):
 
 
 def test_no_line_of_text_is_over_120_columns():
-    assert [line for line in README.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+    lines = [line for text in PAGES.values() for line in text.splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 120] == []
 
 
 def test_the_job_is_a_job(tmp_path):
@@ -82,9 +84,9 @@ def test_the_job_is_a_job(tmp_path):
 
 
 def test_the_table_names_every_field():
-    table = README[README.index("| field |") :]
     called = {"suppression": "lambda", "inversion_prompt": "inversion.prompt", "concepts": "concepts[]"}
-    called |= {"resnet_window": "ResNet", "attention_window": "attention features", "settings": "TrainSettings"}
+    called |= {"settings": "TrainSettings", "styles": "styles[]"}
+    called |= {name: f"injection.{name.removesuffix('_window')}" for name in ("resnet_window", "attention_window")}
     for name in (
         "Job",
         "TemplateSpec",
@@ -97,7 +99,8 @@ def test_the_table_names_every_field():
         "FusionSpec",
     ):
         for field in dataclass_fields(getattr(job_module, name)):
-            assert called.get(field.name, field.name) in table, f"{name}.{field.name}"
+            told = called.get(field.name, field.name)
+            assert re.search(rf"`(injection\.)?{re.escape(told)}`", JOBS), f"{name}.{field.name}"
 
 
 @pytest.mark.parametrize("command", ["demo", "run", "masks", "estimate"])
@@ -108,8 +111,19 @@ def test_the_command_line_has_what_is_shown(command):
 
 
 def test_links_and_pictures_are_there():
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert targets and [target for target in targets if not (ROOT / target).exists()] == []
+    for page, text in PAGES.items():
+        targets = re.findall(r"\]\((?!https?:|#)([^)]+)\)", text)
+        for target in targets:
+            file, _, heading = target.partition("#")
+            path = (page.parent / file).resolve()
+            assert path.exists(), f"{page.name}: {target}"
+            assert not heading or heading in headings(path.read_text(encoding="utf-8")), f"{page.name}: {target}"
+
+
+def headings(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_the_layout_names_what_exists_and_every_module():

@@ -25,6 +25,7 @@ class Defaults:
         that ship with the package were learned under these, before the fusion's windows were swept
     eta : of the fusion's DDIM steps. The paper's is 0. The embedded model's flat drawings are inverted to noise that is
         weaker than noise is, out of which nothing new can be drawn: half of the fresh noise makes up for it
+    dilation : by which part of a picture's shorter side masks grow, see `default_dilation`
     """
 
     guidance: float
@@ -33,6 +34,7 @@ class Defaults:
     sites: InjectionSites
     woven_sites: InjectionSites
     eta: float = 0.0
+    dilation: float = 1 / 64
 
 
 def defaults_for(pipe) -> Defaults:
@@ -51,9 +53,9 @@ def embedded_defaults() -> Defaults:
     return Defaults(guidance=2.5, template_guidance=3.0, suppression=0.0, sites=EMBEDDED, woven_sites=woven, eta=0.5)
 
 
-def default_dilation(size: tuple[int, int]) -> int:
-    """Pixels that masks grow by on a picture of `size`: a 64th of its shorter side."""
-    return min(size) // 64
+def default_dilation(size: tuple[int, int], share: float = 1 / 64) -> int:
+    """Whole pixels that masks grow by on a picture of `size`: a `share` of its shorter side."""
+    return int(min(size) * share)
 
 
 def model_size(pipe) -> tuple[int, int]:

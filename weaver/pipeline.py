@@ -181,7 +181,7 @@ def weave(
     eta = defaults.eta if eta is None else eta
     sites = sites_for(sites) if isinstance(sites, str) else sites or defaults.sites
     size = size or model_size(pipe)
-    dilation = default_dilation(size) if dilation is None else dilation
+    dilation = default_dilation(size, defaults.dilation) if dilation is None else dilation
     shaping = {"dilation": dilation, "overlap": overlap, "min_area": min_area, "fill_holes": fill_holes}
     shaping["feather"] = feather
     source_prompt = prompt if source_prompt is None else source_prompt

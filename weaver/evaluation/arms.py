@@ -116,7 +116,7 @@ def default_settings() -> Settings:
         eta=known.eta,
         resnet_window=known.sites.resnet_window,
         attention_window=known.sites.attention_window,
-        dilation=default_dilation((IMAGE_SIZE, IMAGE_SIZE)),
+        dilation=default_dilation((IMAGE_SIZE, IMAGE_SIZE), known.dilation),
         injected=True,
         shared_prompt=False,
         parts="whole",

@@ -65,7 +65,7 @@ def resolve_job(job: Job, pipe, prompts: list[str]) -> Job:
         masks=replace(
             job.masks,
             source=job.masks.source or best_source(pipe),
-            dilation=_or(job.masks.dilation, default_dilation(size)),
+            dilation=_or(job.masks.dilation, default_dilation(size, defaults.dilation)),
             text=_resolve_text(job.masks.text),
         ),
         fusion=replace(
