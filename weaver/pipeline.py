@@ -149,7 +149,7 @@ def weave(
     mask_source : who finds words, "segmenter" (the embedded model's), "attention", "text" (Grounding DINO and SAM,
         `weaver.masks.opening`) or such a `TextMasks` that is open; None is the best that needs no other weights
     dilation, overlap, min_area, fill_holes, feather : how masks are composed, as in `compose_masks`; a dilation of None
-        is a 64th of the shorter side
+        is the model's default, of real models a 64th of the shorter side
     downsampling : how masks are reduced to the tokens of each map, "area" or "nearest" (`mask_pyramid`)
     keep_background : leave the template as it is outside of the masks, every pixel to the last bit but for a seam: the
         masks' `feather`, or else a 32nd of the shorter side about their edges. For real photos; not with `background`
