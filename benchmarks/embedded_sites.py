@@ -4,8 +4,9 @@ Injection sites are a property of a model: with 16x16 latents the paper's l=4 is
 sweep fuses the concepts that ship into drawn templates with true masks, before the base model's background in half of
 them and before a background concept in the others, for several tables of sites, windows, guidance, suppression and eta.
 For each it prints the objective of `weaver.evaluation.sweep` (J: right identities, less leaks, less what the background
-lacks of 20 dB) and the mean margin; and apart, how many animals and how many backgrounds are right, and the PSNR of the
-background that was left to the base model.
+lacks of 20 dB, and the mask IoU) and the mean margin; and apart, how many animals and how many backgrounds are right,
+the PSNR of the background that was left to the base model, and the mask IoU. What is recorded is of the objective
+before, without mask IoU.
 
 What holds most of a template holds its background too, against a concept for it: J counts both. Settings are drawn
 several at once, one a core.
@@ -134,6 +135,7 @@ def figures(templates: Sequence[Template], pictures: Sequence[Image.Image]) -> d
     ]
     right = {kind: [c["right"] for one in found for c in one["concepts"] if c["kind"] == kind] for kind in KINDS}
     psnr = [one["background_psnr"] for one in found if one["background_psnr"] is not None]
+    outlines = float(np.mean([one["mask_iou"] for one in found]))
     total, margin = objective(found)
     shares = {f"{kind}s right": f"{sum(of)} of {len(of)}" for kind, of in right.items()}
     return {
@@ -141,6 +143,7 @@ def figures(templates: Sequence[Template], pictures: Sequence[Image.Image]) -> d
         "margin": round(margin, 3),
         **shares,
         "background_psnr": round(float(np.mean(psnr)), 2),
+        "mask_iou": round(outlines, 3),
     }
 
 

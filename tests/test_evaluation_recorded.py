@@ -88,6 +88,7 @@ def test_the_defaults_and_every_arm_are_what_the_recorded_sweep_chose():
     assert arm_of(FULL).chosen == default_settings(), "the embedded model's defaults are not what the sweep chose"
     older = record["objective"] != OBJECTIVE
     assert older == ("What is recorded here is an older sweep" in " ".join(PAGE.read_text(encoding="utf-8").split()))
+    assert [name.rpartition("-s")[0] for name in record["cases"]] == [case.prompt.name for case in sweep_cases()]
     if not older:
         assert record["cases"] == [case.name for case in sweep_cases()]
         assert record["prompts"] == [case.prompt.text_with_tokens for case in sweep_cases()]
