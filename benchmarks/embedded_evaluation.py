@@ -28,6 +28,7 @@ from weaver.evaluation.results import Results
 from weaver.evaluation.runner import case_path, picture_path, template_path
 from weaver.evaluation.suite import cases
 from weaver.evaluation.sweep import panels_of
+from weaver.hashing import file_hash
 from weaver.pictures import grid, open_rgb
 
 RESULTS = Path(__file__).parent / "results"
@@ -128,6 +129,15 @@ def record_sweep(written: Path) -> None:
     CURVES.write_text(curves(panels_of(found[FULL])) + "\n", encoding="utf-8")
 
 
+def keep(record: Mapping, worst: Image.Image) -> None:
+    """Keep a `results.json` and its worst cases, with the hash of their picture, and write the pages' tables."""
+    worst.save(FAILURES, optimize=True)
+    told = {**record, f"docs/{FAILURES.name}": file_hash(FAILURES)}
+    (RESULTS / "embedded_evaluation.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    for page, (marks, found) in tables(record).items():
+        into_page(page, marks, found)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluate"))
@@ -144,10 +154,7 @@ def main() -> int:
     pages = tables(record)
     print(*(text for _, text in pages.values()), sep="\n\n")
     if args.record:
-        shutil.copyfile(args.out / "results.json", RESULTS / "embedded_evaluation.json")
-        failures(args.out).save(FAILURES, optimize=True)
-        for page, told in pages.items():
-            into_page(page, *told)
+        keep(record, failures(args.out))
     return 0
 
 

@@ -9,6 +9,7 @@ import re
 import threading
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import cache_stress as stress
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 from benchmarks import rows
 from benchmarks.model_shapes import write_model
 from weaver import FusionPlan, load_concept
+from weaver.cache import Cache
 from weaver.concepts import bank_folder
 from weaver.concepts.bank_folder import BankFolder, Kept
 from weaver.concepts.concept import Concept, ConceptError, attn2_projections
@@ -70,6 +72,17 @@ def test_the_default_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert BankFolder().folder == tmp_path / ".local" / "share" / "concept-weaver" / "bank"
     assert BankFolder().names() == [] and list(tmp_path.iterdir()) == []
+
+
+def test_without_a_home_the_variable_is_told_and_a_named_folder_will_do(monkeypatch, tmp_path):
+    monkeypatch.delenv("WEAVER_BANK", raising=False)
+    monkeypatch.delenv("WEAVER_CACHE")
+    monkeypatch.setattr(Path, "expanduser", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    with pytest.raises(WeaverError, match="no home folder is known here: set WEAVER_BANK to a folder"):
+        BankFolder()
+    with pytest.raises(WeaverError, match="set WEAVER_CACHE to a folder"):
+        Cache()
+    assert Cache(tmp_path).folder == tmp_path
 
 
 @pytest.mark.parametrize(

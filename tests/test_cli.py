@@ -221,6 +221,7 @@ def test_quick_takes_the_files_that_ship():
         ("0", None, "--concepts: 0 asked for, 1 to"),
         ("99", None, "--concepts: 99 asked for"),
         ("unicorn", None, "--concepts: no animal 'unicorn' ships"),
+        ("²", None, "--concepts: no animal '²' ships"),
         ("", None, "--concepts: no animal '' ships"),
         (f"{ANIMALS[0]},{ANIMALS[0]}", None, "--concepts: the same concept twice"),
         (None, "moon", "--background: no background 'moon' ships"),

@@ -7,6 +7,7 @@ import torch
 
 from weaver.concepts.concept import Concept
 from weaver.concepts.encoding import encode
+from weaver.concepts.own_prompts import own_prompts
 from weaver.concepts.prompts import PromptError, derive_prompt, tokenize
 
 PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
@@ -151,6 +152,17 @@ def test_derive_prompt_counts_occurrences():
     assert derive_prompt("a cat and a cat", make_concept(), occurrence=1) == "a cat and a <v1> cat"
     with pytest.raises(PromptError, match="names 'cat' 2 times, concept 'tuxedo' needs number 3"):
         derive_prompt("a cat and a cat", make_concept(), occurrence=2)
+
+
+def test_a_word_within_anothers_longer_one_is_no_place_of_its_own():
+    bear, polar = make_concept(word="bear"), make_concept(word="polar bear", token="<v2>")
+    assert own_prompts("a polar bear and a bear", [bear, polar]) == ["a <v1> bear", "a <v2> polar bear"]
+    goat, hills = make_concept(word="mountain goat"), make_concept(word="mountain", token="<bg>")
+    found = own_prompts("a mountain goat, mountain background", [goat], hills)
+    assert found == ["a <v1> mountain goat, mountain background", "a mountain goat, <bg> mountain background"]
+    (lacking,) = own_prompts("a mountain goat", [], hills)
+    assert lacking == "a <bg> mountain goat"  # nobody else is meant by it
+    assert "names 'mountain' 0 times" in str(own_prompts("a mountain goat", [goat], hills)[1])
 
 
 def test_derive_prompt_takes_whole_words_only():

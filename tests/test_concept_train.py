@@ -73,6 +73,11 @@ def alone(tiny_pipe):
     return train_concept(tiny_pipe, pictures(), **NAMES, settings=ALONE)
 
 
+def test_more_steps_of_class_pictures_than_the_schedule_has_are_told(tiny_pipe):
+    with pytest.raises(WeaverError, match="prior_steps is 1000; this model's schedule has at most 999"):
+        class_pictures(tiny_pipe, "cat", replace(FAST, prior_steps=1000), lambda made: None)
+
+
 def test_the_base_is_left_as_it_was_bit_for_bit(tiny_pipe):
     modules = {"unet": tiny_pipe.unet, "text": tiny_pipe.text_encoder, "vae": tiny_pipe.vae}
     before = {(n, key): value.clone() for n, m in modules.items() for key, value in m.state_dict().items()}

@@ -12,7 +12,8 @@ from benchmarks.tables import README, between
 from weaver.embedded import concept_hashes, model_hash
 from weaver.errors import WeaverError
 from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, PARTS, arm_of, default_settings
-from weaver.evaluation.sweep import FINALISTS, GRID, OBJECTIVE, ORIGIN, sweep_cases
+from weaver.evaluation.charts import curves
+from weaver.evaluation.sweep import FINALISTS, GRID, OBJECTIVE, ORIGIN, panels_of, sweep_cases
 
 
 def record_of(value: float | None) -> dict:
@@ -61,6 +62,12 @@ def test_a_recorded_sweep_is_kept_with_its_choice_and_curves(tmp_path, monkeypat
     assert json.loads((tmp_path / "a").read_text()) == {FULL: values}
     assert (tmp_path / "b").read_text().startswith('<svg xmlns="http://www.w3.org/2000/svg"')
     assert (tmp_path / "kept" / "embedded_sweep.json").read_bytes() == written.read_bytes()
+
+
+def test_the_curves_are_of_the_recorded_sweep():
+    record = json.loads((RESULTS / "embedded_sweep.json").read_text(encoding="utf-8"))
+    drawn = curves(panels_of(record["arms"][FULL])) + "\n"
+    assert module.CURVES.read_text(encoding="utf-8") == drawn, "drawn of another sweep: record it again"
 
 
 @pytest.mark.parametrize("name", ["embedded_evaluation.json", "embedded_sweep.json"])

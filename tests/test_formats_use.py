@@ -11,14 +11,15 @@ import pytest
 import torch
 from conftest import make_concept
 from jobs import job_of, write_folder
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from weaver import ConceptUse, FusionPlan, WeaverError, load_concept
+from weaver import ConceptUse, FusionPlan, WeaverError, load_concept, weave
 from weaver.cli import main
 from weaver.concepts.changes import norm_of
 from weaver.concepts.concept import Concept
 from weaver.concepts.formats.reading import ConceptReading
 from weaver.concepts.formats.unused import UnusedPartsWarning
+from weaver.job import JobError
 from weaver.job.file import read_job
 from weaver.run import run_job
 
@@ -70,6 +71,22 @@ def test_concepts_of_three_kinds_in_one_picture(folder, tmp_path):
         warnings.simplefilter("ignore", UnusedPartsWarning)
         again = run_job(job, tmp_path / "again", manifest=manifest)
     assert again.result.image.tobytes() == run.result.image.tobytes()
+
+
+def test_layers_that_the_model_has_not_are_told_before_anything_is_drawn(folder, tiny_pipe, tmp_path, monkeypatch):
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
+    tensors = load_file(folder / "plain.safetensors")
+    tensors |= {f"unet.{path}.lora_A.weight": torch.ones(2, 99), f"unet.{path}.lora_B.weight": torch.ones(8, 2)}
+    save_file(tensors, folder / "wide.safetensors")
+    monkeypatch.setattr("weaver.job.choose.template_picture", lambda *a, **k: pytest.fail("sampling began"))
+    wide = {"file": "wide.safetensors"}
+    with pytest.raises(JobError, match=r"concepts\[0\].file: .*1 of the 1 modules .* do not fit, .*ff.net.2 among"):
+        run_job(mixed(folder, **wide), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    concept = ConceptReading.of(folder / "wide.safetensors", word="cat", token="sks").concept(tiny_pipe)
+    monkeypatch.setattr("weaver.pipeline.template_picture", lambda *a, **k: pytest.fail("sampling began"))
+    with pytest.raises(WeaverError, match=r"1 of the 1 changes that wide makes outside cross-attention do not fit"):
+        weave(tiny_pipe, "a cat", [concept], steps=1)
 
 
 def test_two_concepts_of_one_token_in_one_picture(tiny_pipe):

@@ -124,6 +124,13 @@ def test_every_training_setting_can_be_given(folder):
     assert TrainSettings(**dict(job.concepts[0].train.settings)) == TrainSettings.embedded()
 
 
+def test_settings_that_suit_the_embedded_model_alone_are_left_to_it(folder):
+    """A job of the embedded model need not tell the rank that it has by itself; which model it is, is known later."""
+    for wishes in ({"layers": "all"}, {"batch": 0}):
+        job = job_from_mapping(with_train(**wishes), folder=folder)
+        assert TrainSettings.embedded(**dict(job.concepts[0].train.settings))
+
+
 def test_the_job_that_ships_is_in_order():
     job, _ = read_job(DEMO_JOB)
     assert job.model == "embedded" and len(job.concepts) >= 2 and job.background is not None
@@ -154,6 +161,16 @@ MISTAKES = {
         "concepts[0].file: 'no.safetensors' is not there",
     ),
     "pictures missing": (with_train(images="nowhere"), "concepts[0].train.images: 'nowhere' is not there"),
+    "a name that no file can have": (with_train(images="a" * 300), "concepts[0].train.images: 'aaaaaaaaaa"),
+    "a model's name that no folder can have": (changed(model="./" + "a" * 300), "model: './aaaaaaaaaa"),
+    "a template that ships": (
+        changed(template={"image": "embedded:pug"}),
+        "template.image: 'embedded:pug' is no file; what ships with the package are concepts",
+    ),
+    "a mask that ships": (
+        with_concept(mask={"file": "embedded:pug"}),
+        "concepts[0].mask.file: 'embedded:pug' is no file; what ships",
+    ),
     "no class word": (with_concept(word=None), "concepts[0].word: is missing"),
     "token with white space": (with_train(token="<v 1>"), "concepts[0].train.token: token '<v 1>' is empty or has"),
     "token missing in the prompt": (

@@ -217,6 +217,19 @@ def test_results_do_not_replace_what_the_job_reads(job_folder, tmp_path, capsys)
     assert code == 2 and "template.image: " in err and "would be overwritten by a result" in err
 
 
+@pytest.mark.parametrize(("images", "told"), [("cat", "would be among its pictures"), ("cat/masks.png", "overwritten")])
+def test_pictures_that_a_concept_learns_from_are_left_alone(job_folder, tmp_path, capsys, images, told):
+    pictures = tmp_path / "cat"
+    pictures.mkdir()
+    Image.open(job_folder / "template.png").save(pictures / "masks.png")
+    job = write_job(job_folder, tmp_path / "job.yaml", prompt="a cat")
+    entry = {"word": "cat", "train": {"images": images, "token": "<v1>"}, "mask": {"box": [0, 0, 1, 1]}}
+    job.write_text(json.dumps(json.loads(job.read_text()) | {"concepts": [entry]}))
+    code, _, err = weaver(capsys, "masks", job, "--out", pictures)
+    assert code == 2 and "concepts[0].train.images: " in err and told in err
+    assert files(pictures) == ["masks.png"]
+
+
 def test_what_is_not_found_is_told_with_its_field(job_folder, tmp_path, capsys):
     job = write_job(
         job_folder,

@@ -104,6 +104,13 @@ def test_dilation_at_the_border():
     assert dilate(corner, 2)[0].nonzero().tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [2, 0]]
 
 
+def test_a_disc_wider_than_the_picture_takes_no_more_than_the_picture():
+    corner = torch.zeros(1, 3, 5, dtype=torch.bool)
+    corner[0, 0, 0] = True
+    assert dilate(corner, 10**9).all() and torch.equal(dilate(corner, 8), dilate(corner, 7))
+    assert not dilate(~corner & False, 10**9).any()
+
+
 def test_a_single_mask_is_dilated():
     masks = compose_masks(picture(".....", "..1..", "....."), dilation=1)
     assert drawn(masks) == ["..1..", ".111.", "..1.."]

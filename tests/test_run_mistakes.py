@@ -104,6 +104,14 @@ MISTAKES = {
         {"concepts": [{"file": "tom.safetensors", "mask": {"word": "unicorn"}}]},
         "concepts[0].mask: no attention map for 'unicorn'",
     ),
+    "more template steps than the model has": (
+        {"template": {"model": "same", "steps": 1000}},
+        "template.steps: is 1000, expected a whole number from 1 to 999",
+    ),
+    "settings that only the embedded model fills up": (
+        {"concepts": [TRAINED | {"train": TRAINED["train"] | {"layers": "all", "rank": None}}]},
+        "concepts[0].train: training settings: layers is 'all' and rank is 0",
+    ),
     "more steps than the model has": ({"steps": 1000}, "steps: is 1000, expected a whole number from 1 to 999"),
     "size the model can't draw": ({"size": [30, 32]}, "size: is 30x32, expected multiples of 8"),
 }

@@ -61,7 +61,7 @@ FAULTS = {
         {"places": [MaskSpec(), MaskSpec(word="lion")], "mask_source": "segmenter", "masks": None},
         "the segmenter does not know 'lion'",
     ),
-    "template steps": ({"template_steps": 0}, "template steps is 0"),
+    "template steps": ({"template_steps": 0}, "template_steps: is 0, expected a whole number from 1 to 999"),
     "steps": ({"steps": 2.0}, "steps: is 2.0"),
     "one step too many": ({"steps": 1000}, "steps: is 1000, expected a whole number from 1 to 999"),
 }
@@ -156,6 +156,9 @@ def test_types_that_weave_can_not_take_are_told_at_once_and_early(tiny_pipe, con
         ({"memory": "replayed"}, r"memory: is 'replayed', expected MemoryPlan\(features=...\)"),
         ({"places": "left"}, "places: is 'left', expected a list of one MaskSpec a concept"),
         ({"places": [(0, 0, 8, 8)] * 2}, "places: is .*, expected a list of one MaskSpec a concept"),
+        ({"places": Places.from_masks(halves()[:1], ["c1"], (32, 32))}, "places are of 1 concepts, there are 2"),
+        ({"seed": 2**64}, "seed: is 18446744073709551616, expected one of 64 bits"),
+        ({"template_steps": 1000}, "template_steps: is 1000, expected a whole number from 1 to 999"),
         ({"masks": "left.png"}, "masks: is a str, expected an array"),
         ({"features": ["stored"]}, "features: is \\['stored'\\], expected one of stored"),
     ):

@@ -36,6 +36,8 @@ def argument_reasons(
     for name in ("seed", "template_steps"):
         if not is_whole(making[name]):
             reasons.append(f"{name}: is {told(making[name])}, expected a whole number")
+    if is_whole(making["seed"]) and not -(2**63) <= making["seed"] < 2**64:
+        reasons.append(f"seed: is {told(making['seed'])}, expected one of 64 bits, as PyTorch takes them")
     if making["template_guidance"] is not None:
         reasons += amount_reasons({"template_guidance": making["template_guidance"]})
     if not isinstance(sites, InjectionSites | None) and not (isinstance(sites, str) and sites in SITES):

@@ -53,7 +53,7 @@ def _chosen(mapping: dict, concepts: str | None, background: str | None):
     animals = [card for card in CONCEPTS.values() if card.kind == "animal"]
     grounds = {card.name: card for card in CONCEPTS.values() if card.kind == "background"}
     names = ",".join(entry["name"] for entry in mapping["concepts"]) if concepts is None else concepts
-    if names.strip().isdigit():
+    if names.strip().isdecimal():
         count = int(names)
         if not 1 <= count <= len(animals):
             raise WeaverError(f"--concepts: {count} asked for, 1 to {len(animals)} ship")

@@ -19,6 +19,7 @@ __all__ = [
     "all_or_nothing",
     "check_folder",
     "clashes",
+    "home_folder",
     "make_folder",
     "whole_file",
     "writing_alone",
@@ -35,6 +36,17 @@ def make_folder(field: str, folder: str | os.PathLike) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WeaverError(f"{field}: {folder} can't be made a folder ({error}): name another") from error
+
+
+def home_folder(variable: str, default: str) -> Path:
+    """The folder that an environment variable names, or one in the user's home.
+
+    Raises `WeaverError` where there is no home, as for a user that the system does not know.
+    """
+    try:
+        return Path(os.environ.get(variable) or f"~/{default}").expanduser()
+    except RuntimeError as error:
+        raise WeaverError(f"no home folder is known here: set {variable} to a folder") from error
 
 
 def check_folder(folder: Path, results: Iterable[Path]) -> None:

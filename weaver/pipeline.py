@@ -23,6 +23,7 @@ from weaver.features import collect_features, reconstruction_psnr
 from weaver.fusion.contexts import ConceptUse, as_use, encode_contexts
 from weaver.fusion.inputs import eta_reasons
 from weaver.fusion.plan import FusionPlan
+from weaver.fusion.regional import regional_reasons
 from weaver.fusion.sampler import sampler_for
 from weaver.fusion.support import model_reasons
 from weaver.graphs import CUDAGraphs, graph_reasons
@@ -30,6 +31,7 @@ from weaver.inversion import invert
 from weaver.job import MaskSpec
 from weaver.latents import decode_latents, tensor_to_images
 from weaver.layers import InjectionSites, sites_for
+from weaver.limits import step_reasons
 from weaver.masks import TextMasks
 from weaver.masks.pyramid import downsampling_reasons
 from weaver.memory.plans import MemoryPlan
@@ -187,8 +189,10 @@ def weave(
     source_prompt = prompt if source_prompt is None else source_prompt
     amounts, base_hash = {"guidance": guidance, "suppression": suppression}, attn2_hash(pipe.unet)
     reasons = fusion_reasons(pipe, everyone, size=size, steps=steps, sites=sites, base_hash=base_hash, amounts=amounts)
+    reasons += regional_reasons(pipe.unet, everyone)
     reasons += downsampling_reasons(downsampling) + eta_reasons(eta) + graph_reasons(pipe.unet, graphs)
     reasons += [] if everyone else ["there is no concept to draw"]
+    reasons += [f"template_{reason}" for reason in step_reasons(pipe, template_steps)] if template is None else []
     reasons += [] if features in FEATURES else [f"features: is {told(features)}, expected one of {', '.join(FEATURES)}"]
     source = {} if source_prompt == prompt else {"source_prompt": source_prompt}
     reasons += token_reasons(source, [use.concept for use in everyone if use.concept])
@@ -239,26 +243,29 @@ def weave(
                 progress=move,
             )
         of_stages = None  # unless the caller keeps them, their memory is free for the autoencoder and for the fusion's
-        quality = reconstruction_psnr(pipe, inversion, found) if again else None
-    with stages.stage("fusion"), stages.bar("fusion", steps) as move:
-        plan = FusionPlan.build(
-            pipe,
-            uses,
-            final,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            background=ground,
-            features=found,
-            downsampling=downsampling,
-            base_hash=base_hash,
-            **amounts,
-        )
-        scheduler = ddim_scheduler(pipe.scheduler)
-        kept = KeptBackground.build(inversion.latents, final) if keep_background else None
-        noise = torch.Generator().manual_seed((seed + _OTHER_NOISE) % 2**63)  # on the CPU: the same on every device
-        with sampler_for(pipe.unet, scheduler, plan, eta, graphs or False) as sampler:
-            z = sampler(found.z_T, generator=noise, background=kept, progress=move)
-        image = tensor_to_images(decode_latents(pipe.vae, z))[0]
+        with stages.step("drawing the template again"):
+            quality = reconstruction_psnr(pipe, inversion, found) if again else None
+    with stages.stage("fusion"):
+        with stages.bar("fusion", steps) as move:
+            plan = FusionPlan.build(
+                pipe,
+                uses,
+                final,
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                background=ground,
+                features=found,
+                downsampling=downsampling,
+                base_hash=base_hash,
+                **amounts,
+            )
+            scheduler = ddim_scheduler(pipe.scheduler)
+            kept = KeptBackground.build(inversion.latents, final) if keep_background else None
+            noise = torch.Generator().manual_seed((seed + _OTHER_NOISE) % 2**63)  # on the CPU: the same on every device
+            with sampler_for(pipe.unet, scheduler, plan, eta, graphs or False) as sampler:
+                z = sampler(found.z_T, generator=noise, background=kept, progress=move)
+        with stages.step("decoding"):
+            image = tensor_to_images(decode_latents(pipe.vae, z))[0]
         if keep_background:
             image = laid_over(template, image, final, 0 if feather > 1 else default_seam(size))
     settings = {

@@ -246,6 +246,8 @@ def places_of(
     if places is not None and masks is not None:
         raise WeaverError("give either masks or places, not both")
     if isinstance(places, Places):
+        if len(places.given) != len(uses):
+            raise WeaverError(f"places are of {len(places.given)} concepts, there are {len(uses)}; build them anew")
         return places
     if masks is not None:
         return Places.from_masks(masks, [use.name for use in uses], size)

@@ -13,7 +13,7 @@ from weaver.concepts.concept import Concept
 from weaver.folder import check_folder, clashes
 from weaver.fusion.contexts import ConceptUse
 from weaver.job import Job, JobError
-from weaver.job.inputs import InputFile, read_inputs, training_folders
+from weaver.job.inputs import InputFile, read_inputs, training_paths
 from weaver.job.prepare import prepare
 from weaver.layers import SITES
 from weaver.manifest import picture_record
@@ -107,7 +107,8 @@ def run_job(
 
 def _check_kept(job: Job, folder: Path, inputs: Sequence[InputFile], source: str) -> None:
     """Raise `JobError` where results would change what the job was made from, its own file among it."""
-    read = {file.field: file.path for file in inputs} | training_folders(job)
+    folders = {field: path for field, path in training_paths(job).items() if path.is_dir()}
+    read = {file.field: file.path for file in inputs} | folders
     read |= {"the job file": Path(source)} if Path(source).is_file() else {}
     if reasons := clashes(folder, result_files(job), read):
         raise JobError(f"{source}: " + "; ".join(reasons))

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from weaver.errors import WeaverError
-from weaver.folder import LOCK, PARTIAL, writing_alone, written_through
+from weaver.folder import LOCK, PARTIAL, home_folder, writing_alone, written_through
 from weaver.sizes import format_bytes
 
 __all__ = ["Cache", "CacheWarning", "Entry", "default_folder"]
@@ -62,9 +62,8 @@ class Entry:
 
 
 def default_folder() -> Path:
-    """`$WEAVER_CACHE`, or `~/.cache/concept-weaver`."""
-    named = os.environ.get("WEAVER_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "concept-weaver"
+    """`$WEAVER_CACHE`, or `~/.cache/concept-weaver`; raises `WeaverError` where nobody's home is known."""
+    return home_folder("WEAVER_CACHE", ".cache/concept-weaver")
 
 
 class Cache:

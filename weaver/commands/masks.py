@@ -69,6 +69,7 @@ def _masks(args: argparse.Namespace) -> int:
         job = with_seed(job, args.seed)
     tell_versions(manifest)
     from weaver.folder import all_or_nothing, check_folder, clashes
+    from weaver.job.inputs import training_paths
     from weaver.manifest import save_png
 
     out = args.out or args.masks or Path("outputs") / f"{args.job.stem}-masks"
@@ -78,7 +79,7 @@ def _masks(args: argparse.Namespace) -> int:
     there = [file for file in layers if (out / file).exists()]
     if there and not args.replace:
         raise WeaverError(f"{out / there[0]} is there already: --replace writes it anew, --masks {out} takes it")
-    if reasons := clashes(out, results, place_files(job)):
+    if reasons := clashes(out, results, place_files(job) | training_paths(job)):
         raise WeaverError(f"{args.job}: " + "; ".join(reasons))
     preview = preview_masks(job, source=str(args.job), offline=args.offline, stages=args.stages, manifest=manifest)
     with all_or_nothing(out) as partial:

@@ -89,6 +89,8 @@ def bind_concepts(
         if spec.name in read:
             try:
                 concepts[spec.name] = read[spec.name].concept(pipe)
+                if spec.parts == "whole":
+                    concepts[spec.name].check_outside(pipe)
                 tell_unused(concepts[spec.name], on_unused, f"{place}.file")
             except WeaverError as error:
                 problems.append(str(error) if str(error).startswith(f"{place}.file") else f"{place}.file: {error}")

@@ -20,7 +20,7 @@ from PIL import Image
 from weaver.concepts.card import CARD_SUFFIX, ConceptCard
 from weaver.concepts.concept import Concept, ConceptError
 from weaver.errors import WeaverError, told
-from weaver.folder import PARTIAL, writing_alone, written_through
+from weaver.folder import PARTIAL, home_folder, writing_alone, written_through
 from weaver.pictures import open_rgb
 
 __all__ = ["BankEntry", "BankFolder", "Kept", "checked_name"]
@@ -57,9 +57,8 @@ class BankFolder:
     """
 
     def __init__(self, folder: str | os.PathLike | None = None):
-        named = folder if folder is not None else os.environ.get("WEAVER_BANK")
-        default = Path.home() / ".local" / "share" / "concept-weaver" / "bank"
-        self.folder = Path(named).expanduser() if named else default
+        default = ".local/share/concept-weaver/bank"
+        self.folder = Path(folder).expanduser() if folder else home_folder("WEAVER_BANK", default)
 
     def names(self) -> list[str]:
         """The names of all concepts, those among them that lack their file or their card."""

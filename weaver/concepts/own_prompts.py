@@ -16,7 +16,8 @@ def own_prompts(prompt: str, concepts: Sequence[Concept], background: Concept | 
 
     A concept's prompt names no other concept of the picture: "a dog and a cat, at night" gives "a <v1> dog, at night"
     and "a <v2> cat, at night". The background's names them all. The k-th concept of a class word takes its k-th place
-    in the prompt; those of one class stay in each other's prompts, since the word can't tell them apart.
+    in the prompt; those of one class stay in each other's prompts, since the word can't tell them apart. A word within
+    another concept's longer one is no place of its own.
 
     Parameters
     ----------
@@ -25,12 +26,14 @@ def own_prompts(prompt: str, concepts: Sequence[Concept], background: Concept | 
     """
     seen: dict[str, int] = {}
     found: list[str | WeaverError] = []
-    for concept in [*concepts, *([background] if background is not None else [])]:
+    everyone = [*concepts, *([background] if background is not None else [])]
+    words = [concept.word for concept in everyone]
+    for concept in everyone:
         word = concept.word.lower()
         occurrence = seen[word] = seen.get(word, -1) + 1
         others = [] if concept is background else [o.word for o in concepts if o.word.lower() != word]
         try:
-            found.append(derive_prompt(prompt, concept, occurrence=occurrence, without=others))
+            found.append(derive_prompt(prompt, concept, occurrence=occurrence, without=others, beside=words))
         except WeaverError as error:
             found.append(error)
     return found

@@ -63,7 +63,9 @@ class TokenIds(NamedTuple):
         return self._replace(ids=self.ids.to(device))
 
 
-def derive_prompt(base_prompt: str, concept: Concept, *, occurrence: int = 0, without: Sequence[str] = ()) -> str:
+def derive_prompt(
+    base_prompt: str, concept: Concept, *, occurrence: int = 0, without: Sequence[str] = (), beside: Sequence[str] = ()
+) -> str:
     """Put the concept's token before its class word: "a dog and a cat" -> "a dog and a <v1> cat".
 
     Parameters
@@ -72,10 +74,15 @@ def derive_prompt(base_prompt: str, concept: Concept, *, occurrence: int = 0, wi
     without : class words of other concepts, to be left out where they stand in a list, as in the paper's prompts
         (section 3.5): "a red dog and a cat, at night" without "dog" -> "a <v1> cat, at night". A word that stands
         otherwise stays, as does one that is part of a longer noun ("a dog house").
+    beside : class words of the picture's concepts; a place within a longer one of these is that one's, as "bear" is
+        in "polar bear".
 
     Raises `PromptError` when the class word does not stand there that often.
     """
-    places = list(_whole(concept.word, re.IGNORECASE).finditer(base_prompt))
+    longer = [word for word in beside if len(word) > len(concept.word)]
+    taken = [place.span() for word in longer for place in _whole(word, re.IGNORECASE).finditer(base_prompt)]
+    found = _whole(concept.word, re.IGNORECASE).finditer(base_prompt)
+    places = [place for place in found if not any(a <= place.start() and place.end() <= b for a, b in taken)]
     if not 0 <= occurrence < len(places):
         raise PromptError(
             f"prompt {base_prompt!r} names {concept.word!r} {len(places)} times, concept {concept.name!r} needs "

@@ -11,6 +11,7 @@ from PIL import Image
 from weaver.errors import WeaverError
 from weaver.graphs import CUDAGraphs
 from weaver.job import Job, JobError
+from weaver.job.fields import LARGEST
 from weaver.job.inputs import shipped_name
 from weaver.job.resolve import final_masks, mask_fields
 from weaver.masks import MaskError
@@ -53,7 +54,7 @@ def choose_template(
                 maker,
                 spec.image or spec.prompt,
                 size=job.size,
-                seed=(spec.seed or 0) + extra * SEED_STRIDE,
+                seed=_nth_seed(spec.seed or 0, extra),
                 steps=spec.steps,
                 guidance=spec.guidance,
                 negative_prompt=job.negative_prompt if takes_negative else "",
@@ -78,8 +79,13 @@ def choose_template(
         raise JobError(f"{source}: {failure}{tried}") from failure
     extra, template, found = best
     if not spec.image:
-        job = replace(job, template=replace(spec, seed=spec.seed + extra * SEED_STRIDE, tries=1))
+        job = replace(job, template=replace(spec, seed=_nth_seed(spec.seed, extra), tries=1))
     return job, template, found
+
+
+def _nth_seed(seed: int, number: int) -> int:
+    """The seed of a job's template by number, one that a job may name."""
+    return (seed + number * SEED_STRIDE) % (LARGEST + 1)
 
 
 def _find(job: Job, pipe, template: Image.Image, places: Places, stages: Stages) -> tuple[Places, torch.Tensor]:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from os.path import isdir, isfile
 from pathlib import Path
 
 from weaver.errors import told
@@ -144,10 +145,10 @@ class Fields:
             return default
         return value
 
-    def file(self, name: str, *, folder_too: bool = False) -> Path | str | None:
-        """An existing file (or folder), made absolute; "embedded:<name>" is passed on as it is."""
+    def file(self, name: str, *, folder_too: bool = False, shipped: bool = False) -> Path | str | None:
+        """An existing file (or folder), made absolute; "embedded:<name>" is passed on as it is where that may ship."""
         value = self.text(name)
-        if value is None or value.startswith(EMBEDDED):
+        if value is None or (shipped and value.startswith(EMBEDDED)):
             return value
         return self._existing(name, value, folder_too)
 
@@ -156,7 +157,7 @@ class Fields:
         self._known.add(name)
         value = self._values.get(name)
         if not _is_list(value):
-            found = self.file(name, folder_too=True)
+            found = self.file(name, folder_too=True, shipped=True)
             return (found,) if isinstance(found, Path) else found
         if not value:
             self.complain(name, "is an empty list")
@@ -204,9 +205,12 @@ class Fields:
 
     def _existing(self, name: str, value: str, folder_too: bool) -> Path | None:
         path = resolve_path(self.folder, value)
-        if path.is_file() or (folder_too and path.is_dir()):
+        folder = isdir(path)  # not the path's own, which fails for names that are too long, and in closed folders
+        if isfile(path) or (folder_too and folder):
             return path
-        fault = "a folder, not a file" if path.is_dir() else f"not there (looked at {path})"
+        fault = "a folder, not a file" if folder else f"not there (looked at {path})"
+        if value.startswith(EMBEDDED):
+            fault = "no file; what ships with the package are concepts"
         self.complain(name, f"{value!r} is {fault}")
         return None
 

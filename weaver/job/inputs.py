@@ -21,7 +21,7 @@ from weaver.masks.given import is_shapes_file, read_shapes
 from weaver.pictures import open_picture, open_rgb
 from weaver.styles import check_style
 
-__all__ = ["InputFile", "read_inputs", "shipped_name", "training_folders", "training_pictures"]
+__all__ = ["InputFile", "read_inputs", "shipped_name", "training_paths", "training_pictures"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_inputs(job: Job, source: str = "job") -> tuple[InputFile, ...]:
             problems.append(f"{field}: {error}")
     if problems:
         raise JobError(f"{source}: " + "; ".join(problems))
-    tell_passed_over(training_folders(job).values())
+    tell_passed_over(training_paths(job).values())
     return tuple(inputs)
 
 
@@ -68,14 +68,13 @@ def training_pictures(spec: BackgroundSpec) -> list[Path]:
     return picture_paths(images)
 
 
-def training_folders(job: Job) -> dict[str, Path]:
-    """The folders of the user's own whose pictures a job trains on, by their fields."""
+def training_paths(job: Job) -> dict[str, Path]:
+    """The pictures of the user's own, and folders of them, that a job trains on, by their fields."""
     return {
         f"{place}.train.images[{number}]" if len(spec.train.images) > 1 else f"{place}.train.images": path
         for place, spec in job.places()
         if spec.train and not isinstance(spec.train.images, str)
         for number, path in enumerate(spec.train.images)
-        if path.is_dir()
     }
 
 

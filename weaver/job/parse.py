@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import isdir, isfile
 from pathlib import Path
 
 from weaver.choices import DOWNSAMPLINGS, FEATURES, KEPT_AND_CHANGED, MASK_SOURCES, OVERLAPS
@@ -74,8 +75,8 @@ def _model(fields: Fields, name: str, default: str | None, words: tuple[str, ...
     if value is None or value in words:
         return value
     folder = resolve_path(fields.folder, value)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
+    if isdir(folder):
+        if not isfile(folder / "model_index.json"):
             fields.complain(name, f"{value!r} is a folder without model_index.json, so no diffusers pipeline")
         return str(folder)
     if not is_hub_id(value):

@@ -61,12 +61,21 @@ def _concept_file(fields: Fields) -> Path | str | None:
     """A file as `Fields.file` reads it, or that of a concept in the bank."""
     value = fields.text("file")
     if value is None or not value.startswith(BANK):
-        return fields.file("file")
+        return fields.file("file", shipped=True)
     try:
         return BankFolder().path(value.removeprefix(BANK)).resolve()
     except WeaverError as error:
         fields.complain("file", str(error))
         return None
+
+
+def _suit_embedded(settings: dict) -> bool:
+    """Whether the embedded model's own training settings can be changed so."""
+    try:
+        TrainSettings.embedded(**settings)
+    except WeaverError:
+        return False
+    return True
 
 
 def _default_name(file: Path | str | None, train: TrainSpec | None, word: str | None) -> str:
@@ -91,5 +100,6 @@ def _train(fields: Fields) -> TrainSpec:
     try:
         TrainSettings(**settings)
     except WeaverError as error:
-        fields.complain(None, str(error))
+        if not _suit_embedded(settings):  # which model it is, and whether they suit that, is known later
+            fields.complain(None, str(error))
     return TrainSpec(images=images or (), token=token, caption=caption, settings=tuple(settings.items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields as dataclass_fields
+from os.path import isdir
 from pathlib import Path
 
 from weaver.choices import TEXT_BACKENDS
@@ -56,7 +57,7 @@ def _pretrained(fields: Fields, name: str) -> Path | str | None:
     if value is None:
         return None
     folder = resolve_path(fields.folder, value)
-    if folder.is_dir():
+    if isdir(folder):
         return folder
     if not is_hub_id(value):
         fields.complain(name, f"{value!r} is no folder (looked at {folder}) and no Hub id (owner/name)")

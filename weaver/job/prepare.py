@@ -142,7 +142,7 @@ def prepare(
     pipe = models.load("model", job.model, "loading the model")
     raise_if(graph_reasons(pipe.unet, graphs), f"{source}: device")
     with threads_for(pipe):
-        job = resolve_job(job, pipe, prompts)
+        job = resolve_job(job, pipe, prompts, source)
         check_model(job, pipe, source)
         known = bind_concepts(job, read, pipe, source, on_unused)
         places = place_concepts(job, known, pipe, source)

@@ -14,6 +14,7 @@ from weaver.errors import WeaverError
 from weaver.job import SAME_MODEL, BackgroundSpec, Job, JobError, TextSpec
 from weaver.job.inputs import shipped_name
 from weaver.layers import SITES
+from weaver.limits import step_reasons
 from weaver.masks import MaskError
 from weaver.masks.grounded import DETECTOR, OUTLINER
 from weaver.models import ModelError, is_embedded
@@ -34,16 +35,18 @@ __all__ = [
 TEMPLATE_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"  # the paper's
 
 
-def resolve_job(job: Job, pipe, prompts: list[str]) -> Job:
+def resolve_job(job: Job, pipe, prompts: list[str], source: str = "job") -> Job:
     """The same job with every default of the model written out, so that it no longer depends on defaults.
 
     The device is the one the model is on: another may draw another picture. `prompts` are those of `Job.everyone`.
+    Raises `JobError`, led by `source`, for training settings that do not go with the model's own.
     """
     defaults, embedded = defaults_for(pipe), is_embedded(pipe)
     size = job.size or model_size(pipe)
     wishes, template = job.fusion, job.template
     sites = SITES[wishes.sites] if wishes.sites else defaults.sites
-    everyone = [_resolve_spec(spec, prompt, pipe) for spec, prompt in zip(job.everyone, prompts, strict=True)]
+    specs = zip(job.places(), prompts, strict=True)
+    everyone = [_resolve_spec(f"{source}: {place}", spec, prompt, pipe) for (place, spec), prompt in specs]
     if template.image is None:
         model = template.model or (SAME_MODEL if embedded else TEMPLATE_MODEL)
         model = SAME_MODEL if model == job.model else model
@@ -94,6 +97,8 @@ def check_model(job: Job, pipe, source: str) -> None:
         amounts=amounts,
         sites_field="fusion.injection.sites",
     )
+    if job.template.image is None and job.template.model == SAME_MODEL:
+        problems += [f"template.{reason}" for reason in step_reasons(pipe, job.template.steps)]
     problems += [] if is_embedded(pipe) else _embedded_only(job)
     if problems:
         raise JobError(f"{source}: " + "; ".join(problems))
@@ -174,10 +179,14 @@ def in_field(field: str, source: str, function, *args, **kwargs):
         raise JobError(f"{source}: {field}: {error}") from error
 
 
-def _resolve_spec(spec: BackgroundSpec, prompt: str, pipe) -> BackgroundSpec:
+def _resolve_spec(place: str, spec: BackgroundSpec, prompt: str, pipe) -> BackgroundSpec:
     train = spec.train
     if train:
-        train = replace(train, settings=tuple(asdict(training_settings(train, pipe)).items()))
+        try:
+            settings = training_settings(train, pipe)
+        except WeaverError as error:
+            raise JobError(f"{place}.train: {error}") from error
+        train = replace(train, settings=tuple(asdict(settings).items()))
     return replace(spec, prompt=prompt, train=train)
 
 

@@ -16,6 +16,7 @@ def dilate(masks: torch.Tensor, radius: int) -> torch.Tensor:
     if radius == 0 or not len(masks):
         return masks
     height, width = masks.shape[1:]
+    radius = min(radius, height + width)  # which reaches all of it already
     # counts[..., i] is how many cells of the row lie before i: a run holds one where its two ends differ.
     counts = F.pad(F.pad(masks.int(), (radius,) * 4).cumsum(-1, dtype=torch.int32), (1, 0))
     grown = torch.zeros_like(masks)

@@ -181,7 +181,7 @@ class _Estimator:
             )
         self.model = self._shapes("model", job.model, offline, source)
         prompts = [spec.prompt or job.prompt for spec in job.everyone]
-        self.job = replace(resolve_job(job, self.model.pipe, prompts), device=self.device)
+        self.job = replace(resolve_job(job, self.model.pipe, prompts, source), device=self.device)
         check_model(self.job, self.model.pipe, source)
         self.maker = self.model
         if self.job.template.model not in (None, SAME_MODEL):

@@ -46,7 +46,7 @@ def _encoded(args: argparse.Namespace):
     from weaver.embedded.training.diffusion import encode_bank
 
     bank = load_bank(args.work / "bank")
-    return bank, encode_bank(bank, args.model / "vae", args.work / "bank" / "latents.npy")
+    return bank, encode_bank(bank, args.model / "vae", args.work / "bank")
 
 
 def run(stage: str, args: argparse.Namespace) -> None:
@@ -60,8 +60,6 @@ def run(stage: str, args: argparse.Namespace) -> None:
         learned = (args.model / "unet").exists() and not args.move_latents  # the denoiser knows these latents
         budget = args.autoencoder_minutes, args.autoencoder_batch
         train_autoencoder(bank, args.model / "vae", *budget, seed=args.seed, decoder_only=learned)
-        if not learned:
-            (args.work / "bank" / "latents.npy").unlink(missing_ok=True)
     elif stage == "diffusion":
         from weaver.embedded.training.diffusion import train_diffusion
 

@@ -19,9 +19,11 @@ from weaver.embedded.training import vary
 from weaver.embedded.training.vary import vary_drawing
 from weaver.embedded.world import draw_scene
 
-__all__ = ["Bank", "HELD_OUT_SCENES", "load_bank", "make_bank", "to_pixels"]
+__all__ = ["HELD_OUT_SCENES", "LATENTS", "Bank", "drop_latents", "load_bank", "make_bank", "to_pixels"]
 
 HELD_OUT_SCENES = 256  # the last scenes of a bank are never trained on
+LATENTS = "latents-"
+"""What the names of files with latents begin with."""
 _CHUNK = 500
 
 
@@ -73,7 +75,8 @@ def make_bank(folder: Path, scenes: int, seed: int = 0, *, for_helpers: bool = F
     if (folder / "bank.json").exists() and json.loads((folder / "bank.json").read_text())["card"] == card:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "latents.npy").unlink(missing_ok=True)  # of other pictures
+    (folder / "bank.json").unlink(missing_ok=True)  # it tells what is there, so it comes last
+    drop_latents(folder)
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         first = seed * 100_000
         parts = pool.starmap(_draw_chunk, [(first + i, for_helpers) for i in range(chunks)])
@@ -83,6 +86,12 @@ def make_bank(folder: Path, scenes: int, seed: int = 0, *, for_helpers: bool = F
     words = [words for part in parts for words in part[3]]
     (folder / "bank.json").write_text(json.dumps({"card": card, "captions": captions, "words": words}))
     return folder
+
+
+def drop_latents(folder: Path) -> None:
+    """Remove a bank's latents, which are of other pictures or another autoencoder."""
+    for file in folder.glob(f"{LATENTS}*"):
+        file.unlink(missing_ok=True)
 
 
 def load_bank(folder: Path) -> Bank:

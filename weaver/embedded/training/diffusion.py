@@ -11,9 +11,11 @@ from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from weaver.embedded.training.autoencoder import LATENT_CHANNELS, tidy_config
-from weaver.embedded.training.bank import HELD_OUT_SCENES, Bank, to_pixels
+from weaver.embedded.training.bank import HELD_OUT_SCENES, LATENTS, Bank, drop_latents, to_pixels
 from weaver.embedded.training.loop import LoopSettings, autocast, device_from_environment, is_main_process, train
 from weaver.embedded.training.tokenizer import MAX_TOKENS, build_tokenizer
+from weaver.folder import all_or_nothing, whole_file
+from weaver.hashing import file_hash
 
 __all__ = ["build_scheduler", "build_text_encoder", "build_unet", "encode_bank", "train_diffusion"]
 
@@ -66,9 +68,14 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def encode_bank(bank: Bank, vae_folder: Path, file: Path) -> np.ndarray:
-    """The latents of all pictures, float16 [n, 8, 16, 16], scaled to unit variance; computed once into `file`."""
+def encode_bank(bank: Bank, vae_folder: Path, folder: Path) -> np.ndarray:
+    """The latents of all pictures, float16 [n, 8, 16, 16], scaled to unit variance; kept in `folder` for this
+    autoencoder.
+    """
+    of = [file_hash(vae_folder / name)[:12] for name in ("config.json", "diffusion_pytorch_model.safetensors")]
+    file = folder / f"{LATENTS}{'-'.join(of)}.npy"
     if not file.exists():
+        drop_latents(folder)
         device = device_from_environment()
         vae = AutoencoderTiny.from_pretrained(vae_folder).float().to(device, memory_format=torch.channels_last)
         parts, size = [], 32 if device.type == "cpu" else 512
@@ -77,7 +84,8 @@ def encode_bank(bank: Bank, vae_folder: Path, file: Path) -> np.ndarray:
                 pixels = to_pixels(bank.pictures[start : start + size]).to(device, memory_format=torch.channels_last)
                 latents = vae.encode(pixels).latents.float() * vae.config.scaling_factor
                 parts.append(latents.half().cpu().numpy())
-        np.save(file, np.concatenate(parts))
+        with whole_file(file) as unfinished, open(unfinished, "wb") as written:
+            np.save(written, np.concatenate(parts))
     return np.load(file, mmap_mode="r")
 
 
@@ -182,12 +190,11 @@ def train_diffusion(
         unet_half, text_half = build_unet(), build_text_encoder(tokenizer)
         unet_half.load_state_dict(unet.state_dict())
         text_half.load_state_dict(text_encoder.state_dict())
-        StableDiffusionPipeline(
-            vae, text_half.half(), tokenizer, unet_half.half(), scheduler, None, None, requires_safety_checker=False
-        ).save_pretrained(folder)
-        tidy_config(folder / "vae")
-        for file in folder.rglob("*.safetensors"):
-            file.chmod(0o644)  # safetensors leaves files that only their owner can read
+        with all_or_nothing(folder) as partial:
+            StableDiffusionPipeline(
+                vae, text_half.half(), tokenizer, unet_half.half(), scheduler, None, None, requires_safety_checker=False
+            ).save_pretrained(partial)
+            tidy_config(partial / "vae")
 
     curve = folder / "curve_unet.jsonl"
     parameters = [*unet.parameters(), *text_encoder.parameters()]
