@@ -102,6 +102,16 @@ def test_writes_into_buffers_and_is_what_attention_takes():
     torch.testing.assert_close(views, copies)
 
 
+def test_autocast_of_the_caller_rounds_nothing():
+    *arguments, changes = make(torch.float32)
+    expected = project_contexts(*arguments, changes), project_contexts_reference(*arguments, changes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = project_contexts(*arguments, changes), project_contexts_reference(*arguments, changes)
+    for ours, own in zip(found, expected, strict=True):
+        pairs = zip(*((x.keys, x.values) if isinstance(x, ContextKV) else x for x in (ours, own)), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
 def test_equal_contexts_merge_in_a_plan():
     text, *_ = make()
     text[3], text[4] = text[1], text[1]

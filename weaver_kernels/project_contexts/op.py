@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from weaver_kernels.checks import gradient_reasons, require
+from weaver_kernels.checks import gradient_reasons, own_precision, require
 from weaver_kernels.project_contexts.reference import LowRank, ProjectionChange
 
 __all__ = ["ContextKV", "equal_contexts", "project_contexts"]
@@ -26,6 +26,7 @@ class ContextKV:
     values: torch.Tensor
 
 
+@own_precision
 def project_contexts(
     text: torch.Tensor,
     weight_k: torch.Tensor,

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from weaver_kernels.checks import own_precision
+
 __all__ = ["LowRank", "ProjectionChange", "project_contexts_reference"]
 
 
@@ -24,6 +26,7 @@ class ProjectionChange(NamedTuple):
     v: torch.Tensor | LowRank | None = None
 
 
+@own_precision
 def project_contexts_reference(
     text: torch.Tensor,
     weight_k: torch.Tensor,
