@@ -138,6 +138,18 @@ def test_updates_are_in_place_and_the_same_as_a_new_plan(tile_sizes):
         assert [buffer.data_ptr() for buffer in (plan.weights, plan.context_index, plan.lists)] == addresses
 
 
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "not-merged"])
+def test_an_update_with_its_own_weights_keeps_them(merge):
+    weights, index = soft_weights(2, 3, 40, rng()), torch.tensor([[0, 2, 1], [2, 0, 1]])
+    plan = ContextPlan(weights, capacity=4, merge=merge)
+    address = plan.weights.data_ptr()
+    for own in (plan.weights[:, :3], plan.weights[:, :2], plan.weights[:, 1:3]):
+        expected = own.clone()
+        plan.update(own, index[:, : own.shape[1]])
+        assert torch.equal(plan.weights[:, : own.shape[1]], expected) and not plan.weights[:, own.shape[1] :].any()
+    assert plan.weights.data_ptr() == address
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

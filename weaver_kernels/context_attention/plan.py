@@ -94,6 +94,8 @@ class ContextPlan:
             context_index = torch.arange(n_contexts, device=weights.device).expand(rows, n_contexts)
         if self.merged:
             weights = merge_equal(weights.to(self.weights.dtype), context_index, same_as)
+        else:
+            weights = weights.clone()  # they may be the buffer's own
         self.weights.zero_()[:, :n_contexts] = weights
         in_type = context_index.clamp(-1, torch.iinfo(torch.int32).max)  # a number out of range must stay out of it
         self.context_index.zero_()[:, :n_contexts] = in_type
