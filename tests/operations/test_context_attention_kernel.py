@@ -102,10 +102,10 @@ def test_contexts_that_are_alive_nowhere_are_not_read():
 
 @pytest.mark.parametrize("name", ["context_index", "key_lengths"])
 @pytest.mark.parametrize("number", [-1, 1000, 2**40])
-def test_a_number_out_of_range_is_nan_where_it_is_alive_and_reads_nothing(number, name):
-    """Context 0 is alive on the first tile, context 1 on the second."""
+def test_a_number_out_of_range_makes_nan_of_its_tiles_and_reads_nothing(number, name):
+    """Context 0 is alive on the first tile but for its last token, context 1 on that and on the second."""
     case = make_case(s=2, t=32, indexed=True, weights=lambda b, s, t, rng: torch.zeros(b, s, t))
-    case["weights"][0, 0, :16] = case["weights"][0, 1, 16:] = 1
+    case["weights"][0, 0, :15] = case["weights"][0, 1, 15:] = 1
     case |= {"context_index": torch.tensor([[0, 1]]), "key_lengths": torch.tensor([20, 20])}
     right = run_interpreted(case)
     case[name].flatten()[0] = number

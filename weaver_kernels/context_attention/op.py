@@ -50,8 +50,9 @@ def context_attention(
     weights : [B, S, T], any sign; below 255 in size with float16 queries. A context may or may not be computed on
         tokens where its weight is zero
     context_index : [B, S] integers into S'; None takes context s for s (then S' = S). On the CPU a number outside is
-        an error. On a GPU, where reading it would wait for the device, it makes the tokens it is alive on NaN and no
-        other memory is read; with TRITON_DEBUG=1 the kernel stops there and names it. So do `key_lengths`
+        an error. On a GPU, where reading it would wait for the device, it makes NaN of the tokens it is alive on and
+        of all others of their tiles, and no other memory is read; with TRITON_DEBUG=1 the kernel stops there and names
+        it. So do `key_lengths`
     scale : positive; None is `1 / sqrt(D)`
     key_lengths : [S'] integers, how many of the L keys of a context count; None is all; a context of length 0 adds
         nothing. Padding is never trimmed otherwise: Stable Diffusion attends to it
