@@ -265,10 +265,19 @@ def test_bad_maps():
         routed_lora(**case | {"x": torch.zeros(2, 143, 6)})
 
 
-def test_x_and_y_of_one_tensor_are_refused():
-    case = make_lora(c=20)
-    with pytest.raises(ValueError, match="y and x are one tensor"):
-        routed_lora(**case | {"x": case["y"]})
+@pytest.mark.parametrize("channels", [20, 24], ids=["all", "more"])
+def test_x_and_y_of_one_memory_are_refused(channels):
+    case, memory = make_lora(c=channels), torch.zeros(1, 40, 24)
+    x, y = memory[..., :channels], memory[..., :20]
+    for one, other in ((x, x), (x[:], x[:]), (x, y)):
+        with pytest.raises(ValueError, match="y and x are one memory"):
+            routed_lora(**case | {"x": one, "y": other})
+
+
+def test_x_and_y_may_lie_side_by_side_in_one_memory():
+    case, memory = make_lora(c=20), torch.zeros(1, 40, 40)
+    beside = case | {"x": memory[..., :20].copy_(case["x"]), "y": memory[..., 20:].copy_(case["y"])}
+    assert torch.equal(routed_lora(**beside), routed_lora(**case))
 
 
 @pytest.mark.parametrize("foreign", ["weights", "adapter_index"])

@@ -35,8 +35,8 @@ def shape_reasons(y, x, adapters, weights, adapter_index, stride, padding, dilat
         reasons.append(f"stride and dilation must be 1 or more and padding 0 or more, got {got}")
     if down.ndim == 2 and (stride, padding, dilation) != (1, 0, 1):
         reasons.append("a Linear has no stride, padding or dilation")
-    if y is x:
-        reasons.append("y and x are one tensor: x must stay as it is")
+    if y is x or _start_together(y, x):
+        reasons.append("y and x are one memory: x must stay as it is")
     others = [one.device for one in (x, down, adapters.offsets, weights, adapter_index) if one is not None]
     if others.count(y.device) != len(others):
         names = sorted({str(y.device), *map(str, others)})
@@ -68,6 +68,13 @@ def shape_reasons(y, x, adapters, weights, adapter_index, stride, padding, dilat
         got = f"{tuple(adapter_index.shape)} {adapter_index.dtype}"
         reasons.append(f"adapter_index must be {(rows, n_slots)} integers, got {got}")
     return reasons
+
+
+def _start_together(y: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether both begin at one place of memory, so that a second adapter would read what the first has added."""
+    if torch.compiler.is_compiling():  # it can't trace the question
+        return False
+    return y.data_ptr() == x.data_ptr() != 0  # 0: there are no numbers
 
 
 def value_reasons(index: Sequence[Sequence[int]], n_adapters: int) -> list[str]:

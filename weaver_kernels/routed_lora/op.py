@@ -46,7 +46,7 @@ def routed_lora(
     Parameters
     ----------
     y : [B, T, O] of a Linear, or [B, O, h, w] of a convolution, contiguous or channels last; written to
-    x : [B, T, C] or [B, C, H, W], what the layer was given; any strides
+    x : [B, T, C] or [B, C, H, W], what the layer was given; any strides, and no memory of y's
     adapters : in the dtype of both. On a GPU those of a rank above 128 are computed on all tokens, and all others then
     weights : [B, S, T], any sign; of a convolution T = h * w, the map of its output row by row. An adapter may or may
         not be computed on tokens where its weight is zero
