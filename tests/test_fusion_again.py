@@ -181,7 +181,8 @@ def test_a_block_that_is_not_entered_leaves_nothing(tiny_pipe, plans, monkeypatc
     assert tiny_pipe.unet.attn_processors == before
 
 
-def test_other_masks_for_a_concept_that_changes_queries_and_outputs(tiny_pipe, masks, templates):
+@pytest.mark.parametrize("capacity", [None, 3], ids=["", "with-room"])
+def test_other_masks_for_a_concept_that_changes_queries_and_outputs(tiny_pipe, masks, templates, capacity):
     every = ("to_k", "to_v", "to_q", "to_out.0", "to_out.0.bias")
     use = ConceptUse(make_concept(tiny_pipe, 1, "dog", changed=every))
     again = ConceptUse(make_concept(tiny_pipe, 2, "dog", changed=every))
@@ -191,7 +192,8 @@ def test_other_masks_for_a_concept_that_changes_queries_and_outputs(tiny_pipe, m
     )
     turns = (first, second, third, first)
     expected = [alone(tiny_pipe, plan) for plan in turns]
-    with FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), first) as sampler:
+    sampler = FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), first, capacity=capacity)
+    with sampler:
         for plan, picture in zip(turns, expected, strict=True):
             torch.testing.assert_close(sampler(templates[0].z_T, plan), picture, rtol=1e-9, atol=1e-9)
 

@@ -63,7 +63,8 @@ class Routes:
     weights : [B, S, T], and `index` [B, S] into the plan's contexts
     same_as : [S'], for each context the first one equal to it
     which : `OwnProjections.which` of the layers
-    capacity : the most contexts of a row; None is S
+    capacity : the most contexts of a row; None is S, and so is any where one has projections of its own, since the
+        contexts then stay the same
 
     `plan` is of the contexts that are summed before the output projection.
     """
@@ -77,7 +78,11 @@ class Routes:
         self._pairs = torch.nonzero(torch.isin(index, index.new_tensor(own_outputs)), as_tuple=True)  # rows, slots: [P]
         self._outputs = [(s, torch.nonzero(index[self._pairs] == s)[:, 0]) for s in own_outputs]
         self.plan = ContextPlan(
-            self._together(weights), index, capacity=capacity, same_as=same_as, merge=not own_queries
+            self._together(weights),
+            index,
+            capacity=None if any(which) else capacity,
+            same_as=same_as,
+            merge=not own_queries,
         )
         self._apart = ContextPlan(*self._alone(weights), merge=False) if own_outputs else None
         self._biases = [(s, *torch.nonzero(index == s, as_tuple=True)) for s in own_biases]
