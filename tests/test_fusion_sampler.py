@@ -137,6 +137,21 @@ def test_lower_precision(tiny_pipe, uses_and_masks, dtype):
     assert error < (1e-5 if dtype == torch.float32 else 0.1)
 
 
+def test_a_text_encoder_of_more_bits_than_the_unet(tiny_pipe, uses_and_masks):
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def draw(pipe, uses):
+        plan = FusionPlan.build(pipe, uses, uses_and_masks[1], prompt=PROMPT, steps=2, suppression=0.2, guidance=2.0)
+        return sample_fusion(pipe.unet, z.to(pipe.unet.dtype), ddim_scheduler(pipe.scheduler), plan)
+
+    truth = draw(tiny_pipe, uses_and_masks[0])
+    pipe = make_pipeline()
+    pipe.unet.to(torch.bfloat16)
+    ours = draw(pipe, [dataclasses.replace(use, concept=rebased(use.concept, pipe)) for use in uses_and_masks[0]])
+    assert ours.dtype == torch.bfloat16
+    assert (ours.double() - truth).norm() < 0.1 * (truth - z).norm()
+
+
 def rebased(concept, pipe):
     """The concept for the same base in another dtype, which bfloat16 rounds to another hash."""
     return dataclasses.replace(concept, base_hash=attn2_hash(pipe.unet))

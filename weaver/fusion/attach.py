@@ -192,5 +192,6 @@ def _projects(modules: dict[str, nn.Module], plan: FusionPlan) -> bool:
     """Whether the U-Net's first attn2 makes of the base prompt the keys that the plan has."""
     path, kv = next(iter(plan.keys_values.items()))
     context = plan.leads([(FUSED, 0)])[0]
-    found, expected = plan.text[context] @ acting_weight(modules[path].to_k, plan.text).T, kv.keys[context].flatten(-2)
+    text, expected = plan.text[context].to(kv.keys.dtype), kv.keys[context].flatten(-2)
+    found = text @ acting_weight(modules[path].to_k, text).to(text.dtype).T
     return bool((found - expected).norm() <= _SAME_KEYS * expected.norm())
