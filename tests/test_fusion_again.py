@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_concept
+from conftest import make_concept, make_pipeline
 
 from weaver import WeaverError
 from weaver.compiled import compile_whole
@@ -196,6 +196,23 @@ def test_other_masks_for_a_concept_that_changes_queries_and_outputs(tiny_pipe, m
     with sampler:
         for plan, picture in zip(turns, expected, strict=True):
             torch.testing.assert_close(sampler(templates[0].z_T, plan), picture, rtol=1e-9, atol=1e-9)
+
+
+def test_plans_of_another_unet_are_refused_and_change_nothing(tiny_pipe):
+    """Other weights, other heads, another type; the texts are of one type."""
+    one, heads, half = make_pipeline(seed=7), make_pipeline(), make_pipeline()
+    heads.unet = type(heads.unet).from_config(heads.unet.config, attention_head_dim=4).double()
+    half.unet.to(torch.float32)
+    plan, *others = (
+        FusionPlan.build(pipe, prompt=PROMPT, steps=2, height=32, width=32) for pipe in (tiny_pipe, one, heads, half)
+    )
+    z, messages = torch.ones(1, 4, 16, 16).double(), ("of the same shape", "is of another shape", "after moving")
+    with FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), plan) as sampler:
+        expected = sampler(z)
+        for other, message in zip(others, messages, strict=True):
+            with pytest.raises(WeaverError, match=f"the sampler of another: the plan is .*{message}"):
+                sampler(z, other)
+        assert torch.equal(sampler(z), expected)
 
 
 def test_graphs_need_a_gpu(tiny_pipe, plans):

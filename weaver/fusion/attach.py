@@ -22,7 +22,7 @@ from weaver.fusion.support import processor_reasons, unet_reasons
 from weaver.graphs import CUDAGraphs, captured, graph_reasons, graphs_for
 from weaver.layers import InjectionSites, cross_attention_paths
 
-__all__ = ["attach", "attach_reasons", "installable_reasons", "installed"]
+__all__ = ["attach", "attach_reasons", "installable_reasons", "installed", "keys_reasons"]
 
 _SAME_KEYS = 0.02  # but for rounding, in 16 bits too
 _OWN = (FusedCrossAttnProcessor, InjectedSelfAttnProcessor)
@@ -154,20 +154,26 @@ def attach_reasons(unet, pipe, plan: FusionPlan, rows: Sequence[str | tuple[str,
         )
     reasons += row_reasons(rows, plan.variants) if rows is not None else []
     reasons += _compile_reasons(unet, plan)
+    reasons += keys_reasons(unet, plan)
+    return reasons + installable_reasons(unet, plan.features.sites if plan.features is not None else None)
+
+
+def keys_reasons(unet: nn.Module, plan: FusionPlan) -> list[str]:
+    """Why a plan's keys are not those that this U-Net makes of its texts; empty when they are."""
     modules = dict(unet.named_modules())
     for path, kv in plan.keys_values.items():
         attention = modules.get(path)
         if attention is None or kv.keys.shape[-2:] != (attention.heads, attention.inner_kv_dim // attention.heads):
-            return [*reasons, f"the plan is for another U-Net, whose {path} is of another shape"]
+            return [f"the plan is for another U-Net, whose {path} is of another shape"]
     keys = next(iter(plan.keys_values.values())).keys
     if (keys.dtype, keys.device) != (unet.dtype, unet.device):
-        reasons.append(
+        return [
             f"the plan is in {keys.dtype} on {keys.device}, the U-Net in {unet.dtype} on {unet.device}: "
             "build the plan after moving the pipeline"
-        )
-    elif not _projects(modules, plan):
-        reasons.append("the plan is for another U-Net of the same shape: build it for this one")
-    return reasons + installable_reasons(unet, plan.features.sites if plan.features is not None else None)
+        ]
+    if not _projects(modules, plan):
+        return ["the plan is for another U-Net of the same shape: build it for this one"]
+    return []
 
 
 def _compile_reasons(unet: nn.Module, plan: FusionPlan) -> list[str]:

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from weaver.background import KeptBackground
 from weaver.conditioning import unet_arguments
 from weaver.errors import WeaverError, raise_if
-from weaver.fusion.attach import attach_reasons, installed
+from weaver.fusion.attach import attach_reasons, installed, keys_reasons
 from weaver.fusion.checks import (
     count_reasons,
     noise_reasons,
@@ -162,8 +162,8 @@ class FusionSampler:
     def take(self, plan: FusionPlan) -> None:
         """Make a plan the one that is drawn from now on; also before the block is entered again.
 
-        Raises `WeaverError` before the block was entered, and for a plan of another shape, which leaves the one before
-        in its place.
+        Raises `WeaverError` before the block was entered, and for a plan of another shape or another U-Net, which
+        leaves the one before in its place.
         """
         if self._state is None:
             raise WeaverError("The sampler takes another plan within its block, with graphs after it too: enter it")
@@ -171,7 +171,8 @@ class FusionSampler:
         reasons = [] if (plan.guidance > 1) == self._guided else ["one has a negative row, the other has none"]
         if self._graphs is not None and (plan.own_projections or self._plan.own_projections):
             reasons.append("a concept changes to_q or to_out, which graphs hold: take a sampler for each such plan")
-        raise_if(self._state.load_reasons(plan) + reasons, "Cannot draw this plan with the sampler of another")
+        reasons += self._state.load_reasons(plan) + keys_reasons(self._unet, plan)
+        raise_if(reasons, "Cannot draw this plan with the sampler of another")
         self._state.load(plan)
         self._plan = plan
         self._hold(plan)
@@ -190,8 +191,8 @@ class FusionSampler:
 
         `background` keeps the template's after every step.
 
-        Raises `WeaverError` outside of the `with` block, and for a plan of another shape, which leaves the one before
-        in its place.
+        Raises `WeaverError` outside of the `with` block, and for a plan of another shape or another U-Net, which
+        leaves the one before in its place.
         """
         if not self._inside:
             raise WeaverError("The sampler draws within its `with` block only: with FusionSampler(...) as sampler: ...")
