@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from contextlib import ExitStack
 
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import make_concept, make_pipeline
 from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -150,6 +151,39 @@ def test_a_text_encoder_of_more_bits_than_the_unet(tiny_pipe, uses_and_masks):
     ours = draw(pipe, [dataclasses.replace(use, concept=rebased(use.concept, pipe)) for use in uses_and_masks[0]])
     assert ours.dtype == torch.bfloat16
     assert (ours.double() - truth).norm() < 0.1 * (truth - z).norm()
+
+
+EVERY = ("to_k", "to_v", "to_q", "to_out.0", "to_out.0.bias")
+
+
+@pytest.mark.parametrize(
+    ("changed", "norms"),
+    [(EVERY[:2], None), (EVERY, None), (EVERY, torch.float32)],
+    ids=["keys", "every", "every-as-on-a-gpu"],
+)
+def test_autocast_moves_the_result_as_little_as_its_type_does(pipe, uses_and_masks, changed, norms):
+    """Of a U-Net in float32: products in 16 bits, and on a GPU layer norms in 32; within it plans and prompts too."""
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    uses = [ConceptUse(make_concept(pipe, i, word, changed=changed)) for i, word in ((1, "dog"), (2, "cat"))]
+    features = collect_features(pipe, invert(pipe, z, PROMPT, 2), EMBEDDED)
+    arguments = {"prompt": PROMPT, "suppression": 0.2, "guidance": 2.0, "features": features}
+    call = {"num_inference_steps": 2, "guidance_scale": 2.0, "latents": features.z_T, "output_type": "latent"}
+
+    def draw(plan):
+        ours = sample_fusion(pipe.unet, features.z_T, ddim_scheduler(pipe.scheduler), plan)
+        with attach(pipe, plan):
+            return ours, pipe(PROMPT, **call).images
+
+    plan = FusionPlan.build(pipe, uses, uses_and_masks[1], **arguments)
+    truth, _ = draw(plan)
+    with ExitStack() as undo:
+        for path, module in pipe.unet.named_modules():
+            if norms is not None and path.endswith(".norm2") and isinstance(module, torch.nn.LayerNorm):
+                undo.callback(module.register_forward_hook(lambda module, args, output: output.to(norms)).remove)
+        undo.enter_context(torch.autocast("cpu", torch.bfloat16))
+        within = FusionPlan.build(pipe, uses, uses_and_masks[1], **arguments)
+        for ours in (*draw(plan), *draw(within)):
+            assert 0 < (ours - truth).norm() < 0.1 * (truth - features.z_T).norm()
 
 
 def rebased(concept, pipe):

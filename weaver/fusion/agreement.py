@@ -69,7 +69,10 @@ def _same(own: torch.Tensor, called: torch.Tensor) -> bool:
     """Whether embeddings are one but for rounding, along their last axis."""
     if own.shape != called.shape:
         return False
-    unit = max(torch.finfo(dtype).eps for dtype in (own.dtype, called.dtype))
+    dtypes, kind = [own.dtype, called.dtype], called.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtypes.append(torch.get_autocast_dtype(kind))  # in which the called one was computed
+    unit = max(torch.finfo(dtype).eps for dtype in dtypes)
     own = own.to(called)
     allowed = max(_SAME_TEXT, _SAME_TEXT_UNITS * unit) * own.float().norm(dim=-1)
     return bool(((own - called).float().norm(dim=-1) <= allowed).all())  # zeros, as SDXL's for no prompt, stay zeros

@@ -113,7 +113,8 @@ class Routes:
             apart = _attend(q[rows, slots] if self._queries else q[rows], kv, self._apart, attn.scale)  # [P, T, H, D]
             out = out.index_add(0, rows, apart)
             for s, pairs in self._outputs:
-                added.index_add_(0, rows[pairs], apply_change(own.outputs[s], apart[pairs].flatten(-2)))
+                change = apply_change(own.outputs[s], apart[pairs].flatten(-2))
+                added.index_add_(0, rows[pairs], change.to(added.dtype))
         for s, rows, slots in self._biases:
             added.index_add_(0, rows, (self._weights[rows, slots, :, None] * own.biases[s]).to(added))
         return project_out(attn, out, added)
@@ -128,4 +129,5 @@ class Routes:
 
 
 def _attend(q: torch.Tensor, kv: ContextKV, plan: ContextPlan, scale: float) -> torch.Tensor:
-    return context_attention(q, kv.keys, kv.values, plan.weights, plan.context_index, scale=scale, plan=plan)
+    k, v = kv.keys.to(q.dtype), kv.values.to(q.dtype)  # under autocast another than the U-Net's
+    return context_attention(q, k, v, plan.weights, plan.context_index, scale=scale, plan=plan)
