@@ -11,7 +11,6 @@ have other numbers is told and recorded.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -23,10 +22,12 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.machine import device_name
+from benchmarks.records import made_with
 from weaver.concepts.bank import resolve_prompts
 from weaver.demo import DEMO_JOB, demo_job
-from weaver.embedded import concept_hashes, concept_path, load_pipeline, model_hash
+from weaver.embedded import concept_path, load_pipeline
 from weaver.errors import WeaverError
+from weaver.hashing import file_hash
 from weaver.job import Job
 from weaver.job.file import job_to_mapping, read_job
 from weaver.job.resolve import resolve_job
@@ -97,11 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if others := differing(folder):
         print(f"other numbers than those that ship: {', '.join(others)}")
     shutil.copyfile(folder / "sheet.png", PICTURE)
-    digest = hashlib.sha256(PICTURE.read_bytes()).hexdigest()
     names = [spec.name for spec in demo_job().everyone]
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     ran_on = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["job"]["device"]
-    told = {"model": model_hash(), "concepts": concept_hashes(names), "docs/demo.png": digest}
+    told = {**made_with(names), f"docs/{PICTURE.name}": file_hash(PICTURE)}
     told |= {"machine": device_name(torch.device(ran_on)), "other_numbers": others}
     told |= {key: report[key] for key in ("stages", "total_seconds")}
     RECORD.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

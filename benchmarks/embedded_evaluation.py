@@ -17,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.records import RESULTS
 from benchmarks.tables import DOCS, README, into_page
 from weaver.cli import main as weaver
 from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, PARTS, Arm
@@ -31,7 +32,6 @@ from weaver.evaluation.sweep import panels_of
 from weaver.hashing import file_hash
 from weaver.pictures import grid, open_rgb
 
-RESULTS = Path(__file__).parent / "results"
 FAILURES, CURVES, PAGE = DOCS / "failures.png", DOCS / "sweep.svg", DOCS / "evaluation.md"
 WORST, WORST_BACKGROUNDS = 6, 2
 MARKS = "<!-- evaluation: written by make evaluate -->", "<!-- evaluation ends -->"

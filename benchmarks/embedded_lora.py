@@ -22,8 +22,6 @@ seed, ``embedded_lora.json`` and ``lora.png``, a row a form; ``--record`` keeps 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,13 +33,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.embedded_seeds import RESULTS, choose, shows
+from benchmarks.embedded_seeds import choose, shows
+from benchmarks.records import RESULTS, made_with, picture_for_docs, write_record
 from weaver import Concept
 from weaver.commands.seeds import with_seed
 from weaver.concepts.formats.convert import convert
 from weaver.defaults import defaults_for
 from weaver.demo import demo_job, with_shipped_concepts
-from weaver.embedded import concept_hashes, concept_path, load_pipeline, model_hash
+from weaver.embedded import concept_path, load_pipeline
 from weaver.embedded.catalog import card_of
 from weaver.embedded.identity import identity_of, score, similarities
 from weaver.job import Job
@@ -52,7 +51,6 @@ from weaver.run import run_job
 from weaver_kernels import routed_lora_reference
 
 WHOLE, CROSS, MASKED, MERGED = "whole, by region", "cross-attention, by region", "every token, masked", "all merged"
-PICTURE = Path(__file__).parents[1] / "docs" / "whole_loras.png"
 FORMS = (WHOLE, CROSS, MASKED, MERGED)
 
 
@@ -129,11 +127,6 @@ def figures(form: str, drawn: Sequence[Drawn], pairs: Sequence[Sequence[str]]) -
     }
 
 
-def for_docs(sheet: Image.Image) -> Image.Image:
-    """The sheet at 96 pixels a picture, in 256 colours: a page's picture need not weigh a megabyte."""
-    return sheet.resize((sheet.width * 96 // 160, sheet.height * 96 // 160), Image.Resampling.LANCZOS).quantize(256)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
@@ -158,14 +151,13 @@ def main() -> None:
     for row in table:
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     animals = sorted({name for names in pairs for name in names})
-    told = {"model": model_hash(), "concepts": concept_hashes(animals), "seeds": args.seeds, "rows": table}
+    told = {**made_with(animals), "seeds": args.seeds, "rows": table}
     sheet = grid([[one.image for one in drawn] for drawn in found.values()], 160)
     sheet.save(args.out / "lora.png")
     if args.record:
-        for_docs(sheet).save(PICTURE, optimize=True)
-        told["docs/whole_loras.png"] = hashlib.sha256(PICTURE.read_bytes()).hexdigest()
+        told |= picture_for_docs("whole_loras.png", sheet, 160)
     for place in [args.out] + [RESULTS] * args.record:
-        (place / "embedded_lora.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write_record(place, "embedded_lora", told)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ Results go to ``outputs/methods``: one folder a run, ``embedded_methods.json`` a
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,15 +26,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from benchmarks.embedded_lora import for_docs
-from benchmarks.embedded_seeds import RESULTS
+from benchmarks.records import RESULTS, made_with, picture_for_docs, write_record
 from benchmarks.tables import DOCS, into_page, table
 from weaver import Concept, TrainSettings, train_concept
 from weaver.commands.seeds import with_seed
 from weaver.concepts.bank import prior_and_scenes
 from weaver.concepts.images import load_images
 from weaver.demo import demo_job, with_shipped_concepts
-from weaver.embedded import CONCEPTS, concept_hashes, load_pipeline, model_hash
+from weaver.embedded import CONCEPTS, load_pipeline
 from weaver.embedded.catalog import concept_images
 from weaver.embedded.identity import score, shows
 from weaver.models import quiet_libraries
@@ -44,7 +41,7 @@ from weaver.pictures import grid
 from weaver.run import run_job
 from weaver.version import __version__
 
-PICTURE, PAGE = DOCS / "methods.png", DOCS / "concepts.md"
+PAGE = DOCS / "concepts.md"
 MARKS = (
     "<!-- ways to learn: written by python -m benchmarks.embedded_methods --record -->",
     "<!-- ways to learn end -->",
@@ -160,16 +157,15 @@ def main() -> None:
         found.append(figures(name, rows, files, seconds.get(name)))
         sheet.append(pictures)
         print("  ".join(f"{key} {value}" for key, value in found[-1].items()), flush=True)
-    told = {"model": model_hash(), "concepts": concept_hashes([GROUND]), "animals": ANIMALS, "seeds": args.seeds}
+    told = {**made_with([GROUND]), "animals": ANIMALS, "seeds": args.seeds}
     told |= {"versions": {"concept-weaver": __version__, "torch": torch.__version__}, "rows": found}
     whole = grid(sheet, 160)
     whole.save(args.out / "methods.png")
     if args.record:
-        for_docs(whole).save(PICTURE, optimize=True)
+        told |= picture_for_docs("methods.png", whole, 160)
         into_page(PAGE, MARKS, markdown(found))
-        told["docs/methods.png"] = hashlib.sha256(PICTURE.read_bytes()).hexdigest()
     for place in [args.out] + [RESULTS] * args.record:
-        (place / "embedded_methods.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write_record(place, "embedded_methods", told)
 
 
 def _file(folder: Path, method: str, name: str) -> Path:

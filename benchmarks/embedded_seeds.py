@@ -3,28 +3,26 @@
 Runs ``weaver demo --quick`` for seeds 0 to 9, each with another ordered pair of the animals that ship and one of the
 backgrounds, and prints each concept's similarities. A seed counts when ``own`` exceeds ``base`` and ``others`` for
 every concept. Results go to ``outputs/seeds``: one folder a seed, ``embedded_seeds.json`` and ``seeds.png``
-(template and result of every seed).
+(template and result of every seed); ``--record`` keeps the figures, and ``docs/seeds.png``.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 from pathlib import Path
 
 import torch
 
+from benchmarks.records import RESULTS, made_with, picture_for_docs, write_record
 from weaver.commands.seeds import with_seed
 from weaver.demo import demo_job, with_shipped_concepts
-from weaver.embedded import CONCEPTS, concept_hashes, model_hash
+from weaver.embedded import CONCEPTS
 from weaver.embedded.identity import shows
 from weaver.models import quiet_libraries
 from weaver.pictures import grid
 from weaver.run import run_job
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def choose(seed: int) -> tuple[str, str]:
@@ -56,15 +54,13 @@ def main() -> None:
         print(f"seed {seed}  {'yes' if rows[-1]['shows'] else 'NO '}  own/base/others: {told}", flush=True)
     hits = sum(row["shows"] for row in rows)
     print(f"every concept nearest to its own pictures in {hits} of {len(rows)}")
+    told = {**made_with(CONCEPTS), "shows": f"{hits} of {len(rows)}", "rows": rows}
+    sheet = grid([pictures[i : i + 10] for i in range(0, len(pictures), 10)], 192)
+    sheet.save(args.out / "seeds.png")
+    if args.record:
+        told |= picture_for_docs("seeds.png", sheet, 192)
     for folder in [args.out] + [RESULTS] * args.record:
-        told = {
-            "model": model_hash(),
-            "concepts": concept_hashes(CONCEPTS),
-            "shows": f"{hits} of {len(rows)}",
-            "rows": rows,
-        }
-        (folder / "embedded_seeds.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    grid([pictures[i : i + 10] for i in range(0, len(pictures), 10)], 192).save(args.out / "seeds.png")
+        write_record(folder, "embedded_seeds", told)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@ sweep fuses the concepts that ship into drawn templates with true masks, before 
 them and before a background concept in the others, for several tables of sites, windows, guidance, suppression and eta.
 For each it prints the objective of `weaver.evaluation.sweep` (J: right identities, less leaks, less what the background
 lacks of 20 dB, and the mask IoU) and the mean margin; and apart, how many animals and how many backgrounds are right,
-the PSNR of the background that was left to the base model, and the mask IoU. What is recorded is of the objective
-before, without mask IoU.
+the PSNR of the background that was left to the base model, and the mask IoU.
 
 What holds most of a template holds its background too, against a concept for it: J counts both. Settings are drawn
 several at once, one a core.
@@ -16,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,10 +26,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from benchmarks.records import RESULTS, made_with, write_record
 from weaver import Concept, ConceptUse, collect_features, compose_masks, invert
 from weaver.apart import call_all, cores
 from weaver.defaults import default_dilation, embedded_defaults
-from weaver.embedded import CONCEPTS, concept_hashes, concept_path, load_pipeline, model_hash
+from weaver.embedded import CONCEPTS, concept_path, load_pipeline
 from weaver.embedded.world import IMAGE_SIZE, Scene, draw_scene
 from weaver.evaluation.measures import measure
 from weaver.evaluation.sweep import OBJECTIVE, objective
@@ -45,7 +44,6 @@ from weaver.pictures import grid
 from weaver.progress import Stages
 from weaver.schedule import ddim_scheduler
 
-RESULTS = Path(__file__).parent / "results"
 KINDS = ("animal", "background")
 ALL_ATTENTION = tuple(range(4, 12))
 DEFAULTS = embedded_defaults()
@@ -205,10 +203,10 @@ def main() -> None:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     templates = templates_of(args.templates)
     used = sorted({name for one in templates for name in (*one.animals, one.ground) if name})
-    told = {"model": model_hash(), "concepts": concept_hashes(used), "objective": OBJECTIVE}
-    told |= {"defaults": Arm(EMBEDDED).label, "templates": args.templates, "steps": args.steps, "rows": rows}
+    told = {**made_with(used), "objective": OBJECTIVE, "drawn_by_default": Arm(EMBEDDED).label}
+    told |= {"templates": args.templates, "steps": args.steps, "rows": rows}
     for folder in [args.out] + [RESULTS] * args.record:
-        (folder / "embedded_sites.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write_record(folder, "embedded_sites", told)
     grid([[template.scene.image for template in templates], *strips], 128).save(args.out / "sites.png")
 
 

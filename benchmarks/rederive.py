@@ -65,7 +65,7 @@ STEPS = (
         "-m benchmarks.embedded_evaluation --record",
         "embedded_evaluation.json, docs/failures.png, tables of README and docs/evaluation.md",
     ),
-    Step("seeds", "-m benchmarks.embedded_seeds --record", "embedded_seeds.json"),
+    Step("seeds", "-m benchmarks.embedded_seeds --record", "embedded_seeds.json, docs/seeds.png"),
     Step("lora", "-m benchmarks.embedded_lora --record", "embedded_lora.json, docs/whole_loras.png"),
     Step(
         "methods",

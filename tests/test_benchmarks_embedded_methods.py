@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from benchmarks.embedded_methods import ANIMALS, GROUND, MARKS, PAGE, figures, markdown
-from benchmarks.embedded_seeds import RESULTS
+from benchmarks.records import RESULTS
 
 
 def row(own: float, *, ground: float = 0.9) -> dict:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import records
 from weaver.embedded import (
     CONCEPTS,
     MODEL_DIR,
@@ -88,6 +89,12 @@ def test_recorded_figures_are_of_this_model_and_these_concepts(figures, least_co
     assert record.get("rows") or record.get("sources") or pictures
     for name, digest in pictures.items():
         assert digest == hashlib.sha256((root / name).read_bytes()).hexdigest(), f"{name} is another picture"
+
+
+@pytest.mark.parametrize("figures", ["sites", "seeds", "lora", "demo"])
+def test_recorded_pictures_are_drawn_with_the_defaults(figures):
+    record = json.loads((DERIVED_FILE.parents[2] / f"benchmarks/results/embedded_{figures}.json").read_text())
+    assert record["defaults"] == records.defaults(), "the defaults changed since: record it again"
 
 
 @pytest.mark.parametrize("gate", json.loads(GATES_FILE.read_text()), ids=lambda gate: gate["name"])

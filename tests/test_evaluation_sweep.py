@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -120,11 +121,12 @@ def test_a_sweep_writes_what_it_tried_and_goes_on(tmp_path, monkeypatch):
 
 def test_equal_settings_of_two_arms_are_drawn_once(tmp_path, monkeypatch):
     case = next(case for case in sweep_cases() if case.prompt.layout == "touching")
-    options = {"budget": 1, "cases": [case], "steps": 2}
-    first = sweep(tmp_path, arms=[arm_of("full")], **options)["arms"]["full"]
-    assert arm_of("full").settings(default_settings()) == arm_of("no-suppression").settings(default_settings())
+    options, pair = {"budget": 1, "cases": [case], "steps": 2}, [arm_of("full"), arm_of("no-suppression")]
+    first = sweep(tmp_path, arms=pair[:1], **options)["arms"]["full"]
+    full, other = (replace(a.settings(default_settings()), **{n: ORIGIN[n] for n in a.swept}) for a in pair)
+    assert full == other  # where both set out
     monkeypatch.setattr(module, "measured", lambda *args: pytest.fail("drawn again"))
-    again = sweep(tmp_path, arms=[arm_of("no-suppression")], **options)["arms"]["no-suppression"]
+    again = sweep(tmp_path, arms=pair[1:], **options)["arms"]["no-suppression"]
     assert again["score"] == first["score"]
     with pytest.raises(pytest.fail.Exception, match="drawn again"):
         sweep(tmp_path, arms=[arm_of("dense-masks")], **options)

@@ -39,7 +39,7 @@ def test_a_step_makes_every_recorded_figure_of_the_embedded_model():
     results = rederive.ROOT / "benchmarks" / "results"
     for path in results.glob("*.json"):
         assert path.name in made and "model" in json.loads(path.read_text(encoding="utf-8")), path.name
-    for name in ("demo.png", "failures.png", "methods.png", "sweep.svg", "whole_loras.png"):
+    for name in ("demo.png", "failures.png", "methods.png", "seeds.png", "sweep.svg", "whole_loras.png"):
         assert f"docs/{name}" in made
 
 
