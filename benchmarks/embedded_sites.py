@@ -82,8 +82,7 @@ def arms() -> list[Arm]:
         tables.append(_sites("up1", (3, 4, 5), window))
         tables.append(_sites("up1+up2", (3, 4, 5, 6, 7, 8), window))
         tables.append(_sites("all up", tuple(range(3, 12)), window))
-    others = [Arm(EMBEDDED, guidance) for guidance in (3.0, 4.0)]
-    others += [Arm(EMBEDDED, suppression=suppression) for suppression in (0.0, 0.5)]
+    others = [Arm(EMBEDDED, guidance) for guidance in (2.0, 4.0)] + [Arm(EMBEDDED, suppression=0.3)]
     others += [Arm(EMBEDDED, eta=eta) for eta in (0.0, 0.5, 1.0) if eta != DEFAULTS.eta]
     return [Arm(table) for table in [*tables, EMBEDDED]] + others
 

@@ -46,11 +46,11 @@ def defaults_for(pipe) -> Defaults:
 
 
 def embedded_defaults() -> Defaults:
-    """Of the embedded model: all but sites and the template's guidance as `weaver evaluate --sweep` chose it, recorded
-    in `weaver/evaluation/chosen.json`; sites tie with most of `benchmarks/embedded_sites.py`.
+    """Of the embedded model: guidance, lambda and windows as `weaver evaluate --sweep` chose them, recorded in
+    `weaver/evaluation/chosen.json`; sites and eta tie with most of `benchmarks/embedded_sites.py`.
     """
     woven = replace(EMBEDDED, resnet_window=0.5, attention_window=0.5)
-    return Defaults(guidance=2.0, template_guidance=3.0, suppression=0.2, sites=EMBEDDED, woven_sites=woven, eta=0.5)
+    return Defaults(guidance=2.5, template_guidance=3.0, suppression=0.0, sites=EMBEDDED, woven_sites=woven, eta=0.5)
 
 
 def default_dilation(size: tuple[int, int], share: float = 1 / 64) -> int:
