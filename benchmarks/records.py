@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
@@ -22,9 +21,9 @@ def made_with(concepts: Iterable[str]) -> dict:
     return {"model": model_hash(), "concepts": concept_hashes(concepts), "defaults": defaults()}
 
 
-def defaults() -> dict:
-    """The embedded model's defaults, as JSON has them."""
-    return json.loads(json.dumps(asdict(embedded_defaults())))
+def defaults() -> dict[str, float | str]:
+    """The embedded model's defaults: numbers, and injection sites as they are written."""
+    return {name: value if isinstance(value, float) else str(value) for name, value in vars(embedded_defaults()).items()}
 
 
 def picture_for_docs(name: str, sheet: Image.Image, side: int) -> dict[str, str]:

@@ -91,7 +91,7 @@ def test_recorded_figures_are_of_this_model_and_these_concepts(figures, least_co
         assert digest == hashlib.sha256((root / name).read_bytes()).hexdigest(), f"{name} is another picture"
 
 
-@pytest.mark.parametrize("figures", ["sites", "seeds", "lora", "demo"])
+@pytest.mark.parametrize("figures", ["sites", "seeds", "lora", "methods", "demo"])
 def test_recorded_pictures_are_drawn_with_the_defaults(figures):
     record = json.loads((DERIVED_FILE.parents[2] / f"benchmarks/results/embedded_{figures}.json").read_text())
     assert record["defaults"] == records.defaults(), "the defaults changed since: record it again"
