@@ -23,7 +23,9 @@ def made_with(concepts: Iterable[str]) -> dict:
 
 def defaults() -> dict[str, float | str]:
     """The embedded model's defaults: numbers, and injection sites as they are written."""
-    return {name: value if isinstance(value, float) else str(value) for name, value in vars(embedded_defaults()).items()}
+    return {
+        name: value if isinstance(value, float) else str(value) for name, value in vars(embedded_defaults()).items()
+    }
 
 
 def picture_for_docs(name: str, sheet: Image.Image, side: int) -> dict[str, str]:
