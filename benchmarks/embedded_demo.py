@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.machine import device_name
-from benchmarks.records import made_with
+from benchmarks.records import made_with, write_record
 from weaver.concepts.bank import resolve_prompts
 from weaver.demo import DEMO_JOB, demo_job
 from weaver.embedded import concept_path, load_pipeline
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     told = {**made_with(names), f"docs/{PICTURE.name}": file_hash(PICTURE)}
     told |= {"machine": device_name(torch.device(ran_on)), "other_numbers": others}
     told |= {key: report[key] for key in ("stages", "total_seconds")}
-    RECORD.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    write_record(RECORD.parent, RECORD.stem, told)
     return 0
 
 

@@ -1,10 +1,10 @@
 """The tables of the README and ``docs/evaluation.md``: ``python -m benchmarks.embedded_evaluation --record``
 
-Runs ``weaver evaluate`` on the whole suite (an hour of two quiet cores; what is finished is not drawn again), prints
-its tables, and with ``--record`` keeps ``results.json`` in ``benchmarks/results``, the worst pictures of the full
-method beside the other arms' in ``docs/failures.png``, and writes the tables into these pages, between the comments
-that mark their places. ``--sweep`` runs the settings' sweep, an hour; recorded, what it chose for each arm is what the
-table is drawn with, and its curves for the full method are ``docs/sweep.svg``.
+Runs ``weaver evaluate`` on the whole suite (seventy minutes of two quiet cores; what is finished is not drawn again),
+prints its tables, and with ``--record`` keeps ``results.json`` in ``benchmarks/results``, the worst pictures of the
+full method beside the other arms' in ``docs/failures.png``, and writes the tables into these pages, between the
+comments that mark their places. ``--sweep`` runs the settings' sweep, eighty minutes; recorded, what it chose for each
+arm is what the table is drawn with, and its curves for the full method are ``docs/sweep.svg``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.records import RESULTS
+from benchmarks.records import RESULTS, write_record
 from benchmarks.tables import DOCS, README, into_page
 from weaver.cli import main as weaver
 from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, PARTS, Arm
@@ -133,7 +133,7 @@ def keep(record: Mapping, worst: Image.Image) -> None:
     """Keep a `results.json` and its worst cases, with the hash of their picture, and write the pages' tables."""
     worst.save(FAILURES, optimize=True)
     told = {**record, f"docs/{FAILURES.name}": file_hash(FAILURES)}
-    (RESULTS / "embedded_evaluation.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    write_record(RESULTS, "embedded_evaluation", told)
     for page, (marks, found) in tables(record).items():
         into_page(page, marks, found)
 

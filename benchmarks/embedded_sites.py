@@ -5,7 +5,8 @@ sweep fuses the concepts that ship into drawn templates with true masks, before 
 them and before a background concept in the others, for several tables of sites, windows, guidance, suppression and eta.
 For each it prints the objective of `weaver.evaluation.sweep` (J: right identities, less leaks, less what the background
 lacks of 20 dB, and the mask IoU) and the mean margin; and apart, how many animals and how many backgrounds are right,
-the PSNR of the background that was left to the base model, and the mask IoU.
+the PSNR of the background that was left to the base model, and the mask IoU. What is recorded is of the objective
+before, without mask IoU.
 
 What holds most of a template holds its background too, against a concept for it: J counts both. Settings are drawn
 several at once, one a core.

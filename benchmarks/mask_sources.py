@@ -11,14 +11,13 @@ how many contexts the tokens of the model's largest map attend to with the true 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.records import RESULTS, write_record
 from benchmarks.tables import DOCS, into_page
 from benchmarks.tables import table as markdown
 from weaver.embedded import load_pipeline, model_hash
@@ -30,7 +29,6 @@ from weaver.masks import MaskError, attention_masks, compose_masks, mask_pyramid
 from weaver.masks.assign import NotFoundError
 from weaver.models import quiet_libraries
 
-RESULTS = Path(__file__).parent / "results" / "mask_sources.json"
 PAGE = DOCS / "masks.md"
 MARKS = "<!-- mask sources: written by python -m benchmarks.mask_sources --record -->", "<!-- mask sources end -->"
 
@@ -140,7 +138,7 @@ def main() -> None:
     print(f"contexts a token on maps of {side} x {side}: " + ", ".join(f"{v:.2f} by {k}" for k, v in live.items()))
     if args.record:
         told = {"model": model_hash(), "scenes": len(scenes), "sources": figures, "live_contexts": live}
-        RESULTS.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write_record(RESULTS, "mask_sources", told)
         into_page(PAGE, MARKS, table(figures))
 
 

@@ -14,7 +14,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -100,9 +100,11 @@ class _MarkedStages(Stages):
 
     @contextmanager
     def step(self, label: str) -> Iterator[None]:
-        with record_function(f"{_MARK}loading"), super().step(label):
+        loads = label.startswith("loading")
+        with record_function(f"{_MARK}loading") if loads else nullcontext(), super().step(label):
             yield
-            gc.collect()  # what loading left behind
+            if loads:
+                gc.collect()  # what loading left behind
 
 
 def make_job(side: int, concepts: int, steps: int) -> Job:

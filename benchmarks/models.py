@@ -71,6 +71,11 @@ MODELS: dict[str, Size | None] = {
         *((Encoder(64, 2, 2),), _SMALL_VAE),
         prediction="v_prediction",
     ),
+    "small sd15": Size(
+        *("SD 1.5 with a tenth of its channels at 256", 32, (32, 64, 128, 128), (4, 4, 4, 4), _SD),
+        *((Encoder(48, 2, 2),), _SMALL_VAE),
+        linear=False,
+    ),
     "small sdxl": Size(
         *("SDXL with a tenth of its channels at 256", 32, (32, 64, 128), (2, 4, 8), (0, 1, 2)),
         *((Encoder(32, 2, 2), Encoder(64, 3, 2, pooled=64)), _SMALL_VAE),

@@ -7,9 +7,11 @@ import random
 
 import pytest
 
+from benchmarks import embedded_sites as module
 from benchmarks.embedded_sites import Arm, Template, arms, figures
 from benchmarks.records import RESULTS
 from weaver.embedded.world import draw_scene
+from weaver.evaluation.sweep import OBJECTIVE
 from weaver.layers import EMBEDDED
 
 
@@ -36,6 +38,8 @@ def test_backgrounds_count_as_animals_do_and_psnr_is_of_the_base_models():
 def test_the_recorded_sweep_is_of_the_defaults():
     record = json.loads((RESULTS / "embedded_sites.json").read_text(encoding="utf-8"))
     assert record["drawn_by_default"] == Arm(EMBEDDED).label, "the defaults changed since: record it again"
+    older = record["objective"] != OBJECTIVE
+    assert older == ("What is recorded is of the objective before" in " ".join(module.__doc__.split()))
     assert [row["arm"] for row in record["rows"]] == [arm.label for arm in arms()]
     scores = {row["arm"]: row["J"] for row in record["rows"]}
     assert scores[record["drawn_by_default"]] == max(scores.values())

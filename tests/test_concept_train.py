@@ -74,8 +74,8 @@ def alone(tiny_pipe):
 
 
 def test_more_steps_of_class_pictures_than_the_schedule_has_are_told(tiny_pipe):
-    with pytest.raises(WeaverError, match="prior_steps is 1000; this model's schedule has at most 999"):
-        class_pictures(tiny_pipe, "cat", replace(FAST, prior_steps=1000), lambda made: None)
+    with pytest.raises(WeaverError, match="prior_steps: is 1000, expected a whole number from 1 to 999"):
+        train_concept(tiny_pipe, pictures(), **NAMES, settings=replace(FAST, prior_steps=1000))
 
 
 def test_the_base_is_left_as_it_was_bit_for_bit(tiny_pipe):

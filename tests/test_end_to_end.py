@@ -38,7 +38,7 @@ def test_the_paper_written_out_is_ours(embedded, n):
     assert (ours - Guided(case)()).norm() > (0.1 if n else 1e-3) * ours.norm()  # that takes more than prompts
 
 
-@pytest.mark.parametrize("model", ["small sd21", "small sdxl"])
+@pytest.mark.parametrize("model", ["small sd21", "small sd15", "small sdxl"])
 def test_so_it_is_on_models_of_random_weights(model):
     case = make_case(load(model, CPU, torch.float64), 2, 4)  # float32 rounds differently on other processors
     one_pass = OnePass(case)

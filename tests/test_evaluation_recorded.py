@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from PIL import Image
 
 from benchmarks import embedded_evaluation as module
 from benchmarks.embedded_evaluation import MARKS, PAGE, PARTS_MARKS, RESULTS, record_sweep, table, tables
@@ -14,6 +15,7 @@ from weaver.errors import WeaverError
 from weaver.evaluation.arms import ARMS, CHOSEN_FILE, FULL, PARTS, arm_of, default_settings
 from weaver.evaluation.charts import curves
 from weaver.evaluation.sweep import FINALISTS, GRID, OBJECTIVE, ORIGIN, panels_of, sweep_cases
+from weaver.hashing import file_hash
 
 
 def record_of(value: float | None) -> dict:
@@ -75,6 +77,25 @@ def test_recorded_figures_are_of_this_model_and_these_concepts(name):
     record = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     assert record["model"] == model_hash(), "made with another model: record it again"
     assert record["concepts"] == concept_hashes(record["concepts"]), "made with other concepts: record it again"
+
+
+def test_the_worst_cases_are_of_the_recorded_evaluation():
+    record = json.loads((RESULTS / "embedded_evaluation.json").read_text(encoding="utf-8"))
+    assert record["docs/failures.png"] == file_hash(module.FAILURES), "another picture: record it again"
+
+
+def test_an_evaluation_is_kept_with_its_worst_cases_and_tables(tmp_path, monkeypatch):
+    places = {"RESULTS": "results", "FAILURES": "failures.png", "README": "README.md", "PAGE": "evaluation.md"}
+    for name, place in places.items():
+        monkeypatch.setattr(module, name, tmp_path / place)
+    module.RESULTS.mkdir()
+    for page, marks in ((module.README, MARKS), (module.PAGE, PARTS_MARKS)):
+        page.write_text("\n".join(marks) + "\n", encoding="utf-8")
+    record = record_of(0.25)
+    module.keep(record, Image.new("RGB", (4, 4)))
+    kept = json.loads((module.RESULTS / "embedded_evaluation.json").read_text(encoding="utf-8"))
+    assert kept.pop("docs/failures.png") == file_hash(module.FAILURES) and kept == record
+    assert all(page.read_text(encoding="utf-8").count("25.0%") for page in (module.README, module.PAGE))
 
 
 def test_the_pages_have_the_recorded_tables_of_the_whole_suite():

@@ -80,7 +80,7 @@ def test_layers_that_the_model_has_not_are_told_before_anything_is_drawn(folder,
     save_file(tensors, folder / "wide.safetensors")
     monkeypatch.setattr("weaver.job.choose.template_picture", lambda *a, **k: pytest.fail("sampling began"))
     wide = {"file": "wide.safetensors"}
-    with pytest.raises(JobError, match=r"concepts\[0\].file: .*1 of the 1 modules .* do not fit, .*ff.net.2 among"):
+    with pytest.raises(JobError, match=r"concepts\[0\].file: .*1 of the 1 changes .* do not fit the U-Net, .*net.2"):
         run_job(mixed(folder, **wide), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     concept = ConceptReading.of(folder / "wide.safetensors", word="cat", token="sks").concept(tiny_pipe)

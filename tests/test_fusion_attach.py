@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_pipeline
 from diffusers import PNDMScheduler, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 
 from weaver import WeaverError
 from weaver.features import collect_features
@@ -148,6 +148,20 @@ def test_self_attention_that_is_not_injected_keeps_its_processor(tiny_pipe, plan
         assert Foreign.calls == STEPS and type(replaced.processor) is AttnProcessor
     finally:
         kept.processor, replaced.processor = own
+
+
+def test_an_xformers_processor_of_cross_attention_rests_and_is_put_back(tiny_pipe, plan):
+    """As `enable_xformers_memory_efficient_attention` leaves it; not run here, where there is no xformers."""
+    expected = undisturbed(tiny_pipe, plan)
+    cross = tiny_pipe.unet.get_submodule(UP.format(0, "attn2"))
+    own, cross.processor = cross.processor, XFormersAttnProcessor()
+    chosen = cross.processor
+    try:
+        with attach(tiny_pipe, plan):
+            assert torch.equal(draw(tiny_pipe, plan), expected)
+        assert cross.processor is chosen
+    finally:
+        cross.processor = own
 
 
 def test_fused_projections_are_an_error_until_they_are_not(tiny_pipe, plan):

@@ -165,7 +165,11 @@ MISTAKES = {
     "a model's name that no folder can have": (changed(model="./" + "a" * 300), "model: './aaaaaaaaaa"),
     "a template that ships": (
         changed(template={"image": "embedded:pug"}),
-        "template.image: 'embedded:pug' is no file; what ships with the package are concepts",
+        "template.image: 'embedded:pug' is no file; what ships are concepts",
+    ),
+    "pictures that ship in a list": (
+        with_train(images=["embedded:pug"]),
+        "concepts[0].train.images[0]: 'embedded:pug' is no file; pictures that ship stand alone, not in a list",
     ),
     "a mask that ships": (
         with_concept(mask={"file": "embedded:pug"}),

@@ -220,7 +220,10 @@ def test_masks_from_attention(job_folder, tmp_path):
         tmp_path / "out",
         stages=stages,
     )
-    assert stages.labels == ["loading the model", "masks", "inversion", "features", "fusion"]
+    assert stages.labels == [
+        "loading the model",
+        *("masks", "inversion", "features", "drawing the template again", "fusion", "decoding"),
+    ]
     assert done.result.settings["masks"]["sources"] == ["attention: cat", "attention: dog"]
     assert all(mask.any() for mask in done.result.masks[:2])
 
@@ -257,7 +260,7 @@ def test_another_model_makes_the_template_without_a_negative_prompt_it_does_not_
     record = json.loads((done.folder / "manifest.json").read_text())["record"]
     assert record["template"]["model"] == "some/model" and set(record["weights"]) == {"model", "template.model"}
     assert stages.labels[:2] == ["loading the model", "loading the template's model"]
-    assert stages.labels[2:] == ["inversion", "features", "fusion"]
+    assert stages.labels[2:] == ["inversion", "features", "drawing the template again", "fusion", "decoding"]
 
 
 @pytest.mark.parametrize("failure", [WeaverError("no memory"), KeyboardInterrupt()], ids=["error", "stopped"])

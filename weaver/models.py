@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os.path import isdir
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ def model_source(model: str, *, offline: bool = False, fuses: bool = True) -> It
         model = str(MODEL_DIR)
     from diffusers import DiffusionPipeline
 
-    local = only_local(offline) or Path(model).is_dir()
+    local = only_local(offline) or isdir(model)
     try:
         config = DiffusionPipeline.load_config(model, local_files_only=local)
         kind = config.get("_class_name")
@@ -97,7 +98,7 @@ def model_source(model: str, *, offline: bool = False, fuses: bool = True) -> It
             )
         yield model, config, local
     except OSError as error:
-        fix = "the folder must hold a complete diffusers pipeline" if Path(model).is_dir() else hub_fix(offline)
+        fix = "the folder must hold a complete diffusers pipeline" if isdir(model) else hub_fix(offline)
         raise ModelError(f"{model!r} can't be loaded; {fix} ({_first_line(error)})") from error
 
 

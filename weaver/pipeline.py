@@ -243,8 +243,10 @@ def weave(
                 progress=move,
             )
         of_stages = None  # unless the caller keeps them, their memory is free for the autoencoder and for the fusion's
-        with stages.step("drawing the template again"):
-            quality = reconstruction_psnr(pipe, inversion, found) if again else None
+        quality = None
+        if again:
+            with stages.step("drawing the template again"):
+                quality = reconstruction_psnr(pipe, inversion, found)
     with stages.stage("fusion"):
         with stages.bar("fusion", steps) as move:
             plan = FusionPlan.build(

@@ -12,10 +12,10 @@ from PIL import Image, ImageOps
 from weaver.defaults import defaults_for
 from weaver.errors import WeaverError, raise_if
 from weaver.graphs import CUDAGraphs, captured, graph_reasons
+from weaver.limits import step_reasons
 from weaver.memory.resting import lent, modules_of
 from weaver.pictures import PictureError, as_rgb, fit, open_picture
 from weaver.progress import Stages
-from weaver.schedule import most_steps
 
 __all__ = ["load_template", "make_template", "shown_size", "template_picture"]
 
@@ -51,9 +51,8 @@ def make_template(
         reasons.append("the template's prompt is empty")
     if steps < 1:
         reasons.append(f"template steps is {steps}; expected 1 or more")
-    scheduler = getattr(pipe, "scheduler", None)
-    if scheduler is not None and steps > (limit := most_steps(scheduler)):
-        reasons.append(f"template steps is {steps}; this model's schedule has at most {limit}")
+    elif getattr(pipe, "scheduler", None) is not None:
+        reasons += step_reasons(pipe, steps)
     if reasons:
         raise WeaverError("; ".join(reasons))
     options = {"guidance_scale": guidance, "negative_prompt": negative_prompt}

@@ -21,7 +21,9 @@ from weaver.concepts.own_prompts import own_prompt_reasons, own_prompts, token_r
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.train import train_concept
 from weaver.concepts.woven import WovenSet
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, raise_if
+from weaver.fusion.contexts import ConceptUse
+from weaver.fusion.regional import regional_reasons
 from weaver.job import BackgroundSpec, Job, JobError, TrainSpec
 from weaver.job.fields import EMBEDDED
 from weaver.job.inputs import training_pictures
@@ -89,8 +91,8 @@ def bind_concepts(
         if spec.name in read:
             try:
                 concepts[spec.name] = read[spec.name].concept(pipe)
-                if spec.parts == "whole":
-                    concepts[spec.name].check_outside(pipe)
+                used = ConceptUse(concepts[spec.name], parts=spec.parts)
+                raise_if(regional_reasons(pipe.unet, [used]), "this model can't draw it")
                 tell_unused(concepts[spec.name], on_unused, f"{place}.file")
             except WeaverError as error:
                 problems.append(str(error) if str(error).startswith(f"{place}.file") else f"{place}.file: {error}")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from os.path import isfile
 from pathlib import Path
 
 from PIL import Image
@@ -73,7 +74,7 @@ class BankFolder:
     def path(self, name: str) -> Path:
         """The file of a concept; raises `ConceptError`, which names what is like it, where there is none."""
         path = self._file(checked_name(name))
-        if not path.is_file():
+        if not isfile(path):
             raise ConceptError(f"the bank {self.folder}: {name!r} {self._absence(name)}")
         return path
 

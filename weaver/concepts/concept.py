@@ -189,7 +189,7 @@ class Concept:
             raise ConceptError(
                 f"concept {self.name!r} belongs to another base model: {len(odd)} of the {len(self.outside)} modules "
                 f"that it changes outside of cross-attention do not fit, {odd[0]} among them; load the model it was "
-                'trained on, or use its cross-attention alone (parts="cross-attention")'
+                "trained on"
             )
 
 

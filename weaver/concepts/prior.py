@@ -10,7 +10,6 @@ from weaver.concepts.images import TrainingSet
 from weaver.concepts.kept_pictures import KeptPictures
 from weaver.concepts.settings import TrainSettings
 from weaver.errors import WeaverError
-from weaver.schedule import most_steps
 
 __all__ = ["DRAWN_AT_ONCE", "class_pictures"]
 
@@ -32,10 +31,8 @@ def class_pictures(
     number `at_once` in one pass, but for rounding. `report` is told how many are done. Those
     that are `kept` are taken from there, and the others are added.
     One that the pipeline's safety checker blacks out is left out and another made; `WeaverError` when it does so too
-    often, and for more steps than the schedule has.
+    often.
     """
-    if settings.prior_steps > (limit := most_steps(pipe.scheduler)):
-        raise WeaverError(f"prior_steps is {settings.prior_steps}; this model's schedule has at most {limit}")
     caption = f"a {word}"
     shown = dict(getattr(pipe, "_progress_bar_config", {}))
     images, made = kept.load() if kept else ([], 0)

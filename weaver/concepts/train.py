@@ -38,6 +38,7 @@ from weaver.concepts.woven import WovenSet, prepare_woven
 from weaver.conditioning import added_reasons, text_encoders
 from weaver.defaults import model_size
 from weaver.errors import WeaverError, raise_if
+from weaver.limits import step_reasons
 from weaver.version import __version__
 
 __all__ = ["train_concept"]
@@ -199,6 +200,8 @@ def _check(
     if kind not in ("epsilon", "v_prediction") or not hasattr(pipe.scheduler, "alphas_cumprod"):
         reasons.append(f"the scheduler predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
     reasons += added_reasons(pipe)
+    if prior is None and settings.prior_batch:
+        reasons += [f"prior_{reason}" for reason in step_reasons(pipe, settings.prior_steps)]
     captions = prior.captions if prior is not None and settings.prior_batch else ()
     if named := [caption for caption in captions if names_token(caption, token)]:
         reasons.append(f"token {token!r} stands in {named[0]!r}, a caption of others; take one that is no word: '<v1>'")

@@ -36,7 +36,7 @@ from weaver.schedule import ddim_scheduler
 __all__ = ["STEPS", "Drawer", "Template"]
 
 STEPS = 24
-"""Of template, inversion and picture: so few that the whole suite takes an hour of two cores."""
+"""Of template, inversion and picture: so few that the whole suite takes seventy minutes of two cores."""
 TRIES = 3
 """Seeds of a template that the model makes, before one that is drawn stands in for it."""
 _OTHER_NOISE = 7_919  # added to the seed for the noise that fusion draws anew

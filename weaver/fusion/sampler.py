@@ -171,7 +171,7 @@ class FusionSampler:
         reasons = [] if (plan.guidance > 1) == self._guided else ["one has a negative row, the other has none"]
         if self._graphs is not None and (plan.own_projections or self._plan.own_projections):
             reasons.append("a concept changes to_q or to_out, which graphs hold: take a sampler for each such plan")
-        reasons += self._state.load_reasons(plan) + keys_reasons(self._unet, plan)
+        reasons += keys_reasons(self._unet, plan) or self._state.load_reasons(plan)
         raise_if(reasons, "Cannot draw this plan with the sampler of another")
         self._state.load(plan)
         self._plan = plan

@@ -210,7 +210,8 @@ class Fields:
             return path
         fault = "a folder, not a file" if folder else f"not there (looked at {path})"
         if value.startswith(EMBEDDED):
-            fault = "no file; what ships with the package are concepts"
+            shipped = "pictures that ship stand alone, not in a list" if folder_too else "what ships are concepts"
+            fault = f"no file; {shipped}"
         self.complain(name, f"{value!r} is {fault}")
         return None
 

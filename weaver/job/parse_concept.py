@@ -69,15 +69,6 @@ def _concept_file(fields: Fields) -> Path | str | None:
         return None
 
 
-def _suit_embedded(settings: dict) -> bool:
-    """Whether the embedded model's own training settings can be changed so."""
-    try:
-        TrainSettings.embedded(**settings)
-    except WeaverError:
-        return False
-    return True
-
-
 def _default_name(file: Path | str | None, train: TrainSpec | None, word: str | None) -> str:
     if isinstance(file, Path):
         return file.stem
@@ -98,8 +89,7 @@ def _train(fields: Fields) -> TrainSpec:
     settings = {name: value for name, value in settings.items() if value is not None}
     fields.finish()
     try:
-        TrainSettings(**settings)
+        TrainSettings.embedded(**settings)  # which fills up more than the others do; which model it is, is known later
     except WeaverError as error:
-        if not _suit_embedded(settings):  # which model it is, and whether they suit that, is known later
-            fields.complain(None, str(error))
+        fields.complain(None, str(error))
     return TrainSpec(images=images or (), token=token, caption=caption, settings=tuple(settings.items()))

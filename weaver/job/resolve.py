@@ -11,7 +11,7 @@ from weaver.concepts.bank import training_settings
 from weaver.concepts.concept import Concept
 from weaver.defaults import default_dilation, defaults_for, model_size
 from weaver.errors import WeaverError
-from weaver.job import SAME_MODEL, BackgroundSpec, Job, JobError, TextSpec
+from weaver.job import SAME_MODEL, Job, JobError, TextSpec, TrainSpec
 from weaver.job.inputs import shipped_name
 from weaver.layers import SITES
 from weaver.limits import step_reasons
@@ -45,8 +45,11 @@ def resolve_job(job: Job, pipe, prompts: list[str], source: str = "job") -> Job:
     size = job.size or model_size(pipe)
     wishes, template = job.fusion, job.template
     sites = SITES[wishes.sites] if wishes.sites else defaults.sites
-    specs = zip(job.places(), prompts, strict=True)
-    everyone = [_resolve_spec(f"{source}: {place}", spec, prompt, pipe) for (place, spec), prompt in specs]
+    settings, problems = _resolve_training(job, pipe)
+    if problems:
+        raise JobError(f"{source}: " + "; ".join(problems))
+    specs = zip(job.everyone, prompts, settings, strict=True)
+    everyone = [replace(spec, prompt=prompt, train=train) for spec, prompt, train in specs]
     if template.image is None:
         model = template.model or (SAME_MODEL if embedded else TEMPLATE_MODEL)
         model = SAME_MODEL if model == job.model else model
@@ -99,9 +102,19 @@ def check_model(job: Job, pipe, source: str) -> None:
     )
     if job.template.image is None and job.template.model == SAME_MODEL:
         problems += [f"template.{reason}" for reason in step_reasons(pipe, job.template.steps)]
-    problems += [] if is_embedded(pipe) else _embedded_only(job)
+    problems += [] if is_embedded(pipe) else _embedded_only(job) + _prior_reasons(job, pipe)
     if problems:
         raise JobError(f"{source}: " + "; ".join(problems))
+
+
+def _prior_reasons(job: Job, pipe) -> list[str]:
+    """Concepts whose pictures of the class, which the model makes, are to have other steps than it can draw."""
+    return [
+        f"{place}.train.prior_{reason}"
+        for place, spec in job.places()
+        if spec.train and dict(spec.train.settings)["prior_batch"]
+        for reason in step_reasons(pipe, dict(spec.train.settings)["prior_steps"])
+    ]
 
 
 def _embedded_only(job: Job) -> list[str]:
@@ -179,15 +192,18 @@ def in_field(field: str, source: str, function, *args, **kwargs):
         raise JobError(f"{source}: {field}: {error}") from error
 
 
-def _resolve_spec(place: str, spec: BackgroundSpec, prompt: str, pipe) -> BackgroundSpec:
-    train = spec.train
-    if train:
-        try:
-            settings = training_settings(train, pipe)
-        except WeaverError as error:
-            raise JobError(f"{place}.train: {error}") from error
-        train = replace(train, settings=tuple(asdict(settings).items()))
-    return replace(spec, prompt=prompt, train=train)
+def _resolve_training(job: Job, pipe) -> tuple[list[TrainSpec | None], list[str]]:
+    """How every concept of `Job.everyone` is trained, all settings written out, and what is wrong with them."""
+    found, problems = [], []
+    for place, spec in job.places():
+        train = spec.train
+        if train:
+            try:
+                train = replace(train, settings=tuple(asdict(training_settings(train, pipe)).items()))
+            except WeaverError as error:
+                problems.append(f"{place}.train: {error}")
+        found.append(train)
+    return found, problems
 
 
 def _resolve_text(spec: TextSpec) -> TextSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from os.path import isdir
 
 import torch
 from PIL import Image
@@ -118,7 +118,7 @@ def _opened(source: str | os.PathLike, kind: str, parts: Sequence[type], offline
     from transformers import AutoConfig
 
     source = str(source)
-    local = {"local_files_only": only_local(offline) or Path(source).is_dir()}
+    local = {"local_files_only": only_local(offline) or isdir(source)}
     try:
         there = AutoConfig.from_pretrained(source, **local).model_type
         if there == kind:
@@ -127,13 +127,13 @@ def _opened(source: str | os.PathLike, kind: str, parts: Sequence[type], offline
     except (OSError, ValueError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         # Of a model that is not in the cache transformers tells that it could not connect, and not which it is.
-        why = "" if only_local(offline) and not Path(source).is_dir() else f" ({first})"
+        why = "" if only_local(offline) and not isdir(source) else f" ({first})"
         raise WeaverError(f"{field}: {source!r} can't be loaded; {_fix(source, offline)}{why}") from error
     raise WeaverError(f"{field}: {source!r} is a model of kind {there!r}, expected {kind!r}")
 
 
 def _fix(source: str | os.PathLike, offline: bool) -> str:
     """What to do where a model, of a folder or the Hub, is not all there."""
-    if Path(source).is_dir():
+    if isdir(source):
         return "the folder must hold a model with its processor, as save_pretrained writes them"
     return f"{hub_fix(offline)}, or name a folder that holds it"
