@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.mask_sources import MARKS, PAGE, RESULTS, invented, live_contexts, measure, table, true_masks
+from benchmarks.mask_sources import MARKS, PAGE, invented, live_contexts, measure, table, true_masks
+from benchmarks.records import RESULTS
 from weaver.embedded.training.segmenter import held_out_scenes
 from weaver.masks.assign import NotFoundError
 from weaver.masks.edges import follow_edges
@@ -101,5 +102,5 @@ def test_what_is_invented_is_named_by_the_prompt_and_not_drawn():
 
 
 def test_the_page_has_the_recorded_table():
-    record = json.loads(RESULTS.read_text(encoding="utf-8"))
+    record = json.loads((RESULTS / "mask_sources.json").read_text(encoding="utf-8"))
     assert table(record["sources"]) in PAGE.read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0]
