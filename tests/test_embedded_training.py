@@ -2,14 +2,19 @@
 
 import inspect
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from weaver.embedded import MODEL_DIR
 from weaver.embedded.training import __main__ as command
 from weaver.embedded.training import card, derive, loop, segmenter
+from weaver.embedded.training.bank import Bank
+from weaver.embedded.training.diffusion import encode_bank
 from weaver.errors import WeaverError
 
 
@@ -107,3 +112,17 @@ def test_from_scratch_is_refused_where_no_model_is_trained(capsys, monkeypatch, 
     with pytest.raises(SystemExit):
         command.main([stage, "--from-scratch"])
     assert f"--from-scratch: {stage} does not train the model" in capsys.readouterr().err
+
+
+def test_latents_are_those_of_the_autoencoder_and_one_set_is_kept(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
+    bank = Bank(pictures, np.zeros((2, 64, 64), np.uint8), ["a cat", "a dog"], [["cat"], ["dog"]], {})
+    first = np.array(encode_bank(bank, MODEL_DIR / "vae", tmp_path))
+    other = Path(shutil.copytree(MODEL_DIR / "vae", tmp_path / "vae"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"scaling_factor": 2 * config["scaling_factor"]}))
+    np.testing.assert_allclose(encode_bank(bank, other, tmp_path), 2 * first, rtol=2e-3)
+    (kept,) = tmp_path.glob("latents-*")
+    before = kept.stat().st_mtime_ns
+    encode_bank(bank, other, tmp_path)
+    assert kept.stat().st_mtime_ns == before

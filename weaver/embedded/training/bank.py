@@ -88,10 +88,11 @@ def make_bank(folder: Path, scenes: int, seed: int = 0, *, for_helpers: bool = F
     return folder
 
 
-def drop_latents(folder: Path) -> None:
-    """Remove a bank's latents, which are of other pictures or another autoencoder."""
+def drop_latents(folder: Path, keep: Path | None = None) -> None:
+    """Remove a bank's latents, all but `keep`: they are of other pictures or another autoencoder."""
     for file in folder.glob(f"{LATENTS}*"):
-        file.unlink(missing_ok=True)
+        if file != keep:
+            file.unlink(missing_ok=True)
 
 
 def load_bank(folder: Path) -> Bank:

@@ -75,7 +75,6 @@ def encode_bank(bank: Bank, vae_folder: Path, folder: Path) -> np.ndarray:
     of = [file_hash(vae_folder / name)[:12] for name in ("config.json", "diffusion_pytorch_model.safetensors")]
     file = folder / f"{LATENTS}{'-'.join(of)}.npy"
     if not file.exists():
-        drop_latents(folder)
         device = device_from_environment()
         vae = AutoencoderTiny.from_pretrained(vae_folder).float().to(device, memory_format=torch.channels_last)
         parts, size = [], 32 if device.type == "cpu" else 512
@@ -86,6 +85,7 @@ def encode_bank(bank: Bank, vae_folder: Path, folder: Path) -> np.ndarray:
                 parts.append(latents.half().cpu().numpy())
         with whole_file(file) as unfinished, open(unfinished, "wb") as written:
             np.save(written, np.concatenate(parts))
+        drop_latents(folder, keep=file)  # after it is there: other processes may be at it, too
     return np.load(file, mmap_mode="r")
 
 
