@@ -29,6 +29,7 @@ from weaver.embedded import concept_path, load_pipeline
 from weaver.errors import WeaverError
 from weaver.hashing import file_hash
 from weaver.job import Job
+from weaver.job.choose import template_seeds
 from weaver.job.file import job_to_mapping, read_job
 from weaver.job.resolve import resolve_job
 
@@ -47,7 +48,7 @@ def unlike_the_demo(folder: Path) -> list[str]:
     except WeaverError as error:
         return [str(error)]
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    were, wanted = (dict(_settings(job_to_mapping(job, folder))) for job in (found, _demo(found.device)))
+    were, wanted = (dict(_settings(job_to_mapping(job, folder))) for job in (found, _demo_as_run(found)))
     reasons = [
         f"{name} is {were.get(name)!r}, the demonstration's is {wanted.get(name)!r}"
         for name in were | wanted
@@ -61,10 +62,15 @@ def unlike_the_demo(folder: Path) -> list[str]:
     return reasons
 
 
-def _demo(device: str) -> Job:
-    """The demonstration's job with all defaults written out, as a manifest has it."""
+def _demo_as_run(found: Job) -> Job:
+    """The demonstration's job as a manifest has it: all defaults written out, on the device that was found, and with
+    the template that was taken, one of those it tries.
+    """
     job = demo_job()
-    return replace(resolve_job(job, load_pipeline(), resolve_prompts(job, {}, DEMO_JOB.name)), device=device)
+    job = resolve_job(job, load_pipeline(), resolve_prompts(job, {}, DEMO_JOB.name))
+    seeds = template_seeds(job.template)
+    taken = found.template.seed if found.template.seed in seeds else seeds[0]
+    return replace(job, device=found.device, template=replace(job.template, seed=taken, tries=1))
 
 
 def _settings(mapping: Mapping | Sequence, place: str = "") -> Iterator[tuple[str, object]]:

@@ -1,12 +1,11 @@
 """Which injection sites hold the embedded model's composition? ``python benchmarks/embedded_sites.py``
 
-Injection sites are a property of a model: with 16x16 latents the paper's l=4 is a 4x4 map and holds nothing. This
-sweep fuses the concepts that ship into drawn templates with true masks, before the base model's background in half of
-them and before a background concept in the others, for several tables of sites, windows, guidance, suppression and eta.
-For each it prints the objective of `weaver.evaluation.sweep` (J: right identities, less leaks, less what the background
-lacks of 20 dB, and the mask IoU) and the mean margin; and apart, how many animals and how many backgrounds are right,
-the PSNR of the background that was left to the base model, and the mask IoU. What is recorded is of the objective
-before, without mask IoU.
+Injection sites are a property of a model: with 16x16 latents the paper's l=4 is a 4x4 map. This sweep fuses the
+concepts that ship into drawn templates with true masks, before the base model's background in half of them and before a
+background concept in the others, for several tables of sites, windows, guidance, suppression and eta. For each it
+prints the objective of `weaver.evaluation.sweep` (J: right identities, less leaks, less what the background lacks of 20
+dB, and the mask IoU) and the mean margin; and apart, how many animals and how many backgrounds are right, the PSNR of
+the background that was left to the base model, and the mask IoU.
 
 What holds most of a template holds its background too, against a concept for it: J counts both. Settings are drawn
 several at once, one a core.
@@ -83,7 +82,8 @@ def arms() -> list[Arm]:
         tables.append(_sites("up1", (3, 4, 5), window))
         tables.append(_sites("up1+up2", (3, 4, 5, 6, 7, 8), window))
         tables.append(_sites("all up", tuple(range(3, 12)), window))
-    others = [Arm(EMBEDDED, guidance) for guidance in (2.0, 4.0)] + [Arm(EMBEDDED, suppression=0.3)]
+    others = [Arm(EMBEDDED, guidance) for guidance in (3.0, 4.0)]
+    others += [Arm(EMBEDDED, suppression=suppression) for suppression in (0.0, 0.5)]
     others += [Arm(EMBEDDED, eta=eta) for eta in (0.0, 0.5, 1.0) if eta != DEFAULTS.eta]
     return [Arm(table) for table in [*tables, EMBEDDED]] + others
 

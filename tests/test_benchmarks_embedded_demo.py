@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,7 @@ from benchmarks import embedded_demo as module
 from weaver.concepts.bank import resolve_prompts
 from weaver.demo import demo_job, with_shipped_concepts
 from weaver.embedded import concept_path, load_pipeline
+from weaver.job.choose import SEED_STRIDE
 from weaver.job.file import MANIFEST_VERSION, job_to_mapping
 from weaver.job.resolve import resolve_job
 
@@ -33,9 +35,11 @@ def folder(tmp_path, monkeypatch):
     return found
 
 
-def write_manifest(folder, job, fusion=None, as_well=lambda job: job, **changes) -> None:
+def write_manifest(folder, job, fusion=None, as_well=lambda job: job, template=1, **changes) -> None:
+    """As a run writes it: with the one template that was taken, by its number."""
     resolved = as_well(resolve_job(job, load_pipeline(), resolve_prompts(job, {})))
-    mapping = job_to_mapping(resolved, folder) | changes
+    taken = {"seed": resolved.template.seed + template * SEED_STRIDE, "tries": 1}
+    mapping = job_to_mapping(replace(resolved, template=replace(resolved.template, **taken)), folder) | changes
     mapping["fusion"] |= fusion or {}
     record = {"versions": {}, "weights": {}}
     text = json.dumps({"weaver_manifest": MANIFEST_VERSION, "job": mapping, "inputs": {}, "record": record})
@@ -67,6 +71,7 @@ def test_a_processor_that_rounds_otherwise_is_told(folder, tmp_path, capsys):
             "prompt is 'a cat, forest background', the demonstration's is 'a cat and",
         ),
         (lambda f: write_manifest(f, demo_job(), seed=3), "seed is 3, the demonstration's is 11"),
+        (lambda f: write_manifest(f, demo_job(), template=10), "template.seed is 10000041, the demonstration's is 11"),
         (lambda f: write_manifest(f, demo_job(), {"guidance": 7.5}), "fusion.guidance is 7.5, the demonstration's is"),
         (lambda f: (f / "manifest.json").write_text("[]"), "expected fields with names"),
         (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
@@ -81,6 +86,7 @@ def test_a_processor_that_rounds_otherwise_is_told(folder, tmp_path, capsys):
         "quick",
         "one animal",
         "another seed",
+        "another template",
         "another guidance",
         "no manifest",
         "without",

@@ -266,8 +266,8 @@ def test_the_report_needs_no_other_file(finished, results):
         (["--processes", "0"], "--processes: is 0, expected 1 or more"),
         (["--sweep", "--arms", "best"], "there is no arm 'best'"),
         (
-            ["--sweep", "--arms", "full,full-suppression"],
-            "--arms: full-suppression has the full method's settings",
+            ["--sweep", "--arms", "full,full-no-suppression"],
+            "--arms: full-no-suppression has the full method's settings",
         ),
     ],
     ids=["unknown arm", "no process", "unknown arm of a sweep", "nothing to sweep"],

@@ -116,8 +116,8 @@ PLUG_AND_PLAY = InjectionSites("plug-and-play", resnets=(4,), attentions=tuple(r
 EMBEDDED = InjectionSites("embedded", tuple(range(3, 9)), tuple(range(4, 12)), resnet_window=0.5)
 """For the embedded model, and others with latents so small that l=4 is a map of a few cells. The sweep
 ``benchmarks/embedded_sites.py`` compares it with others: features of all layers up to the last, for half of the
-steps and more, hold a template's background against a concept for it; what its other tables differ by is within
-chance."""
+steps and more, hold a template's background against a concept for it; what its other tables differ by, the paper's and
+no features at all among them, is within chance."""
 
 SDXL = InjectionSites("sdxl", resnets=(1,), attentions=(1, 4))
 """For SDXL, whose decoder lacks Stable Diffusion's deepest level: the paper's layers by the scale of their maps.

@@ -92,7 +92,7 @@ _CHANGED = (
     ("full-no-injection", "without the template's features", {"injected": False}),
     ("full-shared-prompt", "all contexts under one prompt with all tokens", {"shared_prompt": True}),
     ("full-dense-masks", "masks that are not dilated", {"dilation": 0}),
-    ("full-suppression", "lambda 0.2", {"suppression": 0.2}),
+    ("full-no-suppression", "lambda 0", {"suppression": 0.0}),
     ("full-deterministic", "DDIM steps without noise (eta 0), the paper's", {"eta": 0.0}),
     (
         "full-cross-attention",

@@ -1,6 +1,6 @@
 """Which lambda, omega, windows, dilation and eta are best for each arm? By a search of one budget, on other prompts.
 
-The objective was written down before anything was swept: over all concepts of the sweep's pictures
+The objective was written down before this sweep: over all concepts of the sweep's pictures
 
     J = share with the right identity - share of animals that leak - max(0, 20 dB - background PSNR) / 20 dB + mask IoU
 

@@ -14,6 +14,7 @@ from weaver.job import Job, JobError
 from weaver.job.fields import LARGEST
 from weaver.job.inputs import shipped_name
 from weaver.job.resolve import final_masks, mask_fields
+from weaver.job.spec import TemplateSpec
 from weaver.masks import MaskError
 from weaver.masks.assign import NotFoundError
 from weaver.models import is_embedded
@@ -21,7 +22,7 @@ from weaver.places import Places
 from weaver.progress import Stages
 from weaver.template import template_picture
 
-__all__ = ["SEED_STRIDE", "choose_template"]
+__all__ = ["SEED_STRIDE", "choose_template", "template_seeds"]
 
 SEED_STRIDE = 1_000_003  # between the seeds of several templates, so that neighbouring seeds stay different pictures
 
@@ -48,13 +49,13 @@ def choose_template(
     takes_negative = "negative_prompt" in inspect.signature(maker.__call__).parameters
     embedded = is_embedded(pipe)
     best, fewest, failure = None, len(job.concepts) + 1, None
-    for extra in range(spec.tries):
+    for seed in template_seeds(spec):
         try:
             template = template_picture(
                 maker,
                 spec.image or spec.prompt,
                 size=job.size,
-                seed=_nth_seed(spec.seed or 0, extra),
+                seed=seed,
                 steps=spec.steps,
                 guidance=spec.guidance,
                 negative_prompt=job.negative_prompt if takes_negative else "",
@@ -71,21 +72,21 @@ def choose_template(
             failure = error
             continue
         if unlike < fewest:
-            best, fewest = (extra, template, found), unlike
+            best, fewest = (seed, template, found), unlike
         if unlike == 0:
             break
     if best is None:
         tried = f"; {spec.tries} templates were tried, from seed {spec.seed}" if spec.tries > 1 else ""
         raise JobError(f"{source}: {failure}{tried}") from failure
-    extra, template, found = best
+    seed, template, found = best
     if not spec.image:
-        job = replace(job, template=replace(spec, seed=_nth_seed(spec.seed, extra), tries=1))
+        job = replace(job, template=replace(spec, seed=seed, tries=1))
     return job, template, found
 
 
-def _nth_seed(seed: int, number: int) -> int:
-    """The seed of a job's template by number, one that a job may name."""
-    return (seed + number * SEED_STRIDE) % (LARGEST + 1)
+def template_seeds(spec: TemplateSpec) -> list[int]:
+    """The seeds that a job's template is tried with, in their order; each is one that a job may name."""
+    return [((spec.seed or 0) + number * SEED_STRIDE) % (LARGEST + 1) for number in range(spec.tries)]
 
 
 def _find(job: Job, pipe, template: Image.Image, places: Places, stages: Stages) -> tuple[Places, torch.Tensor]:
