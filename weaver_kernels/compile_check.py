@@ -42,9 +42,9 @@ HEADERS = {
 ABOUT = {
     OP: """\
 A variant is `q-each` (a query for each context), `ragged` (texts of several lengths), `odd-heads` (three, with strides
-that are no multiples of 16) or `default` (the configuration of a device that is not in the table). A spill of a row for
-16 bits fails the check up to D = 80 at 77 keys. Those of longer and ragged texts, of float32 and of the default are
-only listed. Float32 has no matrix instruction, because it would be rounded to TF32.""",
+that are no multiples of 16) or `default` (the configuration of a device that is not in the table). A spill fails the
+check up to D = 80 at 77 keys; those of larger heads and of longer and ragged texts are only listed. Float32 has no
+matrix instruction, because it would be rounded to TF32.""",
     LORA: """\
 A layer is a Linear or a convolution, whose channels lie side by side (`last`) or not. No GPU has tuned these
 configurations. A spill of a row for 16 bits fails the check; those of float32 and of the default are only listed.""",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from weaver_kernels.compiling import jitted, without_storage
-from weaver_kernels.tuning import LoraConfig, config_table, lora_config
+from weaver_kernels.tuning import LoraConfig, default_lora_config, lora_config
 
 __all__ = ["LAYOUTS", "LORA", "LoraCase"]
 
@@ -29,7 +29,7 @@ class LoraCase:
     @property
     def config(self) -> LoraConfig:
         if self.default:
-            return LoraConfig(**config_table(LORA)["default"][str(self.bits)])
+            return default_lora_config(self.bits)
         return self.chosen or lora_config(self.rank, self.bits, self.arch, spread=self.spread)
 
     @property

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +18,7 @@ __all__ = [
     "LoraConfig",
     "config_table",
     "default_config",
+    "default_lora_config",
     "kernel_config",
     "lora_config",
     "rank_block",
@@ -64,20 +66,22 @@ def kernel_config(op: str, head_dim: int, bits: int, arch: int, *, q_each: bool 
 
     `q_each`: with a query for each context. Rows of the table that say nothing about it serve both; one that does goes
     before. That of the next larger head dimension serves the ones between. A device that is not in the table gets the
-    table's default for the width, which fits every device of 99 KiB of shared memory a block, and one warning.
+    table's default for the width and the head dimension, which fits every device of 99 KiB of shared memory a block,
+    and one warning.
     """
-    table = config_table(op)
-    rows = [row for row in table["rows"] if arch in row["arch"] and row["bits"] == bits and row["head_dim"] >= head_dim]
-    rows = [row for row in rows if row.get("q_each", q_each) == q_each]
+    rows = [row for row in config_table(op)["rows"] if arch in row["arch"]]
+    rows = [row for row in _that_hold(rows, head_dim, bits) if row.get("q_each", q_each) == q_each]
     if not rows:
         warnings.warn(
             f"{op} has no configuration for {bits}-bit heads of {head_dim} on compute capability {arch / 10}: a slow, "
             f"safe one is used. `make tune` on that device adds it to configs/{op}.json",
             stacklevel=2,
         )
-        return default_config(op, bits)
-    row = min(rows, key=lambda row: (row["head_dim"], "q_each" not in row))
-    return KernelConfig(row["tile"], row["warps"], row["stages"], row.get("reload", False) and not q_each)
+        config = default_config(op, head_dim, bits)
+    else:
+        row = min(rows, key=lambda row: (row["head_dim"], "q_each" not in row))
+        config = _kernel_config(row)
+    return config._replace(reload=config.reload and not q_each)
 
 
 def rank_block(rank: int) -> int:
@@ -96,8 +100,9 @@ def lora_config(rank: int, bits: int, arch: int, *, spread: bool = False) -> Lor
     `spread`: channels do not lie side by side. Rows of the table that say nothing about it serve both; one that does
     goes before. A device that is not in the table gets the table's default for the width, and one warning.
     """
-    table, block = config_table("routed_lora"), rank_block(rank)
-    rows = [row for row in table["rows"] if arch in row["arch"] and row["bits"] == bits and row["rank"] >= block]
+    block = rank_block(rank)
+    rows = [row for row in config_table("routed_lora")["rows"] if arch in row["arch"] and row["bits"] == bits]
+    rows = [row for row in rows if row["rank"] >= block]
     rows = [row for row in rows if row.get("spread", spread) == spread]
     if not rows:
         warnings.warn(
@@ -105,21 +110,38 @@ def lora_config(rank: int, bits: int, arch: int, *, spread: bool = False) -> Lor
             "slow, safe one is used. `make tune` on that device adds it to configs/routed_lora.json",
             stacklevel=2,
         )
-        return LoraConfig(**table["default"][str(bits)])
-    row = min(rows, key=lambda row: (row["rank"], "spread" not in row))
+        return default_lora_config(bits)
+    return _lora_config(min(rows, key=lambda row: (row["rank"], "spread" not in row)))
+
+
+def default_lora_config(bits: int) -> LoraConfig:
+    """What a device that is not in the table gets for adapters of a type of `bits` bits."""
+    return _lora_config(next(row for row in config_table("routed_lora")["default"] if row["bits"] == bits))
+
+
+def _lora_config(row: dict) -> LoraConfig:
     return LoraConfig(*(row[name] for name in LoraConfig._fields))
 
 
-def default_config(op: str, bits: int) -> KernelConfig:
-    """What a device that is not in the table gets."""
-    return KernelConfig(**config_table(op)["default"][str(bits)])
+def default_config(op: str, head_dim: int, bits: int) -> KernelConfig:
+    """What a device that is not in the table gets for heads of `head_dim` of a type of `bits` bits."""
+    rows = _that_hold(config_table(op)["default"], head_dim, bits)
+    return _kernel_config(min(rows, key=lambda row: row["head_dim"]))
+
+
+def _that_hold(rows: Sequence[dict], head_dim: int, bits: int) -> list[dict]:
+    return [row for row in rows if row["bits"] == bits and row["head_dim"] >= head_dim]
+
+
+def _kernel_config(row: dict) -> KernelConfig:
+    return KernelConfig(row["tile"], row["warps"], row["stages"], row.get("reload", False))
 
 
 @cache
 def tile_sizes(op: str) -> tuple[int, ...]:
     """Every tile size that `kernel_config` may answer with, ascending."""
     table = config_table(op)
-    return tuple(sorted({row["tile"] for row in [*table["rows"], *table["default"].values()]}))
+    return tuple(sorted({row["tile"] for row in [*table["rows"], *table["default"]]}))
 
 
 def source_hash(*modules: str) -> str:
@@ -143,9 +165,13 @@ def with_row(table: dict, row: dict) -> dict:
 
 def write_table(path: Path, table: dict) -> None:
     """Write a table, a row a line; a reader finds the old one or the new one, whenever it looks."""
-    lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in table.items() if name != "rows"]
-    rows = ",\n".join(f"    {json.dumps(row)}" for row in table["rows"])
-    text = "\n".join(["{", *lines, '  "rows": [', rows, "  ]", "}"]) + "\n"
+    text = "{\n" + ",\n".join(f"  {json.dumps(name)}: {_row_lines(value)}" for name, value in table.items()) + "\n}\n"
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+def _row_lines(value: object) -> str:
+    if not isinstance(value, list):
+        return json.dumps(value)
+    return "[\n" + ",\n".join(f"    {json.dumps(row)}" for row in value) + "\n  ]"

@@ -19,6 +19,7 @@ from weaver_kernels.tuning import (
     LoraConfig,
     config_table,
     default_config,
+    default_lora_config,
     kernel_config,
     lora_config,
     tile_sizes,
@@ -60,7 +61,8 @@ def test_every_row_of_the_table_is_compiled():
     assert {case.head_dim for case in cases() if case.n_keys == 77} >= set(HEAD_DIMS)
     for arch in ARCHS:
         for bits in (16, 32):
-            assert (arch, bits, default_config("context_attention", bits)) in compiled
+            for dim in (80, 256):
+                assert (arch, bits, default_config("context_attention", dim, bits)) in compiled
 
 
 def test_every_row_of_the_table_of_routed_lora_is_compiled():
@@ -134,7 +136,9 @@ def test_sizes_that_follow_the_adapters_the_tokens_and_the_layer_make_no_other_b
         (Case(64, 90, 16, variant="q-each"), (128, 8, 1024, "wgmma"), "spills 8 bytes"),
         (Case(160, 90, 16), (255, 8, 1024, "wgmma"), None),
         (Case(80, 120, 16, variant="ragged"), (255, 16, 1024, "mma.sync"), None),
-        (Case(80, 120, 16, variant="default"), (255, 16, 1024, "mma.sync"), None),
+        (Case(80, 120, 16, variant="default"), (255, 16, 1024, "mma.sync"), "spills 16 bytes"),
+        (Case(80, 120, 32), (255, 8, 1024, "none"), "spills 8 bytes"),
+        (Case(64, 90, 32, 128), (255, 8, 1024, "none"), None),
         (Case(64, 86, 16), (128, 0, 99 * 1024 + 1, "mma.sync"), "shared memory of 99 KiB"),
         (Case(64, 86, 16), (128, 0, 99 * 1024, "mma.sync"), None),
         (Case(64, 86, 16), (128, 0, 1024, "none"), "no tensor-core instruction"),
@@ -150,6 +154,8 @@ def test_sizes_that_follow_the_adapters_the_tokens_and_the_layer_make_no_other_b
         "spill-of-160",
         "spill-of-ragged",
         "spill-of-default",
+        "spill-of-fp32",
+        "spill-of-longer-text",
         "shared",
         "shared-fits",
         "no-tensor-core",
@@ -200,7 +206,7 @@ def test_another_device_gets_a_safe_configuration_and_a_warning():
     kernel_config.cache_clear()
     with pytest.warns(UserWarning, match="compute capability 7.5.*make tune"):
         config = kernel_config("context_attention", 64, 16, 75)
-    assert config == default_config("context_attention", 16) != default_config("context_attention", 32)
+    assert config == default_config("context_attention", 64, 16) != default_config("context_attention", 64, 32)
     lora_config.cache_clear()
     with pytest.warns(UserWarning, match="rank 32 on compute capability 7.5.*make tune"):
-        assert lora_config(20, 16, 75) == LoraConfig(**config_table(LORA)["default"]["16"])
+        assert lora_config(20, 16, 75) == default_lora_config(16)
