@@ -1,11 +1,11 @@
 """Take the demonstration's sheet into the README: ``make demo``, then ``python -m benchmarks.embedded_demo [FOLDER]``
 
-Its job must be the demonstration's in every setting, but for the device; the concepts trained in that run, and nothing
-taken from the cache (`make demo ARGS='--cache off'` after a first one). The sheet becomes `docs/demo.png`, and what it
-was made with goes to `benchmarks/results/embedded_demo.json`, with the seconds that its `report.json` tells and the
-name of this machine: take it on the one that ran it. A training that was interrupted has taken more than is told.
-Processors round differently, so that one of another kind trains other numbers than those that ship; which concepts
-have other numbers is told and recorded.
+Its job must be the demonstration's in every setting, but for the device and which of its templates was taken; the
+concepts trained in that run, and nothing taken from the cache (`make demo ARGS='--cache off'` after a first one). The
+sheet becomes `docs/demo.png`, and what it was made with goes to `benchmarks/results/embedded_demo.json`, with the
+seconds that its `report.json` tells and the name of this machine: take it on the one that ran it. A training that was
+interrupted has taken more than is told. Processors round differently, so that one of another kind trains other numbers
+than those that ship; which concepts have other numbers is told and recorded.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _demo_as_run(found: Job) -> Job:
     """
     job = demo_job()
     job = resolve_job(job, load_pipeline(), resolve_prompts(job, {}, DEMO_JOB.name))
-    seeds = template_seeds(job.template)
+    seeds = list(template_seeds(job.template))
     taken = found.template.seed if found.template.seed in seeds else seeds[0]
     return replace(job, device=found.device, template=replace(job.template, seed=taken, tries=1))
 

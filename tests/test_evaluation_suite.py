@@ -62,7 +62,7 @@ def test_each_arm_differs_from_the_full_method_in_one_thing():
     expected = {"shared-prompt": "shared_prompt", "dense-masks": "dilation", "cross-attention": "parts"}
     for name, setting in expected.items():
         assert changed.pop(name) == [setting]
-    assert changed.pop("no-suppression") in (["suppression"], [])  # nothing where the default lambda is 0
+    assert changed.pop("no-suppression") == ["suppression"]
     assert not changed
 
 

@@ -24,7 +24,7 @@ class Defaults:
     woven_sites : injection sites and windows under which woven scenes are learned (`weaver.concepts.woven`). Concepts
         that ship with the package were learned under these, before the fusion's windows were swept
     eta : of the fusion's DDIM steps. The paper's is 0. The embedded model's 0.5 is what the sweep found at lambda 0.2;
-        with 0 as many animals are right, and more of the background stays
+        in drawn templates with true masks 0 gets as many animals right and keeps more of the background
     dilation : by which part of a picture's shorter side masks grow, see `default_dilation`
     """
 

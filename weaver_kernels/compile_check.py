@@ -61,10 +61,11 @@ def cases(archs=ARCHS) -> list[Case]:
             dims = {row["head_dim"] for row in rows if arch in row["arch"] and row["bits"] == bits}
             found += [Case(dim, arch, bits) for dim in sorted(dims | set(HEAD_DIMS))]
             found += [Case(dim, arch, bits, WHOLE_TEXT) for dim in sorted(dims)]
-            found += [Case(dim, arch, bits, variant="default") for dim in (NO_SPILLS_TO, LARGEST_DIM)]
+            found += [Case(dim, arch, bits, variant="default") for dim in (40, 64, NO_SPILLS_TO, LARGEST_DIM)]
         found += [Case(dim, arch, 16, LONG_TEXT) for dim in HEAD_DIMS]
         variants = ("q-each", "ragged", "odd-heads")
         found += [Case(dim, arch, 16, variant=variant) for variant in variants for dim in HEAD_DIMS]
+        found += [Case(dim, arch, 32, variant="q-each") for dim in HEAD_DIMS]
     return found
 
 

@@ -59,10 +59,11 @@ def test_every_row_of_the_table_is_compiled():
             assert (arch, row["bits"], config) in compiled
             assert "q_each" in row or (arch, row["bits"], row["head_dim"], config) in whole
     assert {case.head_dim for case in cases() if case.n_keys == 77} >= set(HEAD_DIMS)
+    others = {(case.arch, case.bits, case.head_dim, case.config) for case in cases() if case.variant == "default"}
     for arch in ARCHS:
-        for bits in (16, 32):
-            for dim in (80, 256):
-                assert (arch, bits, default_config("context_attention", dim, bits)) in compiled
+        for row in config_table("context_attention")["default"]:
+            for dim in {40, 64, 80, row["head_dim"]}:
+                assert (arch, row["bits"], dim, default_config("context_attention", dim, row["bits"])) in others
 
 
 def test_every_row_of_the_table_of_routed_lora_is_compiled():

@@ -24,7 +24,7 @@ from weaver_kernels.unets import Geometry
 FAST, SLOW = KernelConfig(64, 4, 2), KernelConfig(32, 4, 1)
 MARK = {"device": "NVIDIA H200", "triton": "3.6.0", "kernel": "abc"}
 TABLE = {
-    "default": {"16": {"tile": 32, "warps": 4, "stages": 1}, "32": {"tile": 16, "warps": 8, "stages": 1}},
+    "default": [{"bits": bits, "head_dim": 256, "tile": 32, "warps": 4, "stages": 1} for bits in (16, 32)],
     "rows": [{"arch": [80, 90], "bits": 16, "head_dim": 80, "tile": 16, "warps": 4, "stages": 1}],
 }
 TODO = [Row(40, 16, False), Row(80, 16, True), Row(80, 16, False)]

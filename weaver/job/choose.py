@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -84,9 +85,10 @@ def choose_template(
     return job, template, found
 
 
-def template_seeds(spec: TemplateSpec) -> list[int]:
+def template_seeds(spec: TemplateSpec) -> Iterator[int]:
     """The seeds that a job's template is tried with, in their order; each is one that a job may name."""
-    return [((spec.seed or 0) + number * SEED_STRIDE) % (LARGEST + 1) for number in range(spec.tries)]
+    for number in range(spec.tries):
+        yield ((spec.seed or 0) + number * SEED_STRIDE) % (LARGEST + 1)
 
 
 def _find(job: Job, pipe, template: Image.Image, places: Places, stages: Stages) -> tuple[Places, torch.Tensor]:
