@@ -58,6 +58,6 @@ def added(
     linears, of_text = transformer_linears(unet), attn2_projections(unet)
     texts = [(linears[path], delta) for path, delta in deltas.items() if path in of_text]
     others = [(linears[path], delta) for path, delta in deltas.items() if path not in of_text]
-    regional = (forward.weigh, forward.acts) if forward else ()
+    regional = (forward.weights, forward.acts) if forward else ()
     with added_to(texts), added_to(others, *regional), hooks_run(unet):
         yield

@@ -146,16 +146,16 @@ class WovenForward:
         """Until the next `begin` the U-Net's forwards are those of its prompts alone."""
         self._rows, self._injected = 0, {}
 
-    def weigh(self, added: torch.Tensor) -> torch.Tensor:
-        """What a change of a layer that reads the picture adds [B, T, C], where it acts: in a fusion's rows inside the
-        masks alone."""
+    def weights(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Where a change of a layer that reads the picture acts on tokens x [B, T, C], as [B, T, 1]: in a fusion's rows
+        inside the masks alone. None is everywhere."""
         if not self._rows:
-            return added
-        tokens = added.shape[1]
+            return None
+        tokens = x.shape[1]
         if tokens not in self._weights:
             mask = self._masks[tokens][:, 0]  # [b, T, 1]
-            self._weights[tokens] = torch.cat([mask, mask.new_ones(len(added) - self._rows, tokens, 1)])
-        return added * self._weights[tokens].to(added.dtype)
+            self._weights[tokens] = torch.cat([mask, mask.new_ones(len(x) - self._rows, tokens, 1)])
+        return self._weights[tokens]
 
     def acts(self) -> bool:
         """Whether those changes act: not while templates are drawn."""
@@ -171,7 +171,7 @@ class WovenForward:
         if rows:
             base = _attend(attn, q[:rows], *_untuned(attn, self._base.to(text.dtype)))
             mask = self._masks[hidden_states.shape[1]].to(out.dtype)
-            out = torch.cat([mask * out[:rows] + (1 - mask) * base, out[rows:]])
+            out = torch.cat([base.lerp(out[:rows], mask), out[rows:]])
         return project_out(attn, out.transpose(1, 2))
 
     def hook(self, path: str):
