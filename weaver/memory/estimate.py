@@ -213,8 +213,11 @@ class _Estimator:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Within the block what only garbage collection frees stays: an estimate does not hang on when that comes."""
-    gc.collect()
+    """Within the block what only garbage collection frees stays: an estimate does not hang on when that comes.
+
+    What is garbage before it is in no ledger, and is left where it is: to look through a process that has these
+    libraries loaded takes half a second.
+    """
     was = gc.isenabled()
     gc.disable()
     try:
