@@ -30,7 +30,13 @@ DONE = ROOT / "outputs" / "rederive" / "done.json"
 _TABLE = "tests/test_evaluation_recorded.py"
 _RECORDS = " ".join(
     f"tests/test_{name}.py"
-    for name in ("benchmarks_embedded_demo", "benchmarks_embedded_methods", "benchmarks_embedded_sites", "masks_edges")
+    for name in (
+        "benchmarks_embedded_demo",
+        "benchmarks_embedded_methods",
+        "benchmarks_embedded_rival",
+        "benchmarks_embedded_sites",
+        "masks_edges",
+    )
 )
 
 
@@ -65,6 +71,7 @@ STEPS = (
         "-m benchmarks.embedded_evaluation --record",
         "embedded_evaluation.json, docs/failures.png, tables of README and docs/evaluation.md",
     ),
+    Step("rival", "-m benchmarks.embedded_rival --record", "embedded_rival.json, docs/evaluation.md's second table"),
     Step("seeds", "-m benchmarks.embedded_seeds --record", "embedded_seeds.json, docs/seeds.png"),
     Step("lora", "-m benchmarks.embedded_lora --record", "embedded_lora.json, docs/whole_loras.png"),
     Step(

@@ -6,13 +6,14 @@ device's clocks fall on all alike.
 
 from __future__ import annotations
 
-import gc
 import random
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from weaver.garbage import left_alone
 
 __all__ = ["Clock", "GraphCall", "HostCall", "buffer_sets", "interleave", "quantiles", "timed"]
 
@@ -117,8 +118,7 @@ def device_peak(call: Call) -> int:
 
 def host_peak(call: Call) -> int:
     """The same of PyTorch's allocations on the CPU."""
-    gc.collect()  # what died before does not count
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with left_alone(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     del result
     held = peak = 0

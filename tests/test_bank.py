@@ -67,6 +67,31 @@ def test_training_at_once_and_one_by_one_agree(job):
         assert any(delta.any() for delta in concept.deltas.values())
 
 
+@pytest.mark.parametrize(
+    ("steps", "processes", "waiting"),
+    [((2, 3, 2), 3, [True, False, True]), ((2, 2, 2), 3, [False] * 3), ((2, 3, 2), 2, [False] * 3)],
+)
+def test_shorter_trainings_leave_the_processor_to_the_longest(job, monkeypatch, steps, processes, waiting):
+    cat, dog = job.concepts
+    specs = [
+        replace(spec, train=replace(spec.train, settings={**dict(spec.train.settings), "steps": count}))
+        for spec, count in zip((cat, dog, replace(cat, name="tom")), steps, strict=True)
+    ]
+    pipe, told, nice = load_model(job.model, device="cpu"), [], []
+
+    def call_here(function, arguments, moves, processes):
+        told.extend(waits for _, waits in arguments)
+        return [function(*values, move) for values, move in zip(arguments, moves, strict=True)]
+
+    monkeypatch.setattr(bank, "call_apart", call_here)
+    monkeypatch.setattr(bank.os, "nice", nice.append, raising=False)
+    monkeypatch.setattr(bank, "load_model", lambda *_, **__: pipe)
+    monkeypatch.setattr(bank, "_train", lambda task, *_: task.spec.name)
+    found = train_bank(replace(job, concepts=tuple(specs)), pipe, Watched(), processes=processes)
+    assert list(found.values()) == ["cat", "dog", "tom"]
+    assert told == waiting and len(nice) == sum(waiting) and all(value > 0 for value in nice)
+
+
 def test_an_interrupt_ends_every_training_and_leaves_nothing(job, tmp_path, monkeypatch):
     """Whatever ends the process that waits, a signal too, is an exception in it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

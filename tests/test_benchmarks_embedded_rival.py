@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from benchmarks.embedded_rival import FIGURES, FULL, FURTHER_SEEDS, RIVAL, figures, further_cases, markdown
+from benchmarks.embedded_rival import FIGURES, FULL, FURTHER_SEEDS, MARKS, PAGE, RIVAL, figures, further_cases, markdown
+from benchmarks.records import RESULTS
 from weaver.evaluation.arms import arm_of
 from weaver.evaluation.drawing import STEPS
 from weaver.evaluation.results import Results
@@ -47,3 +50,11 @@ def test_figures_are_of_both_arms_on_the_same_pictures():
     assert (
         line == f"| right identity | all | 100.0% | {1 - share:.1%} | {100 * share:+.1f} ({low:+.1f} to {high:+.1f}) |"
     )
+
+
+def test_the_page_has_what_was_recorded():
+    record = json.loads((RESULTS / "embedded_rival.json").read_text(encoding="utf-8"))
+    assert record["seeds"] == list(FURTHER_SEEDS) and record["pictures"] == len(further_cases())
+    assert record["settings"] == {name: arm_of(name).chosen.as_mapping() for name in (FULL, RIVAL)}
+    there = PAGE.read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0]
+    assert there.strip() == markdown(record)

@@ -74,6 +74,7 @@ def test_everything_derived_is_of_this_model():
         ("embedded_seeds.json", 3),
         ("embedded_lora.json", 3),
         ("embedded_demo.json", 3),
+        ("embedded_rival.json", 3),
         ("embedded_methods.json", 1),  # trains its animals itself
         ("mask_sources.json", 0),  # finds words in drawn scenes, in which no concept takes part
     ],
@@ -91,7 +92,7 @@ def test_recorded_figures_are_of_this_model_and_these_concepts(figures, least_co
         assert digest == hashlib.sha256((root / name).read_bytes()).hexdigest(), f"{name} is another picture"
 
 
-@pytest.mark.parametrize("figures", ["sites", "seeds", "lora", "methods", "demo"])
+@pytest.mark.parametrize("figures", ["sites", "seeds", "lora", "methods", "demo", "rival"])
 def test_recorded_pictures_are_drawn_with_the_defaults(figures):
     record = json.loads((DERIVED_FILE.parents[2] / f"benchmarks/results/embedded_{figures}.json").read_text())
     assert record["defaults"] == records.defaults(), "the defaults changed since: record it again"

@@ -71,7 +71,7 @@ def test_every_setting_is_explained_with_its_defaults():
 def test_validation_pictures_and_a_log_beside_the_concept(folder, tmp_path):
     out, log = tmp_path / "tom.safetensors", tmp_path / "log"
     watch = ["--validate", "a <v1> cat", "--validate", "a <v1> cat, mountain", "--validate-every", "1"]
-    assert train(folder, "--out", str(out), *watch, "--log-dir", str(log), "--accumulate", "2", "--at-once", "1") == 0
+    assert train(folder, "--out", str(out), *watch, "--log-dir", str(log), "--accumulate", "2", "--at-once", "2") == 0
     assert [file.name for file in sorted((tmp_path / "tom.validation").iterdir())] == [
         "step-000001.png",
         "step-000002.png",

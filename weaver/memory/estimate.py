@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from weaver.errors import WeaverError, raise_if, told
+from weaver.garbage import left_alone
 from weaver.job import SAME_MODEL, Job
 from weaver.job.resolve import check_model, in_field, resolve_job
 from weaver.memory.ledger import Ledger, Peak
@@ -203,25 +202,9 @@ class _Estimator:
     def _peaks(self, function: Callable, models: tuple[Shapes, ...], plan: MemoryPlan, **options) -> dict[str, Peak]:
         key = function, plan, *options.items()
         if key not in self._known:
-            with _no_collection():
+            with left_alone():
                 self._known[key] = function(self.job, *models, plan, Ledger(self.device, self._rules), **options)
         return dict(self._known[key])
 
     def _shapes(self, field: str, model: str, offline: bool, source: str, **options) -> Shapes:
         return in_field(field, source, load_shapes, model, device=self.device, offline=offline, **options)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Within the block what only garbage collection frees stays: an estimate does not hang on when that comes.
-
-    What is garbage before it is in no ledger, and is left where it is: to look through a process that has these
-    libraries loaded takes half a second.
-    """
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
