@@ -6,6 +6,7 @@ noise (epsilon), `tiny_pipe_v` velocity. They are shared by the whole session: a
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -109,6 +110,22 @@ def make_louder(unet) -> None:
             parameter.mul_(2)
         if name.endswith("to_out.0.bias"):
             parameter.normal_()
+
+
+def shallow(pipe):
+    """The same pipeline around a U-Net of two levels with one layer a block: every kind of block that `make_pipeline`'s
+    has, for what takes long for each of them, as `torch.compile` does."""
+    kinds = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        unet = type(pipe.unet).from_config(pipe.unet.config, layers_per_block=1, block_out_channels=(8, 16), **kinds)
+        make_louder(unet)
+    found = copy.copy(pipe)
+    found.unet = unet.to(pipe.unet.dtype).eval()
+    return found
 
 
 def make_pipeline(prediction_type: str = "epsilon", dtype: torch.dtype = torch.float64, seed: int = 0):

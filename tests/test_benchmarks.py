@@ -207,14 +207,15 @@ def test_time_that_is_up_leaves_parts_to_the_next_run(tmp_path, monkeypatch, cap
 def test_times_of_what_is_not_ours_any_more_are_taken_again(tmp_path, monkeypatch):
     tiny(monkeypatch)
     path = tmp_path / "context_attention.csv"
-    assert _run(tmp_path) == 0
+    run = partial(_run, tmp_path, "--concepts", "1")
+    assert run() == 0
     before = set(map(rows.key_of, rows.read(path)))
     assert all(bool(r["implementation"]) == (r["provider"] == "ours") for r in rows.read(path))
     measured = []
     monkeypatch.setattr(benchmark, "measure", lambda *a: measured.append(1) or harness.measure(*a))
-    assert _run(tmp_path, "--missing") == 0 and not measured
+    assert run("--missing") == 0 and not measured
     monkeypatch.setattr(benchmark, "source_hash", lambda *modules: "another")
-    assert _run(tmp_path, "--missing") == 0 and len(measured) == len(TINY.layers)
+    assert run("--missing") == 0 and len(measured) == len(TINY.layers)
     assert {r["implementation"] for r in rows.read(path) if r["provider"] == "ours"} == {"another"}
     assert before == set(map(rows.key_of, rows.read(path)))
 

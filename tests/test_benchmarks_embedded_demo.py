@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -35,9 +36,15 @@ def folder(tmp_path, monkeypatch):
     return found
 
 
+@cache
+def model():
+    """The embedded model, of which a manifest reads what it is."""
+    return load_pipeline()
+
+
 def write_manifest(folder, job, fusion=None, as_well=lambda job: job, template=1, **changes) -> None:
     """As a run writes it: with the one template that was taken, by its number."""
-    resolved = as_well(resolve_job(job, load_pipeline(), resolve_prompts(job, {})))
+    resolved = as_well(resolve_job(job, model(), resolve_prompts(job, {})))
     taken = {"seed": resolved.template.seed + template * SEED_STRIDE, "tries": 1}
     mapping = job_to_mapping(replace(resolved, template=replace(resolved.template, **taken)), folder) | changes
     mapping["fusion"] |= fusion or {}

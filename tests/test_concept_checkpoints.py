@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -31,7 +32,17 @@ def train(pipe, *, stop: int | None = None, images=None, settings=SETTINGS, **op
 
 @pytest.fixture(scope="module")
 def whole(tiny_pipe):
-    return train(tiny_pipe)
+    """What a training in one go learns, once for each settings."""
+    return cache(lambda settings: train(tiny_pipe, settings=settings))
+
+
+@pytest.fixture(scope="module")
+def kept(tiny_pipe, tmp_path_factory):
+    """The checkpoint of a training that was interrupted at its third step."""
+    file = tmp_path_factory.mktemp("kept") / "rex.ckpt"
+    with pytest.raises(Interrupted):
+        train(tiny_pipe, stop=3, checkpoint=file)
+    return file.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -40,7 +51,7 @@ def whole(tiny_pipe):
     ids=["matrices", "factors", "muon", "accumulated"],
 )
 @pytest.mark.parametrize("stop", [2, 3, 5])
-def test_an_interrupted_training_ends_as_a_whole_one(tiny_pipe, tmp_path, stop, rank, optimiser, accumulate):
+def test_an_interrupted_training_ends_as_a_whole_one(tiny_pipe, tmp_path, whole, stop, rank, optimiser, accumulate):
     settings, file = (
         replace(SETTINGS, rank=rank, optimiser=optimiser, accumulate=accumulate),
         tmp_path / "deep" / "rex.ckpt",
@@ -54,7 +65,7 @@ def test_an_interrupted_training_ends_as_a_whole_one(tiny_pipe, tmp_path, stop, 
         progress=lambda done, total: seen.append(done),
     )  # fmt: skip
     assert seen == list(range(4 if stop >= 3 else 1, 8)) and not file.exists()
-    once = train(tiny_pipe, settings=settings)
+    once = whole(settings)
     for key, delta in once.deltas.items():
         pairs = zip(parts_of(delta).values(), parts_of(again.deltas[key]).values(), strict=True)
         assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
@@ -62,13 +73,12 @@ def test_an_interrupted_training_ends_as_a_whole_one(tiny_pipe, tmp_path, stop, 
 
 
 def test_a_checkpoint_changes_nothing(tiny_pipe, tmp_path, whole):
-    assert equal(train(tiny_pipe, checkpoint=tmp_path / "rex.ckpt"), whole)
+    assert equal(train(tiny_pipe, checkpoint=tmp_path / "rex.ckpt"), whole(SETTINGS))
 
 
-def test_a_checkpoint_of_another_version_is_told(tiny_pipe, tmp_path):
+def test_a_checkpoint_of_another_version_is_told(tiny_pipe, tmp_path, kept):
     file = tmp_path / "rex.ckpt"
-    with pytest.raises(Interrupted):
-        train(tiny_pipe, stop=3, checkpoint=file)
+    file.write_bytes(kept)
     state = torch.load(file, weights_only=True)
     del state["layout"]
     torch.save(state, file)
@@ -92,20 +102,17 @@ def test_a_checkpoint_of_another_version_is_told(tiny_pipe, tmp_path):
         ),
     ],
 )
-def test_a_checkpoint_of_another_training_is_refused_and_stays(tiny_pipe, tmp_path, changes, message):
+def test_a_checkpoint_of_another_training_is_refused_and_stays(tiny_pipe, tmp_path, kept, changes, message):
     file = tmp_path / "rex.ckpt"
-    with pytest.raises(Interrupted):
-        train(tiny_pipe, stop=3, checkpoint=file)
-    before = file.read_bytes()
+    file.write_bytes(kept)
     with pytest.raises(WeaverError, match=message):
         train(tiny_pipe, checkpoint=file, **changes)
-    assert file.read_bytes() == before
+    assert file.read_bytes() == kept
 
 
-def test_a_checkpoint_of_another_precision_is_refused(tiny_pipe, pipe, tmp_path):
+def test_a_checkpoint_of_another_precision_is_refused(tiny_pipe, pipe, tmp_path, kept):
     file = tmp_path / "rex.ckpt"
-    with pytest.raises(Interrupted):
-        train(tiny_pipe, stop=3, checkpoint=file)
+    file.write_bytes(kept)
     assert attn2_hash(pipe.unet) == attn2_hash(tiny_pipe.unet)
     with pytest.raises(WeaverError, match=r"with other settings \(precision: kept 'float64', asked 'float32'\): ask"):
         train(pipe, checkpoint=file)
@@ -154,10 +161,11 @@ def test_class_pictures_of_another_training_are_refused(tiny_pipe, tmp_path):
         train(tiny_pipe, settings=MADE, **options)
 
 
-def test_a_checkpoint_of_another_training_is_told_before_class_pictures_are_made(tiny_pipe, tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_training_is_told_before_class_pictures_are_made(
+    tiny_pipe, tmp_path, kept, monkeypatch
+):
     file = tmp_path / "rex.ckpt"
-    with pytest.raises(Interrupted):
-        train(tiny_pipe, stop=3, checkpoint=file)
+    file.write_bytes(kept)
     monkeypatch.setattr(type(tiny_pipe), "__call__", None)
     with pytest.raises(WeaverError, match="other prior pictures and settings"):
         train(tiny_pipe, checkpoint=file, settings=MADE, prior=None)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_concept, make_pipeline
+from conftest import make_concept, make_pipeline, shallow
 
 from weaver import WeaverError
 from weaver.compiled import compile_whole
@@ -265,12 +265,13 @@ def test_the_whole_unet_compiles_with_all_a_plan_adds_once_for_each_set_of_sites
 
 
 def test_the_whole_unet_compiles_with_projections_of_a_concept_s_own(tiny_pipe, masks, forget):
+    pipe = shallow(tiny_pipe)
     every = ("to_k", "to_v", "to_q", "to_out.0", "to_out.0.bias")
-    use = ConceptUse(make_concept(tiny_pipe, 1, "dog", changed=every))
-    plan = FusionPlan.build(tiny_pipe, [use], masks[:1], prompt=PROMPT, suppression=0.1, steps=2)
-    z, scheduler = torch.ones(1, 4, 16, 16).double(), ddim_scheduler(tiny_pipe.scheduler)
-    expected = sample_fusion(tiny_pipe.unet, z, scheduler, plan)
-    sampler = FusionSampler(tiny_pipe.unet, scheduler, plan)
+    use = ConceptUse(make_concept(pipe, 1, "dog", changed=every))
+    plan = FusionPlan.build(pipe, [use], masks[:1], prompt=PROMPT, suppression=0.1, steps=2)
+    z, scheduler = torch.ones(1, 4, 16, 16).double(), ddim_scheduler(pipe.scheduler)
+    expected = sample_fusion(pipe.unet, z, scheduler, plan)
+    sampler = FusionSampler(pipe.unet, scheduler, plan)
     sampler._graphs = Compiling()
     with sampler:
         torch.testing.assert_close(sampler(z), expected, rtol=1e-9, atol=1e-9)

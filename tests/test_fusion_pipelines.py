@@ -40,10 +40,12 @@ def controlnet(tiny_pipe):
     return controlnet_of(tiny_pipe.unet)
 
 
-def template_features(pipe):
+@pytest.fixture(scope="module")
+def template(tiny_pipe):
+    """Features of a template, which plans only read."""
     sites = InjectionSites("some", resnets=(4,), attentions=(4, 7), resnet_window=1.0, attention_window=1.0)
     z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
-    return collect_features(pipe, invert(pipe, z, PROMPT, STEPS), sites)
+    return collect_features(tiny_pipe, invert(tiny_pipe, z, PROMPT, STEPS), sites)
 
 
 @ALL
@@ -88,12 +90,11 @@ def test_a_concept_on_the_whole_picture_is_the_model_with_its_weights(kind, tiny
 
 
 @ALL
-def test_features_of_the_template_are_injected(kind, tiny_pipe, controlnet, concepts):
+def test_features_of_the_template_are_injected(kind, tiny_pipe, controlnet, concepts, template):
     """Image-to-image begins in the middle of the template's steps and takes the features of those."""
-    features = template_features(tiny_pipe)
     plans = [
         FusionPlan.build(tiny_pipe, [ConceptUse(concepts[0])], full_mask(), prompt=PROMPT, steps=STEPS, features=f)
-        for f in (features, None)
+        for f in (template, None)
     ]
     pipe = make(kind, tiny_pipe, controlnet, requires_safety_checker=False)
     pipe.scheduler = ddim_scheduler(tiny_pipe.scheduler)
@@ -106,9 +107,9 @@ def test_features_of_the_template_are_injected(kind, tiny_pipe, controlnet, conc
 
 @ALL
 @pytest.mark.parametrize("injected", [False, True], ids=["noise", "template"])
-def test_the_arguments_of_a_plan_suit_every_form(kind, injected, tiny_pipe, controlnet, concepts):
+def test_the_arguments_of_a_plan_suit_every_form(kind, injected, tiny_pipe, controlnet, concepts, template):
     """A form that starts from its own picture does so, though the plan has the template's noise."""
-    features = template_features(tiny_pipe) if injected else None
+    features = template if injected else None
     plan = FusionPlan.build(tiny_pipe, concepts[:1], full_mask(), prompt=PROMPT, steps=STEPS, features=features)
     pipe = make(kind, tiny_pipe, controlnet, requires_safety_checker=False)
     pipe.scheduler = ddim_scheduler(tiny_pipe.scheduler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from weaver.concepts import train as training
 from weaver.concepts.checkpoints import Checkpoint
 from weaver.concepts.concept import Concept
 from weaver.concepts.settings import TrainSettings
+from weaver.concepts.validation import Validation
 from weaver.embedded import concept_images, load_pipeline
+from weaver.embedded.prior import prior_scenes
 from weaver.models import load_model
 from weaver_kernels import LowRank
 
@@ -68,10 +71,12 @@ def test_every_setting_is_explained_with_its_defaults():
     assert all(told.values())
 
 
-def test_validation_pictures_and_a_log_beside_the_concept(folder, tmp_path):
+def test_validation_pictures_and_a_log_beside_the_concept(folder, tmp_path, monkeypatch):
+    assert Validation(["a <v1> cat"], tmp_path).steps == 25
+    monkeypatch.setattr("weaver.concepts.validation.Validation", partial(Validation, steps=2))
     out, log = tmp_path / "tom.safetensors", tmp_path / "log"
     watch = ["--validate", "a <v1> cat", "--validate", "a <v1> cat, mountain", "--validate-every", "1"]
-    assert train(folder, "--out", str(out), *watch, "--log-dir", str(log), "--accumulate", "2", "--at-once", "2") == 0
+    assert train(folder, "--out", str(out), *watch, "--log-dir", str(log), "--accumulate", "2", "--at-once", "1") == 0
     assert [file.name for file in sorted((tmp_path / "tom.validation").iterdir())] == [
         "step-000001.png",
         "step-000002.png",
@@ -150,7 +155,8 @@ def test_a_concept_learned_in_any_precision_is_of_the_same_base(folder, tmp_path
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
-def test_the_embedded_model_learns_in_half_precision(tmp_path, precision):
+def test_the_embedded_model_learns_in_half_precision(tmp_path, precision, monkeypatch):
+    monkeypatch.setattr("weaver.embedded.prior.prior_scenes", partial(prior_scenes, 4))  # it reads two
     out = tmp_path / "pug.safetensors"
     given = ["train", str(concept_images("pug")), "--word", "dog", "--token", "<pug>", "--out", str(out)]
     assert main([*given, "--steps", "2", "--precision", precision]) == 0
@@ -253,12 +259,13 @@ def test_what_was_learned_is_not_lost_where_it_cant_be_saved(folder, tmp_path, m
     def full(*args):
         raise OSError("No space left on device")
 
+    assert _parser().parse_args(["train", "a.png", "--word", "cat"]).checkpoint_every == 100
     out = tmp_path / "tom.safetensors"
     with monkeypatch.context() as patched:
         patched.setattr(Concept, "save", full)
-        assert train(folder, "--steps", "100", "--out", str(out), "--prior-batch", "0", "--batch", "1") == 1
+        assert train(folder, "--checkpoint-every", "2", "--out", str(out), "--prior-batch", "0", "--batch", "1") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["tom.checkpoint"]
-    assert train(folder, "--steps", "100", "--out", str(out), "--prior-batch", "0", "--batch", "1") == 0
+    assert train(folder, "--checkpoint-every", "2", "--out", str(out), "--prior-batch", "0", "--batch", "1") == 0
     assert [file.name for file in tmp_path.iterdir()] == ["tom.safetensors"]
 
 
