@@ -40,8 +40,9 @@ def further_cases() -> list[Case]:
 
 
 def figures(results: Results) -> list[dict]:
-    """A row a figure, of all pictures and by the number of concepts: either arm's mean, and the first's minus the
-    second's with its interval, of which only that of all pictures was to be looked at.
+    """A row a figure, of all pictures and by the number of concepts: how many animals there are and of how many it is
+    true, either arm's mean, and the first's minus the second's with its interval, of which only that of all pictures
+    was to be looked at.
     """
     drawn = resample(len(results.prompts))
     counts = sorted({len(case.prompt.concepts) for case in results.cases})
@@ -51,7 +52,10 @@ def figures(results: Results) -> list[dict]:
         for part, keep in parts.items():
             full, rival = (results.sums(arm, metric, keep) for arm in (FULL, RIVAL))
             found = {FULL: mean(*full, drawn), RIVAL: mean(*rival, drawn), "difference": difference(full, rival, drawn)}
-            rows.append({"figure": metric.name, "concepts": part} | {k: _rounded(v) for k, v in found.items()})
+            counted = {"animals": int(full[1].sum()), "of": {FULL: int(full[0].sum()), RIVAL: int(rival[0].sum())}}
+            rows.append(
+                {"figure": metric.name, "concepts": part} | counted | {k: _rounded(v) for k, v in found.items()}
+            )
     return rows
 
 

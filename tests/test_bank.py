@@ -68,10 +68,15 @@ def test_training_at_once_and_one_by_one_agree(job):
 
 
 @pytest.mark.parametrize(
-    ("steps", "processes", "waiting"),
-    [((2, 3, 2), 3, [True, False, True]), ((2, 2, 2), 3, [False] * 3), ((2, 3, 2), 2, [False] * 3)],
+    ("steps", "processes", "cores", "waiting"),
+    [
+        ((2, 3, 2), 3, 2, [True, False, True]),
+        ((2, 2, 2), 3, 2, [False] * 3),
+        ((2, 3, 2), 2, 1, [False] * 3),  # not all begin at once
+        ((2, 3, 2), 3, 3, [False] * 3),  # none has to wait
+    ],
 )
-def test_shorter_trainings_leave_the_processor_to_the_longest(job, monkeypatch, steps, processes, waiting):
+def test_shorter_trainings_leave_the_processor_to_the_longest(job, monkeypatch, steps, processes, cores, waiting):
     cat, dog = job.concepts
     specs = [
         replace(spec, train=replace(spec.train, settings={**dict(spec.train.settings), "steps": count}))
@@ -83,6 +88,7 @@ def test_shorter_trainings_leave_the_processor_to_the_longest(job, monkeypatch, 
         told.extend(waits for _, waits in arguments)
         return [function(*values, move) for values, move in zip(arguments, moves, strict=True)]
 
+    monkeypatch.setattr(bank, "cores", lambda: cores)
     monkeypatch.setattr(bank, "call_apart", call_here)
     monkeypatch.setattr(bank.os, "nice", nice.append, raising=False)
     monkeypatch.setattr(bank, "load_model", lambda *_, **__: pipe)

@@ -207,7 +207,7 @@ def test_time_that_is_up_leaves_parts_to_the_next_run(tmp_path, monkeypatch, cap
 def test_times_of_what_is_not_ours_any_more_are_taken_again(tmp_path, monkeypatch):
     tiny(monkeypatch)
     path = tmp_path / "context_attention.csv"
-    run = partial(_run, tmp_path, "--concepts", "1")
+    run = partial(_run, tmp_path, "--concepts", "1", "3")
     assert run() == 0
     before = set(map(rows.key_of, rows.read(path)))
     assert all(bool(r["implementation"]) == (r["provider"] == "ours") for r in rows.read(path))

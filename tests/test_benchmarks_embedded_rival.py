@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.embedded_rival import FIGURES, FULL, FURTHER_SEEDS, MARKS, PAGE, RIVAL, figures, further_cases, markdown
 from benchmarks.records import RESULTS
+from benchmarks.tables import README
 from weaver.evaluation.arms import arm_of
 from weaver.evaluation.drawing import STEPS
 from weaver.evaluation.results import Results
@@ -58,3 +59,10 @@ def test_the_page_has_what_was_recorded():
     assert record["settings"] == {name: arm_of(name).chosen.as_mapping() for name in (FULL, RIVAL)}
     there = PAGE.read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0]
     assert there.strip() == markdown(record)
+    identity, leakage = (row for row in record["rows"] if row["concepts"] == "all")
+    wrong, leaks = ({arm: identity["animals"] - identity["of"][arm] for arm in (FULL, RIVAL)}, leakage["of"])
+    assert leaks == {FULL: 0, RIVAL: 1}
+    each = f"{wrong[FULL]} fail and none leaks in (h), {wrong[RIVAL]} fail and 1 leaks in (c)"
+    assert f"{identity['animals']} animals {each}" in " ".join(PAGE.read_text(encoding="utf-8").split())
+    readme = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"it is {wrong[FULL]} and {wrong[RIVAL]} of {identity['animals']}" in readme

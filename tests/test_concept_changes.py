@@ -35,6 +35,26 @@ def test_a_change_adds_what_its_matrix_would(kind, bias, weighted):
     torch.testing.assert_close(gradients, torch.autograd.grad((expected * sent).sum(), learned))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("flat", [False, True], ids=["tokens", "rows"])
+def test_factors_in_float32_on_a_model_in_half_precision(dtype, flat):
+    """As a LoRA is learned; x and what is added to need not be contiguous."""
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 10, dtype=dtype).requires_grad_(False)
+    delta = LowRank(*(torch.randn(shape, requires_grad=True) for shape in ((3, 6), (10, 3))))
+    x, weight = (torch.randn(5, 6), torch.rand(5, 1)) if flat else (torch.randn(5, 2, 6), torch.rand(5, 2, 1))
+    x, weight = (part if flat else part.transpose(0, 1) for part in (x.to(dtype), weight))
+    with added_to([(linear, delta)], lambda given: weight):
+        found = linear(x)
+    assert found.dtype == dtype and found.shape == (*x.shape[:-1], 10)
+    doubles = [part.detach().double() for part in (x, weight, linear.weight, linear.bias, delta.up @ delta.down)]
+    x, weight, matrix, bias, change = doubles
+    expected = x @ matrix.T + bias + weight * (x @ change.T)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps * expected.abs().max())
+    gradients = torch.autograd.grad(found.float().square().sum(), list(delta))
+    assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in gradients)
+
+
 def test_a_change_acts_within_the_block_alone_and_only_where_it_may():
     linear, x = nn.Linear(6, 10), torch.randn(2, 5, 6)
     before, matrix = linear(x), torch.ones(10, 6)

@@ -183,7 +183,7 @@ def train_bank(
         if processes > 1:
             works = [_work(training_settings(task.spec.train, pipe)) for task in tasks]
             # Where all begin at once and cores are few, the longest goes first, or it is left over on one core.
-            waits = [len(tasks) == processes and work < max(works) for work in works]
+            waits = [len(tasks) == processes > cores() and work < max(works) for work in works]
             files = call_apart(_train_apart, list(zip(tasks, waits, strict=True)), moves, processes)
             trained = [torch.load(io.BytesIO(file), weights_only=False) for file in files]
         else:

@@ -132,9 +132,9 @@ def added_to(
 def _with_change(output: torch.Tensor, delta: Delta, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """output [..., out] and weight [..., 1] times what a change adds for x [..., in].
 
-    The sum is the last product's own, and the weight acts before that, where factors have few numbers: no pass over an
-    output goes to either. Ranks are rows of all products, here and in their gradients, which take their operands'
-    layouts: with as few columns, CPUs' libraries are up to eight times slower.
+    The last product makes the sum itself, and the weight acts before that, where factors have few numbers: nothing else
+    of an output's size is made. Ranks are rows of all products, here and in their gradients, which take their operands'
+    layouts: with as few columns, CPUs' libraries are slower.
     """
     x = x.flatten(0, -2)
     if isinstance(delta, LowRank):
