@@ -4,8 +4,8 @@ Its job must be the demonstration's in every setting, but for the device and whi
 concepts trained in that run, and nothing taken from the cache (`make demo ARGS='--cache off'` after a first one). The
 sheet becomes `docs/demo.png`, and what it was made with goes to `benchmarks/results/embedded_demo.json`, with the
 seconds that its `report.json` tells and the name of this machine: take it on the one that ran it. A training that was
-interrupted has taken more than is told. Processors round differently, so that one of another kind trains other numbers
-than those that ship; which concepts have other numbers is told and recorded.
+interrupted has taken more than is told. Processors round differently, and so does code that adds in another order: such
+a run trains other numbers than those that ship. Which concepts have other numbers is told and recorded.
 """
 
 from __future__ import annotations
