@@ -55,8 +55,11 @@ def table(record: Mapping, arms: Sequence[Arm] = ARMS) -> str:
     lines = [_line(heads), "|---" * len(heads) + "|"]
     for arm in arms:
         found, pair = record["table"][arm.name], record["full_minus"].get(arm.name)
-        cells = [f"({arm.letter}) {arm.what}", *(_told(found[metric], form) for metric, (_, form) in COLUMNS.items())]
-        lines.append(_line([*cells, _told(pair and pair["identity"], "{:+z.1f}", 100)]))
+        cells = [
+            f"({arm.letter}) {arm.what}",
+            *(with_interval(found[metric], form) for metric, (_, form) in COLUMNS.items()),
+        ]
+        lines.append(_line([*cells, with_interval(pair and pair["identity"], "{:+z.1f}", 100)]))
     return "\n".join(lines)
 
 
@@ -72,7 +75,8 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _told(found: Mapping | None, form: str, times: float = 1) -> str:
+def with_interval(found: Mapping | None, form: str, times: float = 1) -> str:
+    """A recorded figure and its interval, `times` as large, in a format of numbers; a dash where there is none."""
     if found is None or found["value"] is None:
         return "–"
     value, low, high = (form.format(times * found[key]) for key in ("value", "low", "high"))

@@ -16,13 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks import records, tables
+from benchmarks.embedded_evaluation import with_interval
 from weaver.apart import cores
 from weaver.embedded import CONCEPTS
 from weaver.evaluation.arms import FULL, arm_of
-from weaver.evaluation.bootstrap import Interval, difference, mean, resample
+from weaver.evaluation.bootstrap import difference, mean, resample
 from weaver.evaluation.drawing import STEPS
 from weaver.evaluation.prompts import Case
-from weaver.evaluation.results import METRICS, Results, by_concepts
+from weaver.evaluation.results import METRICS, Results, by_concepts, plain
 from weaver.evaluation.runner import run_cases
 from weaver.evaluation.suite import SEEDS, suite
 from weaver.progress import Stages
@@ -53,9 +54,7 @@ def figures(results: Results) -> list[dict]:
             full, rival = (results.sums(arm, metric, keep) for arm in (FULL, RIVAL))
             found = {FULL: mean(*full, drawn), RIVAL: mean(*rival, drawn), "difference": difference(full, rival, drawn)}
             counted = {"animals": int(full[1].sum()), "of": {FULL: int(full[0].sum()), RIVAL: int(rival[0].sum())}}
-            rows.append(
-                {"figure": metric.name, "concepts": part} | counted | {k: _rounded(v) for k, v in found.items()}
-            )
+            rows.append({"figure": metric.name, "concepts": part} | counted | plain(found))
     return rows
 
 
@@ -68,14 +67,9 @@ def markdown(record: Mapping) -> str:
     lines = []
     for row in record["rows"]:
         of_arms = [f"{row[arm]['value']:.1%}" for arm in (FULL, RIVAL)]
-        apart = " to ".join(f"{100 * row['difference'][end]:+z.1f}" for end in ("low", "high"))
-        more = f"{100 * row['difference']['value']:+z.1f} ({apart})"
+        more = with_interval(row["difference"], "{:+z.1f}", 100)
         lines.append([labels[row["figure"]], row["concepts"], *of_arms, more])
     return f"{of}\n\n{tables.table(head, lines)}"
-
-
-def _rounded(found: Interval) -> dict:
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in found.as_mapping().items()}
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from weaver.evaluation.suite import GROUPS
 from weaver.folder import whole_file
 from weaver.version import __version__
 
-__all__ = ["METRICS", "Aim", "Metric", "Results", "aims", "summarise", "write_results"]
+__all__ = ["METRICS", "Aim", "Metric", "Results", "aims", "plain", "summarise", "write_results"]
 
 _RIVALS = ("averaged", "closed-form", "prompt-only", "score-mix")
 _SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -198,7 +198,7 @@ def write_results(folder: Path, results: Results, told: Mapping, *, quick: bool 
         "prompts": len(results.prompts),
         "pictures": len(results.cases),
         "templates_drawn": sum(record["template"] == "drawn" for record in results.records),
-        **{key: _plain(value) for key, value in told.items()},
+        **{key: plain(value) for key, value in told.items()},
         "aims": [{"what": a.what, "value": _number(a.value), "aim": f"{a.sign} {a.bound:g}", "met": a.met}
                  for a in aims(results, told)],
     }  # fmt: skip
@@ -237,10 +237,11 @@ def _cell(value) -> str:
     return str(int(value)) if isinstance(value, bool) else f"{value:.4f}"
 
 
-def _plain(value):
+def plain(value):
+    """Intervals, in mappings or alone, as JSON has them: rounded to four digits, None for NaN."""
     if isinstance(value, Interval):
         return {name: _number(x) for name, x in value.as_mapping().items()}
-    return {key: _plain(x) for key, x in value.items()}
+    return {key: plain(x) for key, x in value.items()}
 
 
 def _number(value):
