@@ -34,6 +34,8 @@ endif
 
 # pip's resolver must see torch alone first: together with other packages it may swap the build for another.
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
+# pip compiles what it installs on one core; this does on all. Some packages ship files of other Pythons: no matter.
+COMPILE := $(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 help:
 	@echo "make demo             all five stages on the embedded model; pictures in outputs/demo/ (ARGS=--quick: shipped concepts)"
@@ -121,8 +123,9 @@ $(VENV)/.ready: $(SETUP_FILES)
 	if ! $(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 	  "$$base" -m venv --clear $(VENV) || { echo "Could not make $(VENV); on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }; \
 	fi
-	@$(PIP) install -c constraints.txt torch
-	@$(PIP) install -c constraints.txt -e '.[test]'
+	@$(PIP) install --no-compile -c constraints.txt torch
+	@$(PIP) install --no-compile -c constraints.txt -e '.[test]'
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.ready-train: $(VENV)/.ready

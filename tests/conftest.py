@@ -46,6 +46,14 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def served():
+    """Processes that begin in no time, from a server that has imported what they need, as commands have them."""
+    from weaver.apart import expect_calls
+
+    expect_calls("weaver.concepts.bank", "weaver.evaluation.runner")
+
+
 def make_tokenizer(**options):
     """CLIP's byte-level BPE with merges learned from `WORDS`: every word of the list is one token."""
     from tokenizers import pre_tokenizers
@@ -112,16 +120,18 @@ def make_louder(unet) -> None:
             parameter.normal_()
 
 
-def shallow(pipe):
-    """The same pipeline around a U-Net of two levels with one layer a block: every kind of block that `make_pipeline`'s
-    has, for what takes long for each of them, as `torch.compile` does."""
-    kinds = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+def shallow(pipe, levels: int = 2):
+    """The same pipeline around a U-Net of fewer levels with one layer a block: every kind of block that
+    `make_pipeline`'s has, for what takes long for each of them, as `torch.compile` does."""
+    shape = {
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16, 16)[:levels],
+        "down_block_types": ("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
     }
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        unet = type(pipe.unet).from_config(pipe.unet.config, layers_per_block=1, block_out_channels=(8, 16), **kinds)
+        unet = type(pipe.unet).from_config(pipe.unet.config, **shape)
         make_louder(unet)
     found = copy.copy(pipe)
     found.unet = unet.to(pipe.unet.dtype).eval()

@@ -1,4 +1,5 @@
-"""Calls in processes of their own: one bar for all; no worker outlives the one that waits, even killed outright."""
+"""Calls in processes of their own: one bar for all; no worker outlives the one that waits, even killed outright; those
+of a server have its modules, and the environment of now."""
 
 from __future__ import annotations
 
@@ -24,24 +25,51 @@ def work():
     time.sleep(600)
 
 if __name__ == "__main__":
-    worker = multiprocessing.get_context("spawn").Process(target=work)
+    worker = multiprocessing.get_context(sys.argv[1]).Process(target=work)
     worker.start()
     sys.stdin.readline()
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="kills by a signal")
-def test_a_worker_ends_with_its_parent(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+SERVED = """
+import os, sys
+from weaver.apart import call_apart, expect_calls
+
+def look(name, move):
+    return name in sys.modules, os.environ.get("SAID_LATER")
+
+if __name__ == "__main__":
+    expect_calls("wave", "no.such.module")
+    os.environ["SAID_LATER"] = "yes"
+    print(call_apart(look, [("wave",), ("sndhdr",)], [None, None], 2))
+"""
+
+
+def started(folder: Path, script: str, *arguments: str) -> subprocess.Popen:
+    file = folder / "script.py"
+    file.write_text(script)
     pipe, path = subprocess.PIPE, os.pathsep.join([str(ROOT), *sys.path])
-    with subprocess.Popen(
-        [sys.executable, script], stdin=pipe, stdout=pipe, text=True, env=os.environ | {"PYTHONPATH": path}
-    ) as parent:
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.Popen(
+        [sys.executable, file, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by a signal")
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_worker_ends_with_its_parent(tmp_path, method):
+    with started(tmp_path, SCRIPT, method) as parent:
         assert parent.stdout.readline() == "working\n"
         out, _ = parent.communicate("kill\n", timeout=60)  # returns when the worker too has closed its output
     assert out == "" and parent.returncode == -9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no server of processes")
+def test_workers_of_a_server_have_its_modules_and_the_environment_of_now(tmp_path):
+    with started(tmp_path, SERVED) as ran:
+        out, errors = ran.communicate(timeout=60)
+    assert (out, errors) == ("[(True, 'yes'), (False, 'yes')]\n", "")
 
 
 def count_up(start: int, parts: int, move) -> int:

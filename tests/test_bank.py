@@ -14,6 +14,7 @@ import torch
 from conftest import make_pipeline
 from PIL import Image
 
+from weaver import apart
 from weaver.concepts import bank
 from weaver.concepts.bank import drop_checkpoints, resolve_prompts, train_bank, training_settings, worker_count
 from weaver.concepts.settings import TrainSettings
@@ -28,7 +29,7 @@ from weaver.progress import Stages
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
+def job(tmp_path_factory, served):
     folder = tmp_path_factory.mktemp("bank")
     make_pipeline(dtype=torch.float32).save_pretrained(folder / "model")
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
@@ -53,7 +54,8 @@ class Watched(Stages):
         return nullcontext(lambda done, whole: self.moves.setdefault(label, []).append((done, whole)))
 
 
-def test_training_at_once_and_one_by_one_agree(job):
+def test_training_at_once_and_one_by_one_agree(job, monkeypatch):
+    monkeypatch.setattr(apart, "_expected", False)  # as in a script: processes that import for themselves
     pipe = load_model(job.model, device="cpu")
     stages = Watched()
     alone = train_bank(job, pipe, stages, processes=1)

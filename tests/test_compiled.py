@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import make_concept, make_pipeline, shallow
 
 from weaver import ConceptUse, WeaverError, weave
 from weaver.compiled import compile_whole, hooks_run, is_compiled
@@ -14,7 +14,7 @@ from weaver.concepts.encoding import encode
 from weaver.concepts.training_state import added
 from weaver.fusion import FusionPlan, attach
 from weaver.latents import image_to_tensor
-from weaver.layers import PAPER, cross_attention_paths
+from weaver.layers import PAPER, InjectionSites, cross_attention_paths
 
 PROMPT = "a dog and a cat, mountain"
 
@@ -35,20 +35,25 @@ def compiled(tiny_pipe):
     return pipe
 
 
-def test_a_whole_run_on_compiled_blocks(tiny_pipe, compiled, concepts):
+def test_a_whole_run_on_compiled_blocks(tiny_pipe):
     """Masks from attention, inversion, features, fusion, all kinds of features; and plain pictures around it."""
-    uses = [ConceptUse(concepts[0]), ConceptUse(concepts[1])]
+    eager = shallow(tiny_pipe, levels=3)
+    compiled = copy.copy(eager)
+    compiled.unet = copy.deepcopy(eager.unet)
+    compiled.unet.compile_repeated_blocks(backend="eager")
+    uses = [ConceptUse(make_concept(eager, number, word)) for number, word in ((1, "dog"), (2, "cat"))]
+    sites = InjectionSites("some", resnets=(4,), attentions=(4, 7))
     plain = {"num_inference_steps": 2, "output_type": "latent"}
 
     def draw(pipe):
         found = [pipe(PROMPT, generator=torch.Generator().manual_seed(1), **plain).images]
         for features in ("stored", "replayed", "inversion"):
-            options = {"steps": 3, "template_steps": 2, "sites": PAPER, "features": features}
+            options = {"steps": 3, "template_steps": 2, "sites": sites, "features": features}
             result = weave(pipe, PROMPT, uses, seed=3, **options)
             found += [image_to_tensor(result.image), *result.masks]
         return [*found, pipe(PROMPT, generator=torch.Generator().manual_seed(1), **plain).images]
 
-    for ours, expected in zip(draw(compiled), draw(tiny_pipe), strict=True):
+    for ours, expected in zip(draw(compiled), draw(eager), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 

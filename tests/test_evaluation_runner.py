@@ -86,7 +86,7 @@ def test_arms_that_are_not_asked_for_stay(tmp_path, monkeypatch):
     assert list(again[0]["arms"]) == list(both) and again[0]["arms"]["prompt-only"] == first[0]["arms"]["prompt-only"]
 
 
-def test_two_processes_draw_what_one_draws(tmp_path):
+def test_two_processes_draw_what_one_draws(tmp_path, served):
     arms, of = {"prompt-only": ALL["prompt-only"]}, [SIMILAR, CASES[0]]
     alone, both = (run_cases(tmp_path / str(n), of, arms, processes=n, steps=STEPS) for n in (1, 2))
     assert alone == both and [record["case"] for record in both] == [case.name for case in of]

@@ -30,22 +30,30 @@ def masks():
 
 @pytest.fixture(scope="module")
 def templates(tiny_pipe):
-    noises = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
-    inversions = [invert(tiny_pipe, z[None], PROMPT, STEPS) for z in noises]
-    return [collect_features(tiny_pipe, inversion, SITES) for inversion in inversions]
+    return make_templates(tiny_pipe)
 
 
 @pytest.fixture(scope="module")
 def plans(tiny_pipe, concepts, masks, templates):
+    return make_plans(tiny_pipe, [concepts[i] for i in (0, 1, 4)], masks, templates)
+
+
+def make_templates(pipe):
+    noises = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    inversions = [invert(pipe, z[None], PROMPT, STEPS) for z in noises]
+    return [collect_features(pipe, inversion, SITES) for inversion in inversions]
+
+
+def make_plans(pipe, concepts, masks, templates):
     """A concept; two with lambda, a window and a negative prompt; another template, omega, background and prompt."""
-    dog, cat, ground = (ConceptUse(concepts[i]) for i in (0, 1, 4))
+    dog, cat, ground = map(ConceptUse, concepts)
     late = ConceptUse(concepts[1], window=(0.3, 0.7), strength=0.7, negative_prompt="ugly")
     first, second = ({"features": features} for features in templates)
     return [
-        FusionPlan.build(tiny_pipe, [dog], masks[:1], prompt=PROMPT, **first),
-        FusionPlan.build(tiny_pipe, [dog, late], masks, prompt=PROMPT, suppression=0.3, **first),
+        FusionPlan.build(pipe, [dog], masks[:1], prompt=PROMPT, **first),
+        FusionPlan.build(pipe, [dog, late], masks, prompt=PROMPT, suppression=0.3, **first),
         FusionPlan.build(
-            tiny_pipe, [cat], masks[1:], prompt="a red cat, mountain", background=ground, guidance=3.0, **second
+            pipe, [cat], masks[1:], prompt="a red cat, mountain", background=ground, guidance=3.0, **second
         ),
     ]
 
@@ -251,10 +259,12 @@ class Compiling(Eager):
         return compile_whole(forward, backend="eager")
 
 
-def test_the_whole_unet_compiles_with_all_a_plan_adds_once_for_each_set_of_sites(tiny_pipe, plans, forget):
-    graphs = torch._dynamo.utils.counters["stats"]
-    expected = [alone(tiny_pipe, plan) for plan in plans]
-    sampler = FusionSampler(tiny_pipe.unet, ddim_scheduler(tiny_pipe.scheduler), plans[0], capacity=2)
+def test_the_whole_unet_compiles_with_all_a_plan_adds_once_for_each_set_of_sites(tiny_pipe, masks, forget):
+    pipe, graphs = shallow(tiny_pipe, levels=3), torch._dynamo.utils.counters["stats"]
+    people = [make_concept(pipe, number, word) for number, word in enumerate(("dog", "cat", "mountain"), start=1)]
+    plans = make_plans(pipe, people, masks, make_templates(pipe))
+    expected = [alone(pipe, plan) for plan in plans]
+    sampler = FusionSampler(pipe.unet, ddim_scheduler(pipe.scheduler), plans[0], capacity=2)
     sampler._graphs, before = Compiling(), graphs["unique_graphs"]
     with sampler:
         for i in (0, 1, 2, 1, 0):

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import make_concept, shallow
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
@@ -225,3 +226,12 @@ def test_known_masks_are_checked_while_others_are_still_to_be_found(tiny_pipe):
     assert places.word_reasons(tiny_pipe, "a Cat") == []
     found = dataclasses.replace(places, given=tuple(compose_masks(halves())[[0, 1, 2]] > 0.5))
     assert found.compose((32, 32), **settings).shape == (4, 32, 32)
+
+
+def test_a_unet_that_no_sites_are_known_for_takes_those_it_is_given(tiny_pipe):
+    pipe, sites = shallow(tiny_pipe, levels=3), InjectionSites("some", resnets=(4,), attentions=(4, 7))
+    uses = [ConceptUse(make_concept(pipe, number, word)) for number, word in ((1, "dog"), (2, "cat"))]
+    options = {"masks": halves(), "steps": 2, "template_steps": 2}
+    with pytest.raises(WeaverError, match="No injection sites are known .* pass an InjectionSites of your own"):
+        weave(pipe, PROMPT, uses, **options)
+    assert weave(pipe, PROMPT, uses, sites=sites, **options).settings["injection"]["sites"] == "some"

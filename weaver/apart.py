@@ -6,14 +6,31 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
-__all__ = ["call_all", "call_apart", "cores", "end_with_parent"]
+__all__ = ["call_all", "call_apart", "cores", "end_with_parent", "expect_calls"]
 
 _POLL_SECONDS = 0.2
+
+_expected = False  # whether there is a server that fresh processes come from
+
+
+def expect_calls(*modules: str) -> None:
+    """Import what calls will need once for all of them, in a process beside this one, which goes on at once.
+
+    Processes come from that one then and begin in no time; without this, and where there is no such server (Windows,
+    macOS), each imports for itself. It is for commands: there is one server in a process, and it keeps the modules.
+    """
+    global _expected
+    if sys.platform == "linux" and not _expected:
+        multiprocessing.set_forkserver_preload([*modules])
+        forkserver.ensure_running()
+        _expected = True
 
 
 def call_apart(function: Callable, arguments: Sequence[tuple], moves: Sequence[Callable], processes: int) -> list:
@@ -26,9 +43,9 @@ def call_apart(function: Callable, arguments: Sequence[tuple], moves: Sequence[C
 
     When a call fails, or this process is interrupted, the others are ended before anything else happens.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver" if _expected else "spawn")
     news, others = context.Queue(), set(multiprocessing.active_children())
-    with ProcessPoolExecutor(processes, context, _begin, (news,)) as pool:
+    with ProcessPoolExecutor(processes, context, _begin, (news, dict(os.environ))) as pool:
         futures = [pool.submit(_call, function, values, number) for number, values in enumerate(arguments)]
         try:
             waiting, told = set(futures), True
@@ -93,9 +110,10 @@ def _pass_on(news, moves: Sequence[Callable]) -> bool:
 _news = None  # of a worker: the queue to the process that waits
 
 
-def _begin(news) -> None:
+def _begin(news, environment: dict[str, str]) -> None:
     global _news
     _news = news
+    os.environ.update(environment)  # which may have changed since the server began
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback; the parent tells
 

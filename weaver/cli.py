@@ -17,8 +17,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from weaver.apart import expect_calls
 from weaver.commands.bank import add_parser as add_bank_parser
 from weaver.commands.cache import CHOICES, chosen_cache
 from weaver.commands.cache import add_parser as add_cache_parser
@@ -34,6 +35,9 @@ from weaver.commands.train import add_parser as add_train_parser
 from weaver.errors import WeaverError
 from weaver.progress import Stages
 from weaver.version import __version__
+
+if TYPE_CHECKING:
+    from weaver.job import Job
 
 __all__ = ["main"]
 
@@ -199,6 +203,8 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
     """Run the job that `read` gives, with the manifest it comes from or None."""
     with args.stages.step("starting"):
         job, manifest = read()
+        if _trains_apart(job):
+            expect_calls("weaver.concepts.bank")
         from weaver.models import quiet_libraries
 
         quiet_libraries()
@@ -230,6 +236,16 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
         print(f"{' and '.join(cached)} of the template taken from the cache (--cache off computes them)")
     print(f"{run.folder}: sheet.png shows it all ({run.report['total_seconds']:.0f} s)")
     return 0
+
+
+def _trains_apart(job: Job) -> bool:
+    """Whether a job's concepts will be trained at once, in processes of their own: what `worker_count` will say of its
+    model, before that is loaded."""
+    if job.model != "embedded" or sum(spec.train is not None for spec in job.everyone) < 2:
+        return False
+    import torch
+
+    return job.device == "cpu" or (job.device == "auto" and not torch.cuda.is_available())
 
 
 def _fail(message: str, code: int, args: argparse.Namespace) -> int:

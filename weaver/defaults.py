@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from weaver.errors import WeaverError
 from weaver.latents import vae_scale_factor
 from weaver.layers import EMBEDDED, InjectionSites, sites_for
 from weaver.models import is_embedded
@@ -20,7 +21,7 @@ class Defaults:
     guidance : omega, of fusion
     template_guidance : classifier-free guidance of a picture from its prompt alone, such as a template
     suppression : lambda
-    sites : injection sites and windows
+    sites : injection sites and windows; None for a U-Net that no table is known for: it can be given one
     woven_sites : injection sites and windows under which woven scenes are learned (`weaver.concepts.woven`). Concepts
         that ship with the package were learned under these, before the fusion's windows were swept
     eta : of the fusion's DDIM steps. The paper's is 0. The embedded model's 0.5 is what the sweep found at lambda 0.2;
@@ -31,8 +32,8 @@ class Defaults:
     guidance: float
     template_guidance: float
     suppression: float
-    sites: InjectionSites
-    woven_sites: InjectionSites
+    sites: InjectionSites | None
+    woven_sites: InjectionSites | None
     eta: float = 0.0
     dilation: float = 1 / 64
 
@@ -41,7 +42,10 @@ def defaults_for(pipe) -> Defaults:
     """Defaults of a pipeline: Plug-and-Play's guidance for Stable Diffusion (SDXL too), the embedded model's swept."""
     if is_embedded(pipe):
         return embedded_defaults()
-    sites = sites_for(pipe.unet)
+    try:
+        sites = sites_for(pipe.unet)
+    except WeaverError:
+        sites = None
     return Defaults(guidance=7.5, template_guidance=7.5, suppression=0.2, sites=sites, woven_sites=sites)
 
 

@@ -181,7 +181,7 @@ def weave(
     guidance = defaults.guidance if guidance is None else guidance
     suppression = defaults.suppression if suppression is None else suppression
     eta = defaults.eta if eta is None else eta
-    sites = sites_for(sites) if isinstance(sites, str) else sites or defaults.sites
+    sites = sites_for(sites) if isinstance(sites, str) else sites or defaults.sites or sites_for(pipe.unet)
     size = size or model_size(pipe)
     dilation = default_dilation(size, defaults.dilation) if dilation is None else dilation
     shaping = {"dilation": dilation, "overlap": overlap, "min_area": min_area, "fill_holes": fill_holes}

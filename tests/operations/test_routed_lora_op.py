@@ -51,6 +51,22 @@ def few(b, s, t, rng):
     return weights
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [40, 400], ids=["together", "one-by-one"])
+def test_adapters_that_cancel_are_summed_before_they_are_rounded(tokens, dtype):
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 1, tokens, 8, generator=rng).to(dtype)
+    down, up = torch.randn(3, 8, generator=rng).to(dtype), torch.randn(8, 3, generator=rng).to(dtype)
+    almost = up + 0.01 * torch.randn(8, 3, generator=rng).to(dtype)
+    adapters, weights = (
+        AdapterStack.of([LowRank(down, up), LowRank(down, -almost)]).to(dtype=dtype),
+        torch.ones(1, 2, tokens),
+    )
+    expected = routed_lora_reference(y.double(), x.double(), adapters.to(dtype=torch.float64), weights)
+    once = expected.abs() * torch.finfo(dtype).eps / 2
+    assert ((routed_lora(y, x, adapters, weights).double() - expected).abs() <= once + 1e-5).all()
+
+
 @DTYPES
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_within_twice_eager(shape, dtype):

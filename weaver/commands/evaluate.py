@@ -50,7 +50,7 @@ def add_parser(commands, epilog: str) -> None:
 
 def _evaluate(args: argparse.Namespace) -> int:
     with args.stages.step("starting"):
-        from weaver.apart import cores
+        from weaver.apart import cores, expect_calls
         from weaver.evaluation.arms import ARMS, PARTS, arm_of
 
         processes = args.processes
@@ -60,6 +60,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         chosen = every if args.arms is None else [arm_of(name.strip()) for name in args.arms.split(",")]
         check_folder(args.out, map(Path, _RESULTS))
         processes = processes or cores()
+        if processes > 1:
+            expect_calls("weaver.evaluation.runner")
     return (_sweep if args.sweep else _table)(args, chosen, processes)
 
 

@@ -36,8 +36,8 @@ def live_routed_lora(
 
     Of a Linear an adapter's live tokens are gathered, a cacheful at a time; one that is alive on most tokens is
     computed on all of them, and on small maps all adapters of a row are, with fewer calls, because calls cost more
-    (`configs/live_lora.json`). Of a convolution the part of the map is taken that the live tokens are in. Products are
-    in float32, or float64 for float64.
+    (`configs/live_lora.json`). Of a convolution the part of the map is taken that the live tokens are in. Products and
+    sums are in float32, or float64 for float64, and a row is rounded once.
     """
     settings = config_table("live_lora")
     rows, n_slots, n_tokens = weights.shape
@@ -50,25 +50,29 @@ def live_routed_lora(
     ranks = [end - start for start, end in pairwise(starts)]
     pairs = list(zip(down.split(ranks), up.split(ranks), strict=True))
     # What is taken out of a tensor once is not taken out again for each adapter: on a small map that is half the time.
-    for b, (out, given, weight) in enumerate(zip(y.unbind(), x.unbind(), weights.unbind(), strict=True)):
+    for b, (row, given, weight) in enumerate(zip(y.unbind(), x.unbind(), weights.unbind(), strict=True)):
         live = [s for s in range(n_slots) if live_counts[b][s] and ranks[index[b][s]]]
-        each = weight.unbind() if live else ()
+        if not live:
+            continue
+        out = row.to(work)  # the row itself, but of half precision a copy: its changes are summed before it is rounded
+        each = weight.unbind()
+        slots = slice(live[0], live[-1] + 1) if len(live) > 1 else slice(0)
+        sizes = [ranks[adapter] for adapter in index[b][slots]]
         if down.ndim == 4:
             for s in live:
                 add_on_map(out, given, *pairs[index[b][s]], each[s], live_counts[b][s], settings, *around)
-            continue
-        slots = slice(live[0], live[-1] + 1) if len(live) > 1 else slice(0)
-        sizes = [ranks[adapter] for adapter in index[b][slots]]
-        if _together(index[b][slots], live_counts[b][slots], sizes, n_tokens, width, settings["call"]):
+        elif _together(index[b][slots], live_counts[b][slots], sizes, n_tokens, width, settings["call"]):
             whole = slice(starts[index[b][live[0]]], starts[index[b][live[-1]] + 1])
             _side_by_side(out, given, down[whole], up[whole], weight[slots], sizes)
-            continue
-        which = tokens[b].unbind() if live and tokens is not None else None
-        for s in live:
-            some = None
-            if n_tokens > settings["dense_tokens"] and live_counts[b][s] < settings["dense_share"] * n_tokens:
-                some = each[s].nonzero()[:, 0] if which is None else which[s][: live_counts[b][s]].long()
-            _add(out, given, *pairs[index[b][s]], each[s], some, settings["numbers"])
+        else:
+            which = None if tokens is None else tokens[b].unbind()
+            for s in live:
+                some = None
+                if n_tokens > settings["dense_tokens"] and live_counts[b][s] < settings["dense_share"] * n_tokens:
+                    some = each[s].nonzero()[:, 0] if which is None else which[s][: live_counts[b][s]].long()
+                _add(out, given, *pairs[index[b][s]], each[s], some, settings["numbers"])
+        if out is not row:
+            row.copy_(out)
 
 
 def _together(adapters, counts, ranks, n_tokens, width, call) -> bool:
@@ -88,10 +92,10 @@ def _side_by_side(y, x, down, up, weights, ranks) -> None:
 
     Each is added whole: one sum over the ranks of all would have up to four times its error in float32.
     """
-    each = weights.to(down.dtype).T.repeat_interleave(torch.tensor(ranks, device=y.device), 1, output_size=len(down))
-    inner = torch.mm(x.to(down.dtype), down.T).mul_(each)
-    for one, outer in zip(inner.split(ranks, 1), up.split(ranks), strict=True):
-        y.add_(torch.mm(one, outer))
+    each = torch.tensor(ranks, device=y.device)
+    inner = _inner(x, down, weights.repeat_interleave(each, 0, output_size=len(down)))
+    for one, outer in zip(inner.split(ranks), up.split(ranks), strict=True):
+        y.addmm_(one.T, outer)
 
 
 def _add(y, x, down, up, weight, live, numbers) -> None:
@@ -103,17 +107,16 @@ def _add(y, x, down, up, weight, live, numbers) -> None:
     for start in range(0, len(weight) if live is None else len(live), step):
         if live is None:
             part = slice(start, start + step)
-            y[part].add_(_change(x[part], down, up, weight[part]))
+            y[part].addmm_(_inner(x[part], down, weight[part]).T, up)
         else:
             part = live[start : start + step]
-            change = _change(x.index_select(0, part), down, up, weight.index_select(0, part))
-            y.index_add_(0, part, change.to(y.dtype))
+            inner = _inner(x.index_select(0, part), down, weight.index_select(0, part))
+            y.index_add_(0, part, torch.mm(inner.T, up))
 
 
-def _change(x, down, up, weight) -> torch.Tensor:
-    """`w (x down^T) up`, [t, O]: x [t, C], weight [t]."""
-    inner = torch.mm(x.to(down.dtype), down.T)
-    return torch.mm(inner.mul_(weight.to(down.dtype)[:, None]), up)
+def _inner(x, down, weights) -> torch.Tensor:
+    """`w (down x^T)`, [r, t]: x [t, C], weights [r, t] or [t]. Ranks are rows, as few columns are slow in a product."""
+    return torch.mm(down, x.to(down.dtype).T).mul_(weights.to(down.dtype))
 
 
 @own_precision
