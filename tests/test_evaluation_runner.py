@@ -171,6 +171,7 @@ def test_equal_settings_cost_once_but_in_a_sweep():
     settings = [ALL[FULL], ALL[FULL]]
     alone = expected_minutes(60, settings[:1], 1)
     assert expected_minutes(60, settings, 1) == alone == 2 * expected_minutes(60, settings, 2)
+    assert expected_minutes(60, settings, 1, steps=12) == alone / 2
     assert expected_minutes(60, settings, 1, times=20) == 2 * expected_minutes(60, settings[:1], 1, times=20)
 
 
@@ -279,7 +280,7 @@ def test_wrong_arguments_are_told_in_one_line(tmp_path, capsys, arguments, told)
 
 def test_the_command_draws_and_reports(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("weaver.evaluation.suite.quick_cases", lambda: CASES[:1])
-    monkeypatch.setattr("weaver.evaluation.drawing.STEPS", STEPS)
+    monkeypatch.setattr("weaver.evaluation.suite.QUICK_STEPS", STEPS)
     chosen = ["--arms", "prompt-only,full", "--processes", "1"]
     assert main(["evaluate", "--quick", "--out", str(tmp_path), *chosen]) == 0
     printed = capsys.readouterr().out
@@ -287,9 +288,18 @@ def test_the_command_draws_and_reports(tmp_path, capsys, monkeypatch):
     assert "aims that the full method misses: " in printed and "report.html shows it all" in printed
     assert {path.name for path in tmp_path.iterdir()} >= {"results.json", "results.csv", "report.html", "cases"}
     before = (tmp_path / "results.json").read_bytes()
+    assert json.loads(before)["quick"] and json.loads(before)["steps"] == STEPS
     assert main(["evaluate", "--quick", "--out", str(tmp_path), "--arms", "full"]) == 2
     assert f"--out: {tmp_path} has results of 1 pictures by 2 arms" in capsys.readouterr().err
     assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_what_takes_longest_is_drawn_first_and_records_keep_their_order(tmp_path, monkeypatch):
+    one, four = case_of("one"), case_of("four")
+    drawn, draw = [], Drawer.draw
+    monkeypatch.setattr(Drawer, "draw", lambda self, settings: drawn.append(self.case) or draw(self, settings))
+    records = run_cases(tmp_path, [one, four], {"prompt-only": ALL["prompt-only"]}, steps=STEPS)
+    assert drawn == [four, one] and [record["case"] for record in records] == [one.name, four.name]
 
 
 def test_the_quick_look_has_every_group_but_single_concepts():

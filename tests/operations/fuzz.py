@@ -142,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--live", type=int, default=100, help="cases of each operation on the CPU")
     parser.add_argument("--interpreted", type=int, default=10, help="cases of each kernel, interpreted")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="some of them only")
     parser.add_argument("--first", type=int, help="number of the first case; drawn and printed if not given")
     parser.add_argument("--replay", metavar="KIND:SEED", help="one case alone, with its traceback")
     arguments = parser.parse_args(argv)
@@ -152,12 +153,14 @@ def main(argv: list[str] | None = None) -> int:
         run(kind, int(seed))
         print("passes")
         return 0
-    if arguments.interpreted and (fault := interpreter_fault()):
+    numbers = dict(zip(KINDS, 2 * (arguments.live,) + 2 * (arguments.interpreted,), strict=True))
+    numbers = {kind: numbers[kind] for kind in KINDS if kind in arguments.kinds}
+    if any(numbers.get(kind) for kind in KINDS[2:]) and (fault := interpreter_fault()):
         parser.error(f"{fault}; or leave them out: INTERPRETED=0")
     first = arguments.first if arguments.first is not None else time.time_ns() % 10**9
     print(f"first case {first} (--first {first} draws the same)", flush=True)
     failed = 0
-    for kind, number in zip(KINDS, 2 * (arguments.live,) + 2 * (arguments.interpreted,), strict=True):
+    for kind, number in numbers.items():
         wrong = len(run_many(kind, range(first, first + number)))
         print(f"{kind}: {number - wrong} of {number} pass", flush=True)
         failed += wrong

@@ -34,7 +34,11 @@ def add_parser(commands, epilog: str) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of results and pictures")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--quick", action="store_true", help="one picture of each group but single concepts, in minutes")
+    kind.add_argument(
+        "--quick",
+        action="store_true",
+        help="one picture of each group but single concepts, in half the steps: two minutes",
+    )
     kind.add_argument(
         "--sweep", action="store_true", help="search each arm's settings on other prompts and seeds: sweep.json"
     )
@@ -71,16 +75,16 @@ def _table(args: argparse.Namespace, chosen: Sequence[Arm], processes: int) -> i
     from weaver.evaluation.report import write_report
     from weaver.evaluation.results import Results, aims, summarise, write_results
     from weaver.evaluation.runner import expected_minutes, run_cases
-    from weaver.evaluation.suite import cases, quick_cases
+    from weaver.evaluation.suite import QUICK_STEPS, cases, quick_cases
 
     arms = {arm.name: arm.chosen for arm in chosen}
-    of = quick_cases() if args.quick else cases()
+    of, steps = (quick_cases(), QUICK_STEPS) if args.quick else (cases(), STEPS)
     _keep_larger(args.out, len(of), arms)
-    minutes = expected_minutes(len(of), list(arms.values()), processes)
+    minutes = expected_minutes(len(of), list(arms.values()), processes, steps=steps)
     print(f"{len(of)} cases by {len(arms)} arms: about {_time(minutes)} with {_cores(processes)}", flush=True)
-    records = run_cases(args.out, of, arms, processes=processes, steps=STEPS, stages=args.stages)
+    records = run_cases(args.out, of, arms, processes=processes, steps=steps, stages=args.stages)
     with args.stages.step("writing the report"):
-        results = Results(tuple(of), tuple(records), arms, STEPS)
+        results = Results(tuple(of), tuple(records), arms, steps)
         told = summarise(results)
         write_results(args.out, results, told, quick=args.quick)
         report = write_report(args.out, results, told, quick=args.quick)

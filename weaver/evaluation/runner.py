@@ -58,7 +58,9 @@ _NOT_DRAWING = (
 )
 
 
-def expected_minutes(cases: int, drawn: Sequence[Settings], processes: int, *, times: int = 1) -> float:
+def expected_minutes(
+    cases: int, drawn: Sequence[Settings], processes: int, *, times: int = 1, steps: int = STEPS
+) -> float:
     """About how long it takes with a quiet core for each process.
 
     Settings that are equal are drawn once; in a sweep every one of them is drawn so many `times`, each arm with
@@ -67,7 +69,7 @@ def expected_minutes(cases: int, drawn: Sequence[Settings], processes: int, *, t
     settings = list(dict.fromkeys(drawn)) if times == 1 else drawn
     templates = 1 if times == 1 else len(drawn)
     each = templates * SECONDS["template"] + times * sum(SECONDS[one.kind] for one in settings)
-    return cases * each / processes / 60
+    return cases * each * steps / STEPS / processes / 60
 
 
 def run_cases(
@@ -100,6 +102,7 @@ def run_cases(
     jobs = [(folder / "cases" / case.name, case, dict(arms), steps) for case in cases]
     with alone(folder):
         waiting = [job for job in jobs if _finished(*job) is None]
+        waiting.sort(key=lambda job: -len(job[1].prompt.concepts))  # what takes longest first: all end together
         total = len(waiting) * len(arms)
         with stages.bar("drawing", total or 1, left=True) as move:
             call_all(_run_case, waiting, move, total, processes)

@@ -16,7 +16,7 @@ from weaver.embedded.backgrounds import BACKGROUNDS
 from weaver.embedded.catalog import CONCEPTS
 from weaver.evaluation.prompts import Case, Prompt
 
-__all__ = ["GROUPS", "cases", "quick_cases", "suite", "sweep_cases", "sweep_suite"]
+__all__ = ["GROUPS", "QUICK_STEPS", "cases", "quick_cases", "suite", "sweep_cases", "sweep_suite"]
 
 GROUPS = {
     "one": "one concept",
@@ -93,6 +93,10 @@ def sweep_suite() -> tuple[Prompt, ...]:
 def cases() -> list[Case]:
     """Every prompt of the table with every seed."""
     return [Case(prompt, seed) for prompt in suite() for seed in SEEDS]
+
+
+QUICK_STEPS = 12
+"""Of the quick look: half as many as of the table, whose figures it does not give."""
 
 
 def quick_cases() -> list[Case]:

@@ -90,12 +90,13 @@ def _together(adapters, counts, ranks, n_tokens, width, call) -> bool:
 def _side_by_side(y, x, down, up, weights, ranks) -> None:
     """Add adapters down [R, C] and up [R, O], of these ranks, to y [T, O]: x [T, C], weights [S, T].
 
-    Each is added whole: one sum over the ranks of all would have up to four times its error in float32.
+    Each is added whole: one sum over the ranks of all, or a product that begins from y, would have up to four times its
+    error in float32.
     """
     each = torch.tensor(ranks, device=y.device)
     inner = _inner(x, down, weights.repeat_interleave(each, 0, output_size=len(down)))
     for one, outer in zip(inner.split(ranks), up.split(ranks), strict=True):
-        y.addmm_(one.T, outer)
+        y.add_(torch.mm(one.T, outer))
 
 
 def _add(y, x, down, up, weight, live, numbers) -> None:
@@ -107,7 +108,7 @@ def _add(y, x, down, up, weight, live, numbers) -> None:
     for start in range(0, len(weight) if live is None else len(live), step):
         if live is None:
             part = slice(start, start + step)
-            y[part].addmm_(_inner(x[part], down, weight[part]).T, up)
+            y[part].add_(torch.mm(_inner(x[part], down, weight[part]).T, up))
         else:
             part = live[start : start + step]
             inner = _inner(x.index_select(0, part), down, weight.index_select(0, part))
