@@ -37,7 +37,7 @@ def add_parser(commands, epilog: str) -> None:
     kind.add_argument(
         "--quick",
         action="store_true",
-        help="one picture of each group but single concepts, in half the steps: two minutes",
+        help="four pictures by each arm in fewer steps: two minutes",
     )
     kind.add_argument(
         "--sweep", action="store_true", help="search each arm's settings on other prompts and seeds: sweep.json"

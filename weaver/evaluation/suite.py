@@ -16,7 +16,7 @@ from weaver.embedded.backgrounds import BACKGROUNDS
 from weaver.embedded.catalog import CONCEPTS
 from weaver.evaluation.prompts import Case, Prompt
 
-__all__ = ["GROUPS", "QUICK_STEPS", "cases", "quick_cases", "suite", "sweep_cases", "sweep_suite"]
+__all__ = ["GROUPS", "QUICK_GROUPS", "QUICK_STEPS", "cases", "quick_cases", "suite", "sweep_cases", "sweep_suite"]
 
 GROUPS = {
     "one": "one concept",
@@ -95,16 +95,14 @@ def cases() -> list[Case]:
     return [Case(prompt, seed) for prompt in suite() for seed in SEEDS]
 
 
-QUICK_STEPS = 12
-"""Of the quick look: half as many as of the table, whose figures it does not give."""
+QUICK_GROUPS = ("four", "similar", "overlapping", "background")
+QUICK_STEPS = 18
+"""Of the quick look: three quarters of the table's, whose figures it does not give."""
 
 
 def quick_cases() -> list[Case]:
-    """The first prompt of each group with more than one concept, with the first seed: to see that all of it works."""
-    firsts: dict[str, Prompt] = {}
-    for prompt in suite():
-        firsts.setdefault(prompt.group, prompt)
-    return [Case(prompt, SEEDS[0]) for group, prompt in firsts.items() if group != "one"]
+    """The first prompt of some groups with the first seed: to see that all of it works."""
+    return [Case(next(p for p in suite() if p.group == group), SEEDS[0]) for group in QUICK_GROUPS]
 
 
 def sweep_cases() -> list[Case]:
