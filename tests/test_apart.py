@@ -34,26 +34,42 @@ if __name__ == "__main__":
 
 SERVED = """
 import os, sys
+from importlib.util import find_spec
 from weaver.apart import call_apart, expect_calls
 
+FILE = find_spec("wave").origin
+
 def look(name, move):
-    return name in sys.modules, os.environ.get("SAID_LATER")
+    there = sys.modules.get(name)
+    return there and there.__file__ == FILE, *map(os.environ.get, ("SAID_LATER", "TAKEN_AWAY"))
 
 if __name__ == "__main__":
+    os.environ["TAKEN_AWAY"] = "still there"
     expect_calls("wave", "no.such.module")
     os.environ["SAID_LATER"] = "yes"
+    del os.environ["TAKEN_AWAY"]
     print(call_apart(look, [("wave",), ("sndhdr",)], [None, None], 2))
 """
 
+INTERRUPTED = """
+import os, signal, sys, time
+from weaver.apart import expect_calls
 
-def started(folder: Path, script: str, *arguments: str) -> subprocess.Popen:
+if __name__ == "__main__":
+    expect_calls("slow")
+    sys.stdin.readline()
+    os.killpg(0, signal.SIGINT)
+"""
+
+
+def started(folder: Path, script: str, *arguments: str, cwd: Path | None = None, **environment: str):
+    """The script as a process, in a group of its own; what it leaves for a while is in the folder."""
     file = folder / "script.py"
     file.write_text(script)
     pipe, path = subprocess.PIPE, os.pathsep.join([str(ROOT), *sys.path])
-    environment = os.environ | {"PYTHONPATH": path}
-    return subprocess.Popen(
-        [sys.executable, file, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment
-    )
+    env = os.environ | {"PYTHONPATH": path, "TMPDIR": str(folder)} | environment
+    options = {"text": True, "env": env, "cwd": cwd, "start_new_session": sys.platform != "win32"}
+    return subprocess.Popen([sys.executable, file, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, **options)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by a signal")
@@ -61,15 +77,35 @@ def started(folder: Path, script: str, *arguments: str) -> subprocess.Popen:
 def test_a_worker_ends_with_its_parent(tmp_path, method):
     with started(tmp_path, SCRIPT, method) as parent:
         assert parent.stdout.readline() == "working\n"
-        out, _ = parent.communicate("kill\n", timeout=60)  # returns when the worker too has closed its output
-    assert out == "" and parent.returncode == -9
+        out, errors = parent.communicate("kill\n", timeout=60)  # returns when the worker too has closed its output
+    assert (out, errors, parent.returncode) == ("", "", -9)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="has no server of processes")
 def test_workers_of_a_server_have_its_modules_and_the_environment_of_now(tmp_path):
-    with started(tmp_path, SERVED) as ran:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "wave.py").write_text("raise SystemExit('a file of the folder that the command runs in')")
+    with started(tmp_path, SERVED, cwd=here) as ran:
         out, errors = ran.communicate(timeout=60)
-    assert (out, errors) == ("[(True, 'yes'), (False, 'yes')]\n", "")
+    assert (out, errors) == ("[(True, 'yes', None), (None, 'yes', None)]\n", "")
+
+
+def test_without_a_server_processes_import_for_themselves(tmp_path):
+    long = tmp_path / ("n" * 100)  # too long for a socket in it
+    long.mkdir()
+    with started(tmp_path, SERVED, TMPDIR=str(long)) as ran:
+        out, errors = ran.communicate(timeout=60)
+    assert (out, errors) == ("[(None, 'yes', None), (None, 'yes', None)]\n", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no server of processes")
+def test_an_interrupt_while_the_server_imports_is_told_here_alone(tmp_path):
+    (tmp_path / "slow.py").write_text("import time; print('importing', flush=True); time.sleep(1)")
+    with started(tmp_path, INTERRUPTED) as ran:
+        assert ran.stdout.readline() == "importing\n"
+        _, errors = ran.communicate("now\n", timeout=60)
+    assert errors.count("Traceback") == 1 and "forkserver" not in errors and ran.returncode != 0
 
 
 def count_up(start: int, parts: int, move) -> int:

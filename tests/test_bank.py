@@ -54,8 +54,10 @@ class Watched(Stages):
         return nullcontext(lambda done, whole: self.moves.setdefault(label, []).append((done, whole)))
 
 
-def test_training_at_once_and_one_by_one_agree(job, monkeypatch):
-    monkeypatch.setattr(apart, "_expected", False)  # as in a script: processes that import for themselves
+@pytest.mark.parametrize("how", ["as-commands", "as-scripts"])
+def test_training_at_once_and_one_by_one_agree(job, monkeypatch, how):
+    if how == "as-scripts":
+        monkeypatch.setattr(apart, "_expected", False)  # processes that import for themselves
     pipe = load_model(job.model, device="cpu")
     stages = Watched()
     alone = train_bank(job, pipe, stages, processes=1)

@@ -7,14 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 
 from weaver import cli, run
+from weaver.concepts.bank import worker_count
 from weaver.demo import demo_job, with_shipped_concepts
-from weaver.embedded import CONCEPTS
+from weaver.embedded import CONCEPTS, load_pipeline
 from weaver.errors import WeaverError
 from weaver.memory import estimate
 from weaver.memory.ledger import Peak
@@ -198,6 +200,18 @@ def test_demo_with_any_number_of_concepts(count):
     assert len(job.concepts) == count and job.background is not None
     assert all(f"a {spec.word}" in job.prompt for spec in job.concepts)
     assert job.prompt.endswith(f"{job.background.word} background")
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["no GPU", "a GPU"])
+def test_a_server_is_started_where_concepts_will_train_at_once(there, monkeypatch, tiny_pipe):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    whole, pipe = demo_job(), load_pipeline()
+    alone, shipped = demo_job("1", "none"), with_shipped_concepts(whole)
+    assert not cli._trains_apart(alone) and not cli._trains_apart(shipped)
+    for device in ("auto", "cpu", "cuda"):
+        kind = {"auto": "cuda" if there else "cpu"}.get(device, device)
+        for job, of in ((whole, pipe), (replace(whole, model="a/folder"), tiny_pipe)):
+            assert cli._trains_apart(replace(job, device=device)) == (worker_count(of, device=kind) > 1)
 
 
 def test_demo_with_named_concepts():

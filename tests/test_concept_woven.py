@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import make_whole
+from conftest import make_whole, shallow
 from PIL import Image
 
 from weaver import WeaverError
@@ -121,6 +121,12 @@ def test_parts_that_do_not_belong_together(scenes):
 def test_scenes_that_no_step_would_show(tiny_pipe, scenes):
     with pytest.raises(WeaverError, match="set woven_batch, or leave them out"):
         train_concept(tiny_pipe, [], token="<v1>", word="dog", woven=scenes, settings=TrainSettings())
+
+
+def test_scenes_for_a_unet_that_no_sites_are_known_for(tiny_pipe, scenes):
+    settings = TrainSettings(woven_batch=1)
+    with pytest.raises(WeaverError, match="No injection sites are known for a U-Net with channels"):
+        train_concept(shallow(tiny_pipe), [], token="<v1>", word="dog", woven=scenes, settings=settings)
 
 
 def test_woven_rows_of_sdxl_have_the_base_prompts_pooled_embedding(tiny_sdxl, scenes):

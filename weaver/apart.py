@@ -8,14 +8,18 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
-__all__ = ["call_all", "call_apart", "cores", "end_with_parent", "expect_calls"]
+__all__ = ["PIPELINE", "call_all", "call_apart", "cores", "end_with_parent", "expect_calls"]
 
 _POLL_SECONDS = 0.2
+
+PIPELINE = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
+"""For `expect_calls`: what opens the embedded model, which is otherwise imported when it does."""
 
 _expected = False  # whether there is a server that fresh processes come from
 
@@ -23,14 +27,20 @@ _expected = False  # whether there is a server that fresh processes come from
 def expect_calls(*modules: str) -> None:
     """Import what calls will need once for all of them, in a process beside this one, which goes on at once.
 
-    Processes come from that one then and begin in no time; without this, and where there is no such server (Windows,
-    macOS), each imports for itself. It is for commands: there is one server in a process, and it keeps the modules.
+    Processes are then forks of that one, which begin in no time, with what libraries have read of the environment by
+    now. Without this, on Windows and macOS, and where no such server can be, each imports for itself. It is for
+    commands: a process has one server, which keeps the modules.
     """
     global _expected
-    if sys.platform == "linux" and not _expected:
-        multiprocessing.set_forkserver_preload([*modules])
-        forkserver.ensure_running()
-        _expected = True
+    if sys.platform != "linux" or _expected:
+        return
+    multiprocessing.set_forkserver_preload([*modules])
+    with _as_server_needs():
+        try:
+            forkserver.ensure_running()
+        except OSError:  # no socket: the folder of temporary files has too long a name, or none can be made
+            return
+    _expected = True
 
 
 def call_apart(function: Callable, arguments: Sequence[tuple], moves: Sequence[Callable], processes: int) -> list:
@@ -46,8 +56,8 @@ def call_apart(function: Callable, arguments: Sequence[tuple], moves: Sequence[C
     context = multiprocessing.get_context("forkserver" if _expected else "spawn")
     news, others = context.Queue(), set(multiprocessing.active_children())
     with ProcessPoolExecutor(processes, context, _begin, (news, dict(os.environ))) as pool:
-        futures = [pool.submit(_call, function, values, number) for number, values in enumerate(arguments)]
         try:
+            futures = [pool.submit(_call, function, values, number) for number, values in enumerate(arguments)]
             waiting, told = set(futures), True
             while waiting or told:  # and what the last calls told before they ended
                 told = _pass_on(news, moves)
@@ -97,6 +107,26 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
 
 
+@contextmanager
+def _as_server_needs() -> Iterator[None]:
+    """While a server is started: it imports from where this process does, and Ctrl-C is told here alone."""
+    paths = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in paths}
+    first = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if first else None
+    os.environ |= paths
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        if first:
+            signal.signal(signal.SIGINT, handler)
+
+
 def _pass_on(news, moves: Sequence[Callable]) -> bool:
     """Whether there was something to pass on, waited for a little."""
     try:
@@ -113,7 +143,9 @@ _news = None  # of a worker: the queue to the process that waits
 def _begin(news, environment: dict[str, str]) -> None:
     global _news
     _news = news
-    os.environ.update(environment)  # which may have changed since the server began
+    for name in os.environ.keys() - environment.keys():  # since the server began
+        del os.environ[name]
+    os.environ.update(environment)
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback; the parent tells
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from weaver.apart import expect_calls
+from weaver.apart import PIPELINE, expect_calls
 from weaver.commands.bank import add_parser as add_bank_parser
 from weaver.commands.cache import CHOICES, chosen_cache
 from weaver.commands.cache import add_parser as add_cache_parser
@@ -204,7 +204,7 @@ def _execute(read: Callable, source: str, args: argparse.Namespace) -> int:
     with args.stages.step("starting"):
         job, manifest = read()
         if _trains_apart(job):
-            expect_calls("weaver.concepts.bank")
+            expect_calls("weaver.concepts.bank", PIPELINE)
         from weaver.models import quiet_libraries
 
         quiet_libraries()
@@ -243,9 +243,11 @@ def _trains_apart(job: Job) -> bool:
     model, before that is loaded."""
     if job.model != "embedded" or sum(spec.train is not None for spec in job.everyone) < 2:
         return False
-    import torch
+    if job.device == "auto":
+        import torch
 
-    return job.device == "cpu" or (job.device == "auto" and not torch.cuda.is_available())
+        return not torch.cuda.is_available()
+    return job.device == "cpu"
 
 
 def _fail(message: str, code: int, args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from weaver.latents import vae_scale_factor
 from weaver.layers import EMBEDDED, InjectionSites, sites_for
 from weaver.models import is_embedded
 
-__all__ = ["Defaults", "default_dilation", "defaults_for", "embedded_defaults", "model_size"]
+__all__ = ["Defaults", "default_dilation", "default_sites", "defaults_for", "embedded_defaults", "model_size"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Defaults:
     guidance : omega, of fusion
     template_guidance : classifier-free guidance of a picture from its prompt alone, such as a template
     suppression : lambda
-    sites : injection sites and windows; None for a U-Net that no table is known for: it can be given one
+    sites : injection sites and windows; None for a U-Net that no table is known for (`default_sites` tells so)
     woven_sites : injection sites and windows under which woven scenes are learned (`weaver.concepts.woven`). Concepts
         that ship with the package were learned under these, before the fusion's windows were swept
     eta : of the fusion's DDIM steps. The paper's is 0. The embedded model's 0.5 is what the sweep found at lambda 0.2;
@@ -47,6 +47,11 @@ def defaults_for(pipe) -> Defaults:
     except WeaverError:
         sites = None
     return Defaults(guidance=7.5, template_guidance=7.5, suppression=0.2, sites=sites, woven_sites=sites)
+
+
+def default_sites(pipe) -> InjectionSites:
+    """Injection sites of a pipeline. Raises `WeaverError` for a U-Net that no table is known for."""
+    return defaults_for(pipe).sites or sites_for(pipe.unet)
 
 
 def embedded_defaults() -> Defaults:

@@ -17,7 +17,7 @@ from weaver.checks import argument_reasons, fusion_reasons
 from weaver.choices import FEATURES, KEPT_AND_CHANGED
 from weaver.concepts.concept import Concept, attn2_hash
 from weaver.concepts.own_prompts import token_reasons
-from weaver.defaults import default_dilation, defaults_for, model_size
+from weaver.defaults import default_dilation, default_sites, defaults_for, model_size
 from weaver.errors import WeaverError, raise_if, told
 from weaver.features import collect_features, reconstruction_psnr
 from weaver.fusion.contexts import ConceptUse, as_use, encode_contexts
@@ -181,7 +181,7 @@ def weave(
     guidance = defaults.guidance if guidance is None else guidance
     suppression = defaults.suppression if suppression is None else suppression
     eta = defaults.eta if eta is None else eta
-    sites = sites_for(sites) if isinstance(sites, str) else sites or defaults.sites or sites_for(pipe.unet)
+    sites = sites_for(sites) if isinstance(sites, str) else sites or default_sites(pipe)
     size = size or model_size(pipe)
     dilation = default_dilation(size, defaults.dilation) if dilation is None else dilation
     shaping = {"dilation": dilation, "overlap": overlap, "min_area": min_area, "fill_holes": fill_holes}

@@ -52,19 +52,28 @@ def few(b, s, t, rng):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [40, 400], ids=["together", "one-by-one"])
-def test_adapters_that_cancel_are_summed_before_they_are_rounded(tokens, dtype):
-    rng = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 1, tokens, 8, generator=rng).to(dtype)
-    down, up = torch.randn(3, 8, generator=rng).to(dtype), torch.randn(8, 3, generator=rng).to(dtype)
+@pytest.mark.parametrize("how", ["together", "on-all", "gathered", "3x3", "1x1-channels-last"])
+def test_adapters_that_cancel_are_summed_before_they_are_rounded(how, dtype, monkeypatch):
+    rng, taps = torch.Generator().manual_seed(0), {"3x3": (3, 3), "1x1-channels-last": (1, 1)}.get(how, ())
+    calls = live.config_table("live_lora") | {"call": 10**12 if how == "together" else -1}
+    monkeypatch.setattr(live, "config_table", lambda name: calls)
+    x, y = torch.randn(2, 1, 8, 20, 20, generator=rng).to(dtype)
+    if "last" in how:
+        x, y = (one.to(memory_format=torch.channels_last) for one in (x, y))
+    elif not taps:
+        x, y = (one.flatten(2).mT for one in (x, y))
+    down, up = torch.randn(3, 8, *taps, generator=rng).to(dtype), torch.randn(8, 3, generator=rng).to(dtype)
     almost = up + 0.01 * torch.randn(8, 3, generator=rng).to(dtype)
-    adapters, weights = (
-        AdapterStack.of([LowRank(down, up), LowRank(down, -almost)]).to(dtype=dtype),
-        torch.ones(1, 2, tokens),
-    )
-    expected = routed_lora_reference(y.double(), x.double(), adapters.to(dtype=torch.float64), weights)
+    pairs = [LowRank(down, one.view(8, 3, *(1 for _ in taps))) for one in (up, -almost)]
+    adapters, weights = AdapterStack.of(pairs).to(dtype=dtype), torch.ones(1, 2, 400)
+    if how == "gathered":
+        weights[:, :, 100:] = 0
+    around = {"padding": 1} if how == "3x3" else {}
+    wide = adapters.to(dtype=torch.float64)
+    expected = routed_lora_reference(y.double(), x.double(), wide, weights, **around)
     once = expected.abs() * torch.finfo(dtype).eps / 2
-    assert ((routed_lora(y, x, adapters, weights).double() - expected).abs() <= once + 1e-5).all()
+    found = routed_lora(y.clone(memory_format=torch.preserve_format), x, adapters, weights, **around)
+    assert ((found.double() - expected).abs() <= once + 1e-5).all()
 
 
 @DTYPES

@@ -13,6 +13,7 @@ from weaver.folder import check_folder
 
 if TYPE_CHECKING:
     from weaver.evaluation.arms import Arm
+    from weaver.evaluation.prompts import Case
 
 __all__ = ["add_parser"]
 
@@ -54,7 +55,7 @@ def add_parser(commands, epilog: str) -> None:
 
 def _evaluate(args: argparse.Namespace) -> int:
     with args.stages.step("starting"):
-        from weaver.apart import cores, expect_calls
+        from weaver.apart import cores
         from weaver.evaluation.arms import ARMS, PARTS, arm_of
 
         processes = args.processes
@@ -64,22 +65,25 @@ def _evaluate(args: argparse.Namespace) -> int:
         chosen = every if args.arms is None else [arm_of(name.strip()) for name in args.arms.split(",")]
         check_folder(args.out, map(Path, _RESULTS))
         processes = processes or cores()
-        if processes > 1:
-            expect_calls("weaver.evaluation.runner")
     return (_sweep if args.sweep else _table)(args, chosen, processes)
 
 
 def _table(args: argparse.Namespace, chosen: Sequence[Arm], processes: int) -> int:
+    from weaver.apart import PIPELINE, expect_calls
     from weaver.evaluation.arms import FULL
+    from weaver.evaluation.suite import QUICK_STEPS, cases, quick_cases
+
+    of = quick_cases() if args.quick else cases()
+    arms, processes = {arm.name: arm.chosen for arm in chosen}, min(processes, len(of))
+    _keep_larger(args.out, of, arms, QUICK_STEPS if args.quick else None)
+    if processes > 1:
+        expect_calls("weaver.evaluation.runner", PIPELINE)
     from weaver.evaluation.drawing import STEPS
     from weaver.evaluation.report import write_report
     from weaver.evaluation.results import Results, aims, summarise, write_results
     from weaver.evaluation.runner import expected_minutes, run_cases
-    from weaver.evaluation.suite import QUICK_STEPS, cases, quick_cases
 
-    arms = {arm.name: arm.chosen for arm in chosen}
-    of, steps = (quick_cases(), QUICK_STEPS) if args.quick else (cases(), STEPS)
-    _keep_larger(args.out, len(of), arms)
+    steps = QUICK_STEPS if args.quick else STEPS
     minutes = expected_minutes(len(of), list(arms.values()), processes, steps=steps)
     print(f"{len(of)} cases by {len(arms)} arms: about {_time(minutes)} with {_cores(processes)}", flush=True)
     records = run_cases(args.out, of, arms, processes=processes, steps=steps, stages=args.stages)
@@ -92,7 +96,7 @@ def _table(args: argparse.Namespace, chosen: Sequence[Arm], processes: int) -> i
         found = told["table"][arm.name]
         shares = "   ".join(f"{label} {found[key].value:6.1%}" for key, label in _SHOWN.items())
         print(f"({arm.letter}) {arm.name:16} {shares}")
-    if FULL in arms:
+    if FULL in arms and not args.quick:  # whose few pictures and steps tell nothing of aims
         missed = [aim.what for aim in aims(results, told) if aim.met is False]
         print(f"aims that the full method misses: {'; '.join(missed) or 'none'}")
     print(f"{report} shows it all")
@@ -108,7 +112,7 @@ def _sweep(args: argparse.Namespace, chosen: Sequence[Arm], processes: int) -> i
     for arm in chosen:
         if not arm.swept:
             raise WeaverError(f"--arms: {arm.name} has the full method's settings: leave it out of a sweep")
-    count, full = len(sweep_cases()), default_settings()
+    count, full, processes = len(sweep_cases()), default_settings(), min(processes, len(chosen))
     times = BUDGET + FINALISTS * FINAL_SEEDS
     minutes = expected_minutes(count, [arm.settings(full) for arm in chosen], processes, times=times)
     about = f"about {_time(minutes)} with {_cores(processes)}"
@@ -122,16 +126,30 @@ def _sweep(args: argparse.Namespace, chosen: Sequence[Arm], processes: int) -> i
     return 0
 
 
-def _keep_larger(folder: Path, pictures: int, arms: Collection[str]) -> None:
-    """Raise a `WeaverError` where a folder has results of more pictures or other arms than it is to get."""
+def _keep_larger(folder: Path, of: Sequence[Case], arms: Collection[str], steps: int | None) -> None:
+    """Raise a `WeaverError` where a folder has results of more pictures or other arms than it is to get, or has cases
+    of other steps than a quick look's."""
+    for case in of if steps else ():
+        path = folder / "cases" / case.name / "case.json"
+        if path.is_file() and (there := _steps_of(path)) != steps:
+            told = f"is of {there or 'other'} steps and would be drawn again in {steps}"
+            raise WeaverError(f"--out: {path.parent} {told}: name another folder")
     try:
         there = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        others, more = set(there["settings"]) - set(arms), there["pictures"] > pictures
+        others, more = set(there["settings"]) - set(arms), there["pictures"] > len(of)
     except (OSError, ValueError, KeyError, TypeError):  # nothing there that could be lost
         return
     if others or more:
         of = f"{there['pictures']} pictures by {len(there['settings'])} arms"
         raise WeaverError(f"--out: {folder} has results of {of}, which would be written over: name another folder")
+
+
+def _steps_of(path: Path) -> int | None:
+    """The steps that a case's record tells, None where it tells none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _time(minutes: float) -> str:

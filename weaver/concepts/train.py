@@ -36,7 +36,7 @@ from weaver.concepts.validation import Validation, Validator
 from weaver.concepts.views import with_views
 from weaver.concepts.woven import WovenSet, prepare_woven
 from weaver.conditioning import added_reasons, text_encoders
-from weaver.defaults import model_size
+from weaver.defaults import default_sites, model_size
 from weaver.errors import WeaverError, raise_if
 from weaver.limits import step_reasons
 from weaver.version import __version__
@@ -107,6 +107,8 @@ def train_concept(
     settings = settings or TrainSettings()
     if woven is not None and not settings.woven_batch:
         raise WeaverError("woven scenes are given, but none is in a step: set woven_batch, or leave them out")
+    if woven is not None:
+        default_sites(pipe)  # under which they are learned: a U-Net that none are known for is told now
     if not isinstance(images, TrainingSet):
         captions = [f"a {token} {word}"] * len(images) if captions is None else captions
         images = TrainingSet(tuple(images), tuple(captions))

@@ -88,7 +88,7 @@ def write_report(folder: Path, results: Results, told: Mapping, *, quick: bool =
         _chart(arms, told["table"]),
         _paired(arms, told, "The full method minus each arm"),
         _parts(changed, told, results.arms),
-        _aims(aims(results, told)),
+        "" if quick else _aims(aims(results, told)),
         _split("By number of concepts", arms, told["by_concepts"]),
         _split("By group", arms, told["by_group"]),
         f"<p><small>{'; '.join(f'<b>{group}</b>: {GROUPS[group]}' for group in told['by_group'])}.</small></p>",

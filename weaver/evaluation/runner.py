@@ -22,7 +22,7 @@ from weaver.embedded.segmenter import SEGMENTER_FILE
 from weaver.errors import WeaverError
 from weaver.evaluation.drawing import STEPS, Drawer
 from weaver.evaluation.measures import Measures, measure
-from weaver.evaluation.prompts import Case
+from weaver.evaluation.prompts import Case, Prompt
 from weaver.evaluation.settings import Settings
 from weaver.folder import whole_file, writing_alone
 from weaver.hashing import file_hash
@@ -96,13 +96,13 @@ def run_cases(
 
     Raises `WeaverError` while another evaluation works in the folder.
 
-    Returns mappings: "case", "template" ("made" or "drawn"), and "arms", of each what `Measures` holds.
+    Returns mappings: "case", "steps", "template" ("made" or "drawn"), and "arms", of each what `Measures` holds.
     """
     stages = stages or Stages(bars=False)
     jobs = [(folder / "cases" / case.name, case, dict(arms), steps) for case in cases]
     with alone(folder):
         waiting = [job for job in jobs if _finished(*job) is None]
-        waiting.sort(key=lambda job: -len(job[1].prompt.concepts))  # what takes longest first: all end together
+        waiting.sort(key=lambda job: -_count(job[1].prompt))  # what takes longest first: cores end at about one time
         total = len(waiting) * len(arms)
         with stages.bar("drawing", total or 1, left=True) as move:
             call_all(_run_case, waiting, move, total, processes)
@@ -254,7 +254,8 @@ def _run_case(folder: Path, case: Case, arms: dict[str, Settings], steps: int, m
         drawer, known, of = drawer_for(case, steps=steps), {}, {arm: _of(case, arms[arm], steps) for arm in arms}
         kept = _kept(folder, case, steps)
         found = {arm: told for arm, told in kept.items() if arm not in of or told.get("of") == of[arm]}
-        record = {"case": case.name, "identity": identity(case, {}, steps), "template": drawer.template.source}
+        record = {"case": case.name, "identity": identity(case, {}, steps), "steps": steps}
+        record["template"] = drawer.template.source
         record["arms"] = found
         _write(record, folder / "case.json")
         _save(drawer.template.picture, folder / "template.png")
@@ -268,6 +269,11 @@ def _run_case(folder: Path, case: Case, arms: dict[str, Settings], steps: int, m
                 found[arm] = measures
                 _write(record, folder / "case.json")
             move(number, len(arms))
+
+
+def _count(prompt: Prompt) -> int:
+    """How many concepts are drawn."""
+    return len(prompt.concepts) + bool(prompt.background)
 
 
 def _write(record: Mapping, path: Path) -> None:

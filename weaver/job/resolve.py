@@ -9,11 +9,11 @@ import torch
 from weaver.checks import fusion_reasons
 from weaver.concepts.bank import training_settings
 from weaver.concepts.concept import Concept
-from weaver.defaults import default_dilation, defaults_for, model_size
+from weaver.defaults import default_dilation, default_sites, defaults_for, model_size
 from weaver.errors import WeaverError
 from weaver.job import SAME_MODEL, Job, JobError, TextSpec, TrainSpec
 from weaver.job.inputs import shipped_name
-from weaver.layers import SITES, sites_for
+from weaver.layers import SITES
 from weaver.limits import step_reasons
 from weaver.masks import MaskError
 from weaver.masks.grounded import DETECTOR, OUTLINER
@@ -44,7 +44,7 @@ def resolve_job(job: Job, pipe, prompts: list[str], source: str = "job") -> Job:
     defaults, embedded = defaults_for(pipe), is_embedded(pipe)
     size = job.size or model_size(pipe)
     wishes, template = job.fusion, job.template
-    sites = SITES[wishes.sites] if wishes.sites else defaults.sites or sites_for(pipe.unet)
+    sites = SITES[wishes.sites] if wishes.sites else default_sites(pipe)
     settings, problems = _resolve_training(job, pipe)
     if problems:
         raise JobError(f"{source}: " + "; ".join(problems))

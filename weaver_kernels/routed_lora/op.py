@@ -40,7 +40,8 @@ def routed_lora(
 
     Masks, strengths and the choice of a row's adapters are all in `weights`: a soft edge is a sum of weights times
     changes, and a token without any keeps what `y` has. The cost of a token follows the adapters whose weight on it is
-    not zero, and the memory is that of the factors (after S-LoRA, arXiv 2311.03285, and Punica, arXiv 2310.18547, which
+    not zero, and the memory is that of the factors, elsewhere than on a GPU with a float32 row of y besides where y is
+    in half precision (after S-LoRA, arXiv 2311.03285, and Punica, arXiv 2310.18547, which
     do so by request). Rows B, tokens T, contexts S of a row out of S' adapters in all, channels C to O. Inference only.
 
     Parameters
@@ -59,7 +60,7 @@ def routed_lora(
 
     Returns
     -------
-    y, with products in float32 (float64 for float64)
+    y, with products in float32 (float64 for float64), rounded for each adapter by the kernel and once elsewhere
 
     Raises
     ------
