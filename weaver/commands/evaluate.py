@@ -157,4 +157,4 @@ def _time(minutes: float) -> str:
 
 
 def _cores(processes: int) -> str:
-    return "one quiet core" if processes == 1 else f"{processes} quiet cores"
+    return f"{'one quiet core' if processes == 1 else f'{processes} quiet cores'} of an Intel Xeon 6"
