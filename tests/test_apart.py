@@ -56,6 +56,7 @@ import os, signal, sys, time
 from weaver.apart import expect_calls
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     expect_calls("slow")
     sys.stdin.readline()
     os.killpg(0, signal.SIGINT)

@@ -112,8 +112,10 @@ def _as_server_needs() -> Iterator[None]:
     """While a server is started: it imports from where this process does, and Ctrl-C is told here alone."""
     paths = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "PYTHONSAFEPATH": "1"}
     before = {name: os.environ.get(name) for name in paths}
-    first = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if first else None
+    handler = signal.getsignal(signal.SIGINT)  # None is one that could not be put back
+    held = handler is not None and threading.current_thread() is threading.main_thread()
+    if held:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= paths
     try:
         yield
@@ -123,7 +125,7 @@ def _as_server_needs() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-        if first:
+        if held:
             signal.signal(signal.SIGINT, handler)
 
 
