@@ -35,11 +35,7 @@ def add_parser(commands, epilog: str) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of results and pictures")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument(
-        "--quick",
-        action="store_true",
-        help="four pictures by each arm in fewer steps: two minutes",
-    )
+    kind.add_argument("--quick", action="store_true", help="four pictures by each arm in fewer steps: two minutes")
     kind.add_argument(
         "--sweep", action="store_true", help="search each arm's settings on other prompts and seeds: sweep.json"
     )

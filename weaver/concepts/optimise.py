@@ -20,7 +20,7 @@ from weaver.concepts.objective import Objective
 from weaver.concepts.settings import TrainSettings
 from weaver.concepts.training_state import added
 from weaver.concepts.woven import WovenExamples, woven
-from weaver.defaults import default_sites, defaults_for
+from weaver.defaults import defaults_for
 
 __all__ = ["Step", "optimise"]
 
@@ -63,10 +63,9 @@ def optimise(
     """
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     scenes = scenes if settings.woven_batch else None
-    sites = (defaults_for(pipe).woven_sites or default_sites(pipe)) if scenes else None
     with ExitStack() as stack:
         accelerator = stack.enter_context(accelerated(pipe, settings.accumulate))
-        forward = stack.enter_context(woven(pipe.unet, scenes, sites)) if scenes else None
+        forward = stack.enter_context(woven(pipe.unet, scenes, defaults_for(pipe).woven_sites)) if scenes else None
         stack.enter_context(added(pipe.unet, learned.deltas, forward))
         objective = Objective(pipe, learned.vectors, settings, own, other, scenes, forward)
         optimiser = _optimiser(learned, settings)
